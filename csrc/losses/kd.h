@@ -1,0 +1,32 @@
+// Hinton et al. 2015, "Distilling the Knowledge in a Neural Network", with K weighted teachers:
+//   loss = kd_weight * square * sum_k w_k KL(softmax(t_k / T) || softmax(z / T)) + ce_weight * CE
+#pragma once
+#include "../row.h"
+
+namespace kdfuse {
+
+struct KdParams {
+  double temperature, square, kd_weight, ce_weight;  // square: T^2, or 1
+  const double* weights;  // K teacher weights follow in the op's list
+
+  explicit KdParams(const double* p)
+      : temperature(p[0]), square(p[1]), kd_weight(p[2]), ce_weight(p[3]), weights(p + 4) {}
+};
+
+template <class R>
+struct KdRow {
+  R value = 0;  // square * sum_k w_k KL_k
+  R a = 0, label = 0;  // of the student's exponentials; the entry of the label
+};
+
+// Adds teacher k to the row; returns the coefficient of that teacher's exponentials.
+template <class R>
+KDFUSE_HD R kd_add(KdRow<R>& row, const Kl<R>& pair, R teacher_weight, R kd_weight, R square, R temperature) {
+  const R step = kd_weight * teacher_weight * square / temperature;
+  row.value += gated(teacher_weight * square, pair.value);
+  row.a += step * pair.a;
+  row.label += step * pair.label;
+  return -step * pair.b;
+}
+
+}  // namespace kdfuse

@@ -1,0 +1,21 @@
+// The teacher-free form of NKD (Yang et al. 2023, first version), one or two target classes t:
+//   loss = weight * sum_t -w_t log S_t + ce_weight * CE,   w_t = S_t + V_t - mean over the batch of S_t
+// with V the label's value (1, or the two values of a mixed label) and w_t = 0 where V_t = 0.
+// USKD squares S_t in w_t. w is a constant to the gradient.
+#pragma once
+#include "../row.h"
+
+namespace kdfuse {
+
+struct TfNkdParams {
+  double weight, ce_weight;
+
+  explicit TfNkdParams(const double* p) : weight(p[0]), ce_weight(p[1]) {}
+};
+
+template <class R>
+KDFUSE_HD R smoothed_weight(R score, R label_value, R batch_mean) {
+  return label_value == R(0) ? R(0) : score + label_value - batch_mean;
+}
+
+}  // namespace kdfuse

@@ -1,0 +1,327 @@
+// The ops as torch sees them: schemas, checks, allocation, the batch reduction, and the CPU dispatch.
+//
+// Only torch's stable ABI is used, so that one binary serves every torch from 2.11 on. All ops share
+// one schema; losses/<op>.h says what an op's `params` are, kernels/<op>.py fills them.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <algorithm>
+#include <atomic>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "row_limits.h"
+#include "rows.h"
+
+namespace kdfuse {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+enum Level { kBase, kAvx2, kAvx512 };
+const char* const kLevelNames[] = {"base", "avx2", "avx512"};
+
+Level best_level() {
+#if defined(__x86_64__)
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512vl")) {
+    return kAvx512;
+  }
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
+    return kAvx2;
+  }
+#endif
+  return kBase;
+}
+
+std::atomic<Level> current_level{best_level()};
+
+RowPasses passes() {
+  switch (current_level.load()) {
+#if defined(__x86_64__)
+    case kAvx512:
+      return row_passes_avx512();
+    case kAvx2:
+      return row_passes_avx2();
+#endif
+    default:
+      return row_passes_base();
+  }
+}
+
+// An op of the table: its row passes, and the terms that it reports.
+struct Kd {
+  static RowPass pass() { return passes().kd; }
+  static int terms(int) { return 4; }
+  static bool counts(int k) { return k >= 2; }
+};
+struct Dkd {
+  static RowPass pass() { return passes().dkd; }
+  static int terms(int) { return 5; }
+  static bool counts(int k) { return k >= 3; }
+};
+struct Nkd {
+  static RowPass pass() { return passes().nkd; }
+  static int terms(int) { return 5; }
+  static bool counts(int k) { return k >= 3; }
+};
+struct TfNkd {
+  static RowPass pass() { return passes().tf_nkd; }
+  static int terms(int) { return 4; }
+  static bool counts(int k) { return k >= 2; }
+};
+struct Uskd {
+  static RowPass pass() { return passes().uskd; }
+  static int terms(int) { return 6; }
+  static bool counts(int k) { return k >= 4; }
+};
+struct Slkd {
+  static RowPass pass() { return passes().slkd; }
+  static int terms(int students) { return 5 + 4 * (students - 1); }
+  static bool counts(int k) { return k < 5 ? k >= 3 : (k - 5) % 4 >= 2; }
+};
+
+[[noreturn]] void refuse(const std::string& what) { throw std::invalid_argument("kdfuse: " + what); }
+
+DType type_of(const Tensor& x) {
+  switch (x.scalar_type()) {
+    case ScalarType::Float:
+      return DType::f32;
+    case ScalarType::Double:
+      return DType::f64;
+    case ScalarType::BFloat16:
+      return DType::bf16;
+    case ScalarType::Half:
+      return DType::f16;
+    default:
+      refuse("logits must have a floating type (float16, bfloat16, float32 or float64)");
+  }
+}
+
+Matrix matrix(const Tensor& x, int64_t rows, int64_t classes, const char* name) {
+  if (x.dim() != 2 || x.size(0) != rows || x.size(1) != classes) {
+    refuse(std::string(name) + " must have shape (" + std::to_string(rows) + ", " + std::to_string(classes) + ")");
+  }
+  if (classes > 1 && rows > 0 && x.stride(1) != 1) {
+    refuse(std::string(name) + " must have unit stride along the classes; call .contiguous()");
+  }
+  return {x.data_ptr(), x.stride(0), type_of(x)};
+}
+
+std::vector<Matrix> matrices(const std::vector<Tensor>& xs, int64_t rows, int64_t classes, const char* name) {
+  std::vector<Matrix> out;
+  for (const Tensor& x : xs) out.push_back(matrix(x, rows, classes, name));
+  return out;
+}
+
+std::vector<double> numbers(const Tensor& x, const char* name) {
+  if (x.dim() > 1 || (x.scalar_type() != ScalarType::Float && x.scalar_type() != ScalarType::Double)) {
+    refuse(std::string(name) + " must be a float32 or float64 tensor of at most one dimension");
+  }
+  const int64_t n = x.numel(), stride = x.dim() == 1 ? x.stride(0) : 1;
+  std::vector<double> out(n);
+  for (int64_t i = 0; i < n; ++i) {
+    out[i] = x.scalar_type() == ScalarType::Float ? static_cast<const float*>(x.data_ptr())[i * stride]
+                                                  : static_cast<const double*>(x.data_ptr())[i * stride];
+  }
+  return out;
+}
+
+// Class indices, checked, or an empty vector where the target is class probabilities.
+std::vector<int64_t> read_labels(const Tensor& target, int64_t rows, int64_t classes, int64_t ignore_index) {
+  if (target.dim() == 2) return {};
+  if (target.scalar_type() != ScalarType::Long || target.dim() != 1 || target.size(0) != rows) {
+    refuse("target must be int64 class indices of shape (" + std::to_string(rows) + ",) or class probabilities");
+  }
+  std::vector<int64_t> labels(rows);
+  const auto* data = static_cast<const int64_t*>(target.data_ptr());
+  const int64_t stride = target.stride(0);
+  for (int64_t i = 0; i < rows; ++i) {
+    const int64_t y = labels[i] = data[i * stride];
+    if (y != ignore_index && (y < 0 || y >= classes)) {
+      refuse("target[" + std::to_string(i) + "] is " + std::to_string(y) + ", outside the " + std::to_string(classes) +
+             " classes; mark rows to skip with ignore_index (" + std::to_string(ignore_index) + ")");
+    }
+  }
+  return labels;
+}
+
+enum Reduction { kNone, kMean, kSum };
+
+using Result = std::tuple<Tensor, Tensor, std::vector<Tensor>>;
+
+// Means of the label scores over the valid rows, summed in row order.
+void score_means(Problem& p, const std::vector<int64_t>& labels, int64_t valid) {
+  p.score_mean[0] = p.score_mean[1] = 0;
+  for (int64_t i = 0; i < p.rows; ++i) {
+    if (!labels.empty() && labels[i] == p.ignore_index) continue;
+    for (int k = 0; k < 2; ++k) p.score_mean[k] += p.scores[2 * i + k];
+  }
+  for (double& mean : p.score_mean) mean /= std::max<int64_t>(valid, 1);
+}
+
+void each_row(void (*run)(const Problem&, int64_t, int64_t), const Problem& p) {
+  // About 32k logits a task: enough to pay for the hand-over, small enough to balance.
+  const int64_t grain = std::max<int64_t>(1, 32768 / p.classes);
+  torch::stable::parallel_for(0, p.rows, grain, [&](int64_t begin, int64_t end) { run(p, begin, end); });
+}
+
+void put(const Tensor& to, int64_t i, double value) {
+  if (to.scalar_type() == ScalarType::Double) {
+    static_cast<double*>(to.data_ptr())[i] = value;
+  } else {
+    static_cast<float*>(to.data_ptr())[i] = static_cast<float>(value);
+  }
+}
+
+template <class Op>
+Result loss(std::vector<Tensor> students, std::vector<Tensor> teachers, std::optional<Tensor> target,
+            std::optional<Tensor> denominator, std::optional<Tensor> upstream, std::vector<double> params,
+            int64_t reduction, int64_t ignore_index, bool with_gradient) {
+  if (students.empty() || students[0].dim() != 2) refuse("student must have shape (N, C)");
+  if (students.size() + teachers.size() + 4 > kMaxStreams) refuse("too many teachers or SL-Ts");
+  const Tensor& student = students[0];
+  const int64_t rows = student.size(0), classes = student.size(1);
+
+  Problem p = {};
+  p.rows = rows;
+  p.classes = classes;
+  const auto student_rows = matrices(students, rows, classes, "student and SL-Ts");
+  const auto teacher_rows = matrices(teachers, rows, classes, "teacher");
+  p.students = student_rows.data();
+  p.num_students = static_cast<int>(students.size());
+  p.teachers = teacher_rows.data();
+  p.num_teachers = static_cast<int>(teachers.size());
+  p.ignore_index = ignore_index;
+  p.params = params.data();
+
+  std::vector<int64_t> labels;
+  if (target) labels = read_labels(*target, rows, classes, ignore_index);
+  if (!labels.empty()) p.labels = labels.data();
+  if (target && target->dim() == 2) p.soft = matrix(*target, rows, classes, "target");
+  int64_t valid = rows;
+  for (int64_t y : labels) valid -= y == ignore_index;
+
+  for (const auto& list : {student_rows, teacher_rows}) {
+    for (const Matrix& m : list) p.wide |= m.type == DType::f64;
+  }
+  const auto real = p.wide ? ScalarType::Double : ScalarType::Float;
+
+  double scale = 1;
+  if (reduction == kMean) {
+    const double divisor = denominator ? numbers(*denominator, "denominator").at(0) : std::max<int64_t>(valid, 1);
+    if (!(divisor > 0)) refuse("denominator must be positive, got " + std::to_string(divisor));
+    scale = 1 / divisor;
+  }
+  std::vector<double> weights(rows, scale);
+  if (upstream) {
+    const auto given = numbers(*upstream, "upstream");
+    if (given.size() != 1 && static_cast<int64_t>(given.size()) != rows) refuse("upstream must have 1 or N numbers");
+    for (int64_t i = 0; i < rows; ++i) weights[i] *= given[given.size() == 1 ? 0 : i];
+  }
+  p.upstream = weights.data();
+
+  std::vector<Tensor> gradients;
+  std::vector<Output> outputs;
+  if (with_gradient) {
+    for (const Tensor& x : students) {
+      // float16 would lose what lies below 6e-8 before a loss scaler could lift it.
+      const auto type = x.scalar_type() == ScalarType::Half ? ScalarType::Float : x.scalar_type();
+      gradients.push_back(torch::stable::empty({rows, classes}, type));
+      outputs.push_back({gradients.back().data_ptr(), type_of(gradients.back())});
+    }
+    p.gradients = outputs.data();
+  }
+
+  p.num_terms = Op::terms(p.num_students);
+  const int width = 1 + p.num_terms;
+  std::vector<double> out(rows * width), scores;
+  p.out = out.data();
+  const RowPass pass = Op::pass();
+  if (rows > 0) {
+    if (pass.score) {
+      scores.resize(2 * rows);
+      p.scores = scores.data();
+      each_row(pass.score, p);
+      score_means(p, labels, valid);
+    }
+    each_row(pass.run, p);
+  }
+
+  // In row order, whatever thread made a row: the same bits for any number of threads.
+  std::vector<double> totals(width, 0.);
+  for (int64_t i = 0; i < rows; ++i) {
+    for (int k = 0; k < width; ++k) totals[k] += out[i * width + k];
+  }
+  Tensor value = reduction == kNone ? torch::stable::empty({rows}, real) : torch::stable::empty({}, real);
+  if (reduction == kNone) {
+    for (int64_t i = 0; i < rows; ++i) put(value, i, out[i * width]);
+  } else {
+    put(value, 0, totals[0] * scale);
+  }
+  Tensor terms = torch::stable::empty({width}, real);
+  for (int k = 0; k < p.num_terms; ++k) {
+    put(terms, k, totals[1 + k] / (Op::counts(k) ? 1. : std::max<double>(valid, 1)));
+  }
+  put(terms, p.num_terms, valid);
+  return {value, terms, gradients};
+}
+
+std::vector<std::string> levels() {
+  std::vector<std::string> names;
+  for (int k = best_level(); k >= 0; --k) names.push_back(kLevelNames[k]);
+  return names;
+}
+
+void set_level(const std::string& name) {
+  for (int k = best_level(); k >= 0; --k) {
+    if (name == kLevelNames[k]) {
+      current_level = static_cast<Level>(k);
+      return;
+    }
+  }
+  refuse("SIMD level '" + name + "' is not one that this machine runs");
+}
+
+}  // namespace
+
+#define KDFUSE_SCHEMA                                                                              \
+  "(Tensor[] students, Tensor[] teachers, Tensor? target, Tensor? denominator, Tensor? upstream, " \
+  "float[] params, int reduction, int ignore_index, bool with_gradient) "                          \
+  "-> (Tensor loss, Tensor terms, Tensor[] gradients)"
+
+STABLE_TORCH_LIBRARY(kdfuse, m) {
+  m.def("kd" KDFUSE_SCHEMA);
+  m.def("dkd" KDFUSE_SCHEMA);
+  m.def("nkd" KDFUSE_SCHEMA);
+  m.def("tf_nkd" KDFUSE_SCHEMA);
+  m.def("uskd" KDFUSE_SCHEMA);
+  m.def("slkd" KDFUSE_SCHEMA);
+}
+
+STABLE_TORCH_LIBRARY_IMPL(kdfuse, CPU, m) {
+  m.impl("kd", TORCH_BOX(&loss<Kd>));
+  m.impl("dkd", TORCH_BOX(&loss<Dkd>));
+  m.impl("nkd", TORCH_BOX(&loss<Nkd>));
+  m.impl("tf_nkd", TORCH_BOX(&loss<TfNkd>));
+  m.impl("uskd", TORCH_BOX(&loss<Uskd>));
+  m.impl("slkd", TORCH_BOX(&loss<Slkd>));
+}
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Facts of the compiled part; loading it registers torch.ops.kdfuse.";
+  m.attr("compiler") = __VERSION__;
+  m.def("levels", &levels, "SIMD levels that this machine runs, best first.");
+  m.def("level", [] { return std::string(kLevelNames[current_level.load()]); }, "The SIMD level in use.");
+  m.def("set_level", &set_level, pybind11::arg("name"), "Use another of levels().");
+}
+
+}  // namespace kdfuse

@@ -1,0 +1,307 @@
+// One row on the CPU: brought into scratch once in the type of computation T, with the label's entry
+// and the padding at -inf, so that every loop runs over whole vectors and over the rest (j != y) alone.
+#pragma once
+#include <cstdlib>
+#include <new>
+
+#include "row.h"
+#include "rows.h"
+#include "simd.h"
+
+namespace kdfuse {
+namespace {  // each level compiles its own copy, none may leak into another
+
+// Sums run in vectors of T for this many elements, then in double: error stays flat in C.
+constexpr int64_t kBlock = 1024;
+
+inline int64_t padded(int64_t classes) { return (classes + kFloatLanes - 1) / kFloatLanes * kFloatLanes; }
+
+// Per-thread rows of scratch; they stay allocated, so that a step allocates nothing.
+template <class T>
+class Scratch {
+ public:
+  T* rows(int64_t count, int64_t length) {
+    const int64_t wanted = count * length;
+    if (wanted > size_) {
+      std::free(data_);
+      data_ = static_cast<T*>(std::aligned_alloc(64, (wanted * sizeof(T) + 63) / 64 * 64));
+      size_ = data_ ? wanted : 0;
+      if (!data_) throw std::bad_alloc();
+    }
+    return data_;
+  }
+  ~Scratch() { std::free(data_); }
+
+ private:
+  T* data_ = nullptr;
+  int64_t size_ = 0;
+};
+
+// What the next row needs is asked for while this one is computed: rows are about a page long, and the
+// hardware's own prefetch stops at each page.
+struct Ahead {
+  const char* at;  // this place of the next row ...
+  int64_t bytes;  // ... an element of which has this size
+  const char* written;  // and of the gradient row about to be written, or null
+  int64_t written_bytes;
+
+  void touch(int64_t i) const {
+    __builtin_prefetch(at + i * bytes);
+    if (written) __builtin_prefetch(written + i * written_bytes, 1);
+  }
+};
+
+inline int64_t size_of(DType type) { return type == DType::f64 ? 8 : type == DType::f32 ? 4 : 2; }
+
+// After the last row there is nothing to fetch: the row itself is named, which is there already.
+inline Ahead next_row(const Problem& p, const Matrix& m, int64_t row, int which = -1) {
+  const int64_t next = row + 1 < p.rows ? row + 1 : row, bytes = size_of(m.type);
+  Ahead ahead = {static_cast<const char*>(m.data) + next * m.stride * bytes, bytes, nullptr, 0};
+  if (which >= 0 && p.gradients) {
+    ahead.written_bytes = size_of(p.gradients[which].type);
+    ahead.written = static_cast<char*>(p.gradients[which].data) + row * p.classes * ahead.written_bytes;
+  }
+  return ahead;
+}
+
+template <class T>
+T row_max(const T* x, int64_t length) {
+  auto m = load(x);
+  for (int64_t i = Simd<T>::lanes; i < length; i += Simd<T>::lanes) m = maximum(m, load(x + i));
+  return max_lanes(m);
+}
+
+template <class T, class S>
+T copy_row(const S* from, int64_t classes, T* to, T pad) {
+  constexpr int lanes = Simd<T>::lanes;
+  auto m = fill<T>(-INFINITY);
+  int64_t i = 0;
+  for (; i + lanes <= classes; i += lanes) {
+    const auto v = load_as(from + i, T());
+    m = maximum(v, m);
+    store(to + i, v);
+  }
+  if (i < classes) {
+    S tail[kFloatLanes] = {};
+    std::memcpy(tail, from + i, (classes - i) * sizeof(S));
+    store(to + i, load_as(tail, T()));
+  }
+  for (int64_t j = classes; j < padded(classes); ++j) to[j] = pad;
+  T peak = max_lanes(m);
+  for (; i < classes; ++i) peak = to[i] > peak ? to[i] : peak;
+  return peak;
+}
+
+template <class T>
+T load_row(const Matrix& x, int64_t row, int64_t classes, T* to, T pad) {
+  const int64_t at = row * x.stride;
+  switch (x.type) {
+    case DType::f32:
+      return copy_row(static_cast<const float*>(x.data) + at, classes, to, pad);
+    case DType::bf16:
+      return copy_row(static_cast<const bf16*>(x.data) + at, classes, to, pad);
+    case DType::f16:
+      return copy_row(static_cast<const f16*>(x.data) + at, classes, to, pad);
+    default:
+      break;
+  }
+  // Rows of doubles are computed in double only.
+  if constexpr (sizeof(T) == sizeof(double)) {
+    return copy_row(static_cast<const double*>(x.data) + at, classes, to, pad);
+  }
+  return pad;
+}
+
+// Takes the labels out of a row in scratch, and says what the rest's peak and the labels were. Where
+// nothing else is finite the label stands in for the peak, so that the row keeps its distribution.
+template <class T>
+Stats<double> drop_labels(T* x, int64_t length, T peak, const int64_t* labels, int count, T* values) {
+  bool again = false;
+  T highest = -INFINITY;
+  for (int k = 0; k < count; ++k) {
+    values[k] = x[labels[k]];
+    again |= !(values[k] < peak);
+    highest = values[k] > highest ? values[k] : highest;
+    x[labels[k]] = -INFINITY;
+  }
+  if (again) peak = row_max(x, length);
+  if (peak == -INFINITY) peak = highest == -INFINITY ? T(0) : highest;
+  return {static_cast<double>(peak), 0, 0, count == 1 ? static_cast<double>(values[0]) : -INFINITY};
+}
+
+// How a pass gets exp(x - peak) from exp((x - peak) / T): not at all, as its square, as its fourth
+// power, or as an exponential of its own in a second row.
+enum class Unit { none, square, fourth, apart };
+
+template <class T>
+Unit unit_pass(T temperature, bool wanted) {
+  if (!wanted || temperature == T(1)) return Unit::none;
+  return temperature == T(2) ? Unit::square : temperature == T(4) ? Unit::fourth : Unit::apart;
+}
+
+template <Unit U, class V>
+inline V unit_power(V e) {
+  const V square = e * e;
+  return U == Unit::square ? square : square * square;
+}
+
+// e = exp((x - peak) / T) and its sum; at T = 1 as `unit` says, into e1 where that is apart.
+template <Unit U, class T>
+void exponentials(const T* x, int64_t length, T temperature, T* e, T* e1, Stats<double>& s, Ahead ahead) {
+  const T scale = T(1) / temperature, peak = static_cast<T>(s.peak);
+  for (int64_t start = 0; start < length; start += kBlock) {
+    const int64_t end = start + kBlock < length ? start + kBlock : length;
+    typename Simd<T>::vec sum = {}, sum1 = {};
+    for (int64_t i = start; i < end; i += Simd<T>::lanes) {
+      ahead.touch(i);
+      const auto d = load(x + i) - peak;
+      const auto v = exp_nonpositive(d * scale);
+      store(e + i, v);
+      sum += v;
+      if constexpr (U == Unit::apart) {
+        const auto v1 = exp_nonpositive(d);
+        store(e1 + i, v1);
+        sum1 += v1;
+      } else if constexpr (U != Unit::none) {
+        sum1 += unit_power<U>(v);
+      }
+    }
+    s.sum += sum_lanes(sum);
+    s.sum1 += sum_lanes(sum1);
+  }
+  if (temperature == T(1)) s.sum1 = s.sum;
+}
+
+template <class T>
+void exponentials(Unit unit, const T* x, int64_t length, T temperature, T* e, T* e1, Stats<double>& s, Ahead ahead) {
+  switch (unit) {
+    case Unit::none:
+      return exponentials<Unit::none>(x, length, temperature, e, e1, s, ahead);
+    case Unit::square:
+      return exponentials<Unit::square>(x, length, temperature, e, e1, s, ahead);
+    case Unit::fourth:
+      return exponentials<Unit::fourth>(x, length, temperature, e, e1, s, ahead);
+    case Unit::apart:
+      return exponentials<Unit::apart>(x, length, temperature, e, e1, s, ahead);
+  }
+}
+
+// sum of e_j (t_j - z_j), where e_j = 0 contributes exactly 0.
+template <class T>
+double cross(const T* e, const T* t, const T* z, int64_t length) {
+  double total = 0;
+  const typename Simd<T>::vec zero = {};
+  for (int64_t start = 0; start < length; start += kBlock) {
+    const int64_t end = start + kBlock < length ? start + kBlock : length;
+    auto sum = zero;
+    for (int64_t i = start; i < end; i += Simd<T>::lanes) {
+      const auto w = load(e + i);
+      sum += w > zero ? w * (load(t + i) - load(z + i)) : zero;
+    }
+    total += sum_lanes(sum);
+  }
+  return total;
+}
+
+// A teacher's exponentials and sum together with its cross sum against z; e may be t itself.
+template <class T>
+double teacher_pass(const T* t, const T* z, int64_t length, T temperature, T* e, Stats<double>& s, Ahead ahead) {
+  const T scale = T(1) / temperature, peak = static_cast<T>(s.peak);
+  const typename Simd<T>::vec zero = {};
+  double total = 0;
+  for (int64_t start = 0; start < length; start += kBlock) {
+    const int64_t end = start + kBlock < length ? start + kBlock : length;
+    auto sum = zero, crossed = zero;
+    for (int64_t i = start; i < end; i += Simd<T>::lanes) {
+      ahead.touch(i);
+      const auto x = load(t + i);
+      const auto v = exp_nonpositive((x - peak) * scale);
+      const auto gap = x - load(z + i);
+      store(e + i, v);
+      sum += v;
+      crossed += v > zero ? v * gap : zero;
+    }
+    s.sum += sum_lanes(sum);
+    total += sum_lanes(crossed);
+  }
+  return total;
+}
+
+// sum of w_j x_j, where w_j = 0 contributes exactly 0.
+template <class T>
+double weighted(const T* w, const T* x, int64_t length) {
+  double total = 0;
+  const typename Simd<T>::vec zero = {};
+  for (int64_t start = 0; start < length; start += kBlock) {
+    const int64_t end = start + kBlock < length ? start + kBlock : length;
+    auto sum = zero;
+    for (int64_t i = start; i < end; i += Simd<T>::lanes) {
+      const auto v = load(w + i);
+      sum += v != zero ? v * load(x + i) : zero;
+    }
+    total += sum_lanes(sum);
+  }
+  return total;
+}
+
+// How many classes come before the label in the order of logits; ties go to the lower index.
+template <class T>
+int64_t rank_of(const T* x, int64_t length, int64_t label, T value) {
+  constexpr int lanes = Simd<T>::lanes;
+  typename Simd<T>::ints count = {}, lane;
+  for (int i = 0; i < lanes; ++i) lane[i] = i;
+  const int64_t first = label / lanes * lanes;
+  for (int64_t i = 0; i < first; i += lanes) count -= load(x + i) >= value;
+  const auto shared = load(x + first);
+  count -= (shared >= value) & (lane < static_cast<typename Simd<T>::lane>(label - first));
+  count -= (shared > value) & (lane > static_cast<typename Simd<T>::lane>(label - first));
+  for (int64_t i = first + lanes; i < length; i += lanes) count -= load(x + i) > value;
+  int64_t rank = 0;
+  for (int i = 0; i < lanes; ++i) rank += count[i];
+  return value == value ? rank : length;
+}
+
+// One summand of a gradient row: scale * row.
+template <class T>
+struct Stream {
+  const T* row;
+  T scale;
+};
+
+// out_j = a e_j + sum_m scale_m row_m,j + c power(e_j); the labels are written by the caller.
+template <Unit U, int M, class T, class O>
+void combine(const T* e, T a, T c, const Stream<T>* streams, int count, int64_t classes, O* out) {
+  constexpr int lanes = Simd<T>::lanes;
+  const int total = M < 0 ? count : M;
+  const auto at = [&](int64_t i) {
+    const auto v = load(e + i);
+    auto g = v * a;
+    for (int m = 0; m < total; ++m) g += load(streams[m].row + i) * streams[m].scale;
+    if constexpr (U == Unit::square || U == Unit::fourth) g += unit_power<U>(v) * c;
+    return g;
+  };
+  int64_t i = 0;
+  for (; i + lanes <= classes; i += lanes) store_as(out + i, at(i));
+  if (i < classes) {
+    O tail[kFloatLanes];
+    store_as(tail, at(i));
+    std::memcpy(out + i, tail, (classes - i) * sizeof(O));
+  }
+}
+
+template <Unit U, class T, class O>
+void combine(const T* e, T a, T c, const Stream<T>* streams, int count, int64_t classes, O* out) {
+  if (count == 1) return combine<U, 1>(e, a, c, streams, count, classes, out);
+  if (count == 2) return combine<U, 2>(e, a, c, streams, count, classes, out);
+  return combine<U, -1>(e, a, c, streams, count, classes, out);
+}
+
+template <class T, class O>
+void combine(Unit unit, const T* e, T a, T c, const Stream<T>* streams, int count, int64_t classes, O* out) {
+  if (unit == Unit::square) return combine<Unit::square>(e, a, c, streams, count, classes, out);
+  if (unit == Unit::fourth) return combine<Unit::fourth>(e, a, c, streams, count, classes, out);
+  return combine<Unit::none>(e, a, c, streams, count, classes, out);
+}
+
+}  // namespace
+}  // namespace kdfuse

@@ -1,0 +1,180 @@
+// What the row passes of all losses share: the target of a row, its cross-entropy, ranks and gradient.
+#pragma once
+#include "row_cpu.h"
+#include "row_limits.h"
+
+namespace kdfuse {
+namespace {  // each level compiles its own copy, none may leak into another
+
+// The target of one row: one label (two for mixed labels of the ops that take two), or none.
+template <class T>
+struct Target {
+  int count = 0;
+  int64_t labels[2] = {-1, -1};
+  double values[2] = {0, 0};  // the labels' probabilities
+  const T* soft = nullptr;  // class probabilities without the labels', or null for a hard label
+  double mass = 1;  // of all class probabilities
+};
+
+// wanted: how many labels a row of class probabilities is reduced to.
+template <class T>
+Target<T> read_target(const Problem& p, int64_t row, int wanted, T* soft) {
+  Target<T> target;
+  if (p.soft.data) {
+    load_row(p.soft, row, p.classes, soft, T(0));
+    double mass = 0;
+    for (int64_t j = 0; j < p.classes; ++j) mass += soft[j];
+    for (int k = 0; k < wanted; ++k) {
+      int64_t best = 0;
+      for (int64_t j = 1; j < p.classes; ++j) best = soft[j] > soft[best] ? j : best;
+      if (k > 0 && !(soft[best] > T(0))) break;  // a mixed label of one class has one target
+      target.labels[k] = best;
+      target.values[k] = soft[best];
+      target.count = k + 1;
+      soft[best] = 0;
+    }
+    target.soft = soft;
+    target.mass = mass;
+  } else if (p.labels) {
+    target.count = 1;
+    target.labels[0] = p.labels[row];
+    target.values[0] = 1;
+  }
+  return target;
+}
+
+inline bool ignored(const Problem& p, int64_t row) { return p.labels && p.labels[row] == p.ignore_index; }
+
+// One set of logits of a row, with what was learnt from it.
+template <class T>
+struct Logits {
+  T* x;  // the row, labels at -inf
+  Ahead ahead;  // where the next row's stand
+  T* e = nullptr;  // exponentials at T
+  T* e1 = nullptr;  // exponentials at T = 1 where they stand apart
+  T label[2] = {};  // the labels' logits
+  Stats<double> stats = {};
+  Split<double> at, at1;  // the softmax at T and at T = 1
+  Unit unit = Unit::none;
+};
+
+// which: the student, where these logits get a gradient.
+template <class T>
+Logits<T> read_logits(const Problem& p, const Matrix& m, int64_t row, const Target<T>& target, T* x, int which = -1) {
+  Logits<T> logits;
+  logits.x = x;
+  logits.ahead = next_row(p, m, row, which);
+  const T peak = load_row(m, row, p.classes, x, static_cast<T>(-INFINITY));
+  logits.stats = drop_labels(x, padded(p.classes), peak, target.labels, target.count, logits.label);
+  return logits;
+}
+
+// Exponentials and softmaxes of logits; e may be the row itself, e1 is used where T asks for it.
+template <class T>
+void exponentiate(const Problem& p, Logits<T>& z, double temperature, bool at_one, T* e, T* e1) {
+  z.unit = unit_pass(static_cast<T>(temperature), at_one);
+  z.e = e;
+  z.e1 = e1;
+  exponentials(z.unit, z.x, padded(p.classes), static_cast<T>(temperature), e, e1, z.stats, z.ahead);
+  z.at = split(z.stats, temperature);
+  if (at_one) z.at1 = split1(z.stats);
+}
+
+// The gradient of one row as it is collected: coefficients of the exponentials, further rows, labels.
+template <class T>
+struct Gradient {
+  double a = 0, c = 0;
+  double label[2] = {0, 0};
+  Stream<T> streams[kMaxStreams];
+  double scales[kMaxStreams];
+  int count = 0;
+
+  void add(const T* row, double scale) {
+    streams[count].row = row;
+    scales[count++] = scale;
+  }
+};
+
+// Adds weight * CE at T = 1 to the gradient; returns CE. dot: sum over j of y_j z_j.
+template <class T>
+double add_cross_entropy(const Logits<T>& z, const Target<T>& target, double dot, double weight, Gradient<T>& g) {
+  const double value = cross_entropy(z.at1, target.mass, dot);
+  if (weight == 0) return value;
+  g.c += weight * target.mass * z.at1.unit;
+  for (int k = 0; k < target.count; ++k) {
+    g.label[k] += weight * (target.mass * std::exp(z.label[k] - z.at1.lse) - target.values[k]);
+  }
+  if (target.soft) g.add(target.soft, -weight);
+  return value;
+}
+
+// sum over j of y_j z_j, from a row that still holds its logits.
+template <class T>
+double target_dot(const Problem& p, const Logits<T>& z, const Target<T>& target) {
+  double dot = target.soft ? weighted(target.soft, z.x, padded(p.classes)) : 0;
+  for (int k = 0; k < target.count; ++k) dot += gated(target.values[k], static_cast<double>(z.label[k]));
+  return dot;
+}
+
+struct Hits {
+  double top1 = 0, top5 = 0;
+};
+
+template <class T>
+Hits hits(const Problem& p, const Logits<T>& z, const Target<T>& target) {
+  if (target.count == 0) return {};
+  int64_t rank = rank_of(z.x, padded(p.classes), target.labels[0], z.label[0]);
+  if (target.count == 2) {
+    rank += z.label[1] > z.label[0] || (z.label[1] == z.label[0] && target.labels[1] < target.labels[0]);
+  }
+  return {rank < 1 ? 1. : 0., rank < 5 ? 1. : 0.};
+}
+
+template <class T, class O>
+void write_as(const Logits<T>& z, Gradient<T>& g, const Target<T>& target, int64_t classes, T a, T c, O* out) {
+  combine(z.unit, z.e, a, c, g.streams, g.count, classes, out);
+  for (int k = 0; k < target.count; ++k) {
+    O lanes[kFloatLanes];
+    store_as(lanes, fill<T>(static_cast<T>(g.label[k])));
+    out[target.labels[k]] = lanes[0];
+  }
+}
+
+template <class T>
+void write_gradient(const Problem& p, int which, int64_t row, double temperature, const Logits<T>& z, Gradient<T>& g,
+                    const Target<T>& target) {
+  if (z.unit == Unit::apart) g.add(z.e1, g.c);
+  const double weight = p.upstream[row];
+  const T a = static_cast<T>(weight * (temperature == 1 ? g.a + g.c : g.a)), c = static_cast<T>(weight * g.c);
+  for (int m = 0; m < g.count; ++m) g.streams[m].scale = static_cast<T>(weight * g.scales[m]);
+  for (double& label : g.label) label *= weight;
+  const Output& out = p.gradients[which];
+  const int64_t at = row * p.classes;
+  switch (out.type) {
+    case DType::f32:
+      return write_as(z, g, target, p.classes, a, c, static_cast<float*>(out.data) + at);
+    case DType::bf16:
+      return write_as(z, g, target, p.classes, a, c, static_cast<bf16*>(out.data) + at);
+    case DType::f64:
+      if constexpr (sizeof(T) == sizeof(double)) {
+        return write_as(z, g, target, p.classes, a, c, static_cast<double*>(out.data) + at);
+      }
+      return;
+    case DType::f16:
+      return;  // never asked for: the gradient of float16 logits is stored in float32
+  }
+}
+
+// A row that takes no part: no loss, no gradient.
+inline void write_nothing(const Problem& p, int64_t row) {
+  double* out = p.out + row * (1 + p.num_terms);
+  for (int k = 0; k <= p.num_terms; ++k) out[k] = 0;
+  for (int s = 0; p.gradients && s < p.num_students; ++s) {
+    const Output& g = p.gradients[s];
+    const int64_t size = p.classes * size_of(g.type);
+    std::memset(static_cast<char*>(g.data) + row * size, 0, size);
+  }
+}
+
+}  // namespace
+}  // namespace kdfuse

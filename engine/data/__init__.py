@@ -1,0 +1,67 @@
+"""Images for training and evaluation: sources list them, loaders deliver what the plan says."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+import torch
+
+from ..schema import Data
+from .batch import CPU, Batch
+from .check import check_folder
+from .dali import DaliLoader
+from .digits import write_digits
+from .manifest import Manifest
+from .resident import ResidentLoader
+from .sources import open_source
+from .vision import VisionLoader
+
+__all__ = [
+    "LOADERS",
+    "Batch",
+    "Loader",
+    "Manifest",
+    "check_folder",
+    "make_loader",
+    "open_source",
+    "write_digits",
+]
+
+Loader = DaliLoader | VisionLoader | ResidentLoader
+LOADERS: dict[str, type[Loader]] = {
+    "dali": DaliLoader,
+    "torchvision": VisionLoader,
+    "resident": ResidentLoader,
+}
+
+
+def make_loader(
+    manifest: Manifest,
+    data: Data,
+    batch: int,
+    *,
+    seed: int,
+    rank: int = 0,
+    world: int = 1,
+    train: bool,
+    device: torch.device = CPU,
+) -> Loader:
+    """The loader of `data.loader` for process `rank` of `world`, with `batch` images a step each.
+
+    "auto" is dali where it is installed and the images are files, else torchvision; the loader's
+    `name` says which. `device` is where the run computes: batches for a GPU lie in pinned memory,
+    or with resident on the GPU itself.
+    """
+    kind = data.loader
+    if kind == "auto":
+        kind = "dali" if manifest.paths and _has_dali() else "torchvision"
+    return LOADERS[kind](
+        manifest, data, batch, seed=seed, rank=rank, world=world, train=train, device=device
+    )
+
+
+def _has_dali() -> bool:
+    try:
+        return find_spec("nvidia.dali") is not None
+    except ModuleNotFoundError:  # no package `nvidia` at all
+        return False

@@ -1,0 +1,209 @@
+"""The loader on NVIDIA DALI's CPU decoders: reads, decodes and resizes what the plan says.
+
+DALI's own reader, shuffling and random crops stay unused, so its prefetching carries no state that
+a restart would have to restore.
+"""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections import deque
+from collections.abc import Generator, Iterator
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ..schema import Data
+from .batch import CPU, Batch
+from .images import UnreadableError
+from .manifest import Manifest
+from .quarantine import BadImagesError
+from .sampler import Plan
+from .schedule import Schedule, Task
+
+Inputs = tuple["list[NDArray[np.uint8]]", NDArray[np.int32]]
+
+
+class DaliLoader:
+    """Batches of `batch` images for process `rank` of `world`, exactly as planned.
+
+    DALI decodes in `workers` threads and keeps `prefetch` batches under way; images are DALI's own
+    memory, not copied, or with a GPU as `device` one copy in pinned memory.
+    """
+
+    name = "dali"
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        data: Data,
+        batch: int,
+        *,
+        seed: int,
+        rank: int = 0,
+        world: int = 1,
+        train: bool,
+        device: torch.device = CPU,
+    ) -> None:
+        if not manifest.paths:
+            raise ValueError(
+                f"data.loader=dali reads files and data.source={data.source} has none; use auto"
+            )
+        _import()
+        self._schedule = Schedule(
+            manifest, data, batch, seed=seed, rank=rank, world=world, train=train
+        )
+        self._manifest, self._data = manifest, data
+        self._pin = device.type == "cuda"
+        self._running: weakref.WeakSet[Generator[Batch, None, None]] = weakref.WeakSet()
+        self.steps = self._schedule.steps
+        self.bad = self._schedule.quarantine.bad
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """The batches of an epoch from step `start`; nothing before it is read."""
+        batches = self._batches(epoch, self._schedule.tasks_from(start))
+        self._running.add(batches)
+        return batches
+
+    def close(self) -> None:
+        """Ends DALI's threads; an epoch in progress ends."""
+        for batches in list(self._running):
+            batches.close()
+
+    def _batches(self, epoch: int, steps: range) -> Generator[Batch, None, None]:
+        """One pipeline an epoch. After a decoding error it is invalid, batches under way included,
+        so a new one starts at the step that failed.
+        """
+        feed = _Feed(self._schedule, epoch, steps)
+        pipe = _pipeline(self._data, self._schedule.view, self._schedule.batch, feed)
+        for step in steps:
+            while True:
+                try:
+                    images = pipe.run()[0].as_tensor()
+                    break
+                except BadImagesError:
+                    raise
+                except RuntimeError as error:
+                    self._blame(feed.ahead[0], error)
+                feed = _Feed(self._schedule, epoch, range(step, self.steps))
+                pipe = _pipeline(self._data, self._schedule.view, self._schedule.batch, feed)
+            pixels = torch.from_dlpack(images)
+            yield self._schedule.pack(
+                feed.ahead.popleft(), pixels.pin_memory() if self._pin else pixels
+            )
+
+    def _blame(self, task: Task, error: RuntimeError) -> None:
+        """Quarantines the files of a failed batch that are bad; raises where none is.
+
+        A file is bad when it cannot be decoded whole, as for the other loaders, or when DALI
+        refuses it alone.
+        """
+        for row in dict.fromkeys(task.plan.index.tolist()):
+            try:
+                self._manifest.read(row)
+            except UnreadableError as fault:
+                self._schedule.quarantine.add(row, str(fault))
+        if self._schedule.quarantine.bad.keys().isdisjoint(task.plan.index.tolist()):
+            self._try_each(task)
+        if self._schedule.quarantine.bad.keys().isdisjoint(task.plan.index.tolist()):
+            raise RuntimeError(
+                f"DALI failed at epoch {task.epoch}, step {task.step}, though each of its images "
+                f"can be decoded alone; data.loader=torchvision does without DALI: {error}"
+            ) from error
+
+    def _try_each(self, task: Task) -> None:
+        for i, row in enumerate(task.plan.index.tolist()):
+            inputs = _inputs(self._manifest, _row(task.plan, i))
+            try:
+                _pipeline(self._data, self._schedule.view, 1, [inputs]).run()
+            except RuntimeError:  # its text does not name the file
+                self._schedule.quarantine.add(row, "DALI cannot decode it, though PIL can")
+
+
+class _Feed:
+    """Gives the pipeline the inputs of each step, and keeps the tasks not yet delivered."""
+
+    def __init__(self, schedule: Schedule, epoch: int, steps: range) -> None:
+        self.schedule, self.epoch, self.steps = schedule, epoch, iter(steps)
+        self.ahead: deque[Task] = deque()
+
+    def __call__(self) -> Inputs:
+        """StopIteration after the last step ends the pipeline's prefetching."""
+        step = next(self.steps)
+        task = self.schedule.task(self.epoch, step)
+        # A crop may miss the damage of a cut file, so DALI's errors alone would depend on the crop.
+        while faults := self._faults(task):
+            for row, why in faults.items():
+                self.schedule.quarantine.add(row, why)
+            task = self.schedule.task(self.epoch, step)
+        self.ahead.append(task)
+        return _inputs(self.schedule.manifest, task.plan)
+
+    def _faults(self, task: Task) -> dict[int, str]:
+        changed = self.schedule.manifest.changed
+        return {row: why for row in task.plan.index.tolist() if (why := changed(row)) is not None}
+
+
+def _import() -> Any:
+    """nvidia.dali, imported when first used: it takes a second and may be absent."""
+    try:
+        import nvidia.dali as dali
+    except ImportError as error:
+        raise ValueError(
+            "data.loader=dali needs NVIDIA DALI, which cannot be imported "
+            f"({error}): pip install nvidia-dali-cuda130, or set data.loader=torchvision"
+        ) from error
+    return dali
+
+
+def _pipeline(data: Data, view: str, batch: int, feed: Any) -> Any:
+    """A built pipeline whose only output is (batch, size, size, 3) uint8.
+
+    Linear interpolation with antialiasing is what PIL and torchvision do, but for the outermost
+    output pixels, where DALI repeats the border and they leave it out. EXIF is ignored.
+    """
+    dali = _import()
+    fn, types = dali.fn, dali.types
+    pipe = dali.Pipeline(batch, data.workers, None, prefetch_queue_depth=data.prefetch)
+    decode = {"device": "cpu", "output_type": types.RGB, "adjust_orientation": False}
+    with pipe:
+        path, task = fn.external_source(
+            feed, num_outputs=2, ndim=1, dtype=[types.UINT8, types.INT32]
+        )
+        file = fn.io.file.read(path)
+        place = {"start": task[0:2], "shape": task[2:4], "axes": (0, 1)}
+        if view == "pad_crop":
+            image = fn.slice(fn.decoders.image(file, **decode), out_of_bounds_policy="pad", **place)
+        else:
+            image = fn.decoders.image_slice(file, **place, **decode)
+            size = fn.cast(task[4:6], dtype=types.FLOAT)
+            image = fn.resize(image, size=size, interp_type=types.INTERP_LINEAR, antialias=True)
+        if view == "none":
+            image = fn.slice(image, start=task[6:8], shape=[data.size, data.size], axes=(0, 1))
+        pipe.set_outputs(fn.flip(image, horizontal=task[8]))
+    pipe.build()
+    return pipe
+
+
+def _inputs(manifest: Manifest, plan: Plan) -> Inputs:
+    """Each file's path as bytes, and (B, 9): box, scaled, window, flip."""
+    paths = [np.frombuffer(os.fsencode(manifest.paths[row]), np.uint8) for row in plan.index]
+    numbers = [plan.box, plan.scaled, plan.window, plan.flip[:, None]]
+    return paths, np.concatenate(numbers, axis=1, dtype=np.int32)
+
+
+def _row(plan: Plan, i: int) -> Plan:
+    """The plan of one of its rows alone."""
+    one = slice(i, i + 1)
+    return replace(
+        plan,
+        index=plan.index[one],
+        box=plan.box[one],
+        flip=plan.flip[one],
+        scaled=plan.scaled[one],
+        window=plan.window[one],
+    )

@@ -1,0 +1,72 @@
+"""Reading one image file: what counts as readable, its size from the header, its pixels."""
+
+from __future__ import annotations
+
+import os
+import struct
+from typing import BinaryIO
+
+from PIL import Image, UnidentifiedImageError
+
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
+FORMATS = ("JPEG", "PNG", "BMP", "WEBP")  # what both decoders read, whatever the extension says
+MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")
+ENDS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}
+FAULTS = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
+
+
+class UnreadableError(Exception):
+    """An image file that cannot be used; the text says why, without the file's name."""
+
+
+def decode(path: str) -> Image.Image:
+    """All pixels of a file as an RGB image, not rotated by EXIF; raises UnreadableError."""
+    try:
+        with open(path, "rb") as file:
+            return _open(file).convert("RGB")
+    except FAULTS as error:
+        raise UnreadableError(_reason(error)) from error
+
+
+def inspect(path: str) -> tuple[int, int]:
+    """Height and width from the header; raises UnreadableError.
+
+    A file that does not end as its format does may be cut short, which a decoder of a small crop
+    would notice or not by chance, so such a file is decoded whole.
+    """
+    try:
+        with open(path, "rb") as file:
+            image = _open(file)
+            if not _ends_well(file, image.format):
+                image.load()
+            return image.height, image.width
+    except FAULTS as error:
+        raise UnreadableError(_reason(error)) from error
+
+
+def _open(file: BinaryIO) -> Image.Image:
+    if os.fstat(file.fileno()).st_size == 0:
+        raise ValueError("the file is empty")
+    image = Image.open(file, formats=FORMATS)
+    if image.mode not in MODES:
+        raise ValueError(f"mode {image.mode} is not 8 bits a channel")
+    return image
+
+
+def _ends_well(file: BinaryIO, kind: str | None) -> bool:
+    end = ENDS.get(kind or "")
+    if end is None:
+        return False
+    place = file.tell()
+    file.seek(-len(end), os.SEEK_END)
+    found = file.read() == end
+    file.seek(place)
+    return found
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, UnidentifiedImageError):
+        return f"not a readable {', '.join(FORMATS[:-1])} or {FORMATS[-1]} file"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return str(error)

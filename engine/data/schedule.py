@@ -1,0 +1,101 @@
+"""The steps of one process: which part of the plan each takes, with unreadable images replaced."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..schema import Data
+from .batch import Batch
+from .manifest import Manifest
+from .quarantine import Quarantine
+from .sampler import Ints, Plan, eval_plan, permutation, plan
+
+
+@dataclass(frozen=True)
+class Task:
+    """One step of one process."""
+
+    epoch: int
+    step: int
+    plan: Plan
+    valid: int  # rows that count
+
+
+class Schedule:
+    """Hands out the tasks of process `rank` of `world`, each of `batch` images.
+
+    Step s takes positions [s * batch * world, (s + 1) * batch * world), rank r their r-th slice.
+    Training leaves out the last incomplete step; evaluation fills it with the first image.
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        data: Data,
+        batch: int,
+        *,
+        seed: int,
+        rank: int,
+        world: int,
+        train: bool,
+    ) -> None:
+        self.manifest, self.data, self.batch = manifest, data, batch
+        self.seed, self.rank, self.world, self.train = seed, rank, world, train
+        n, whole = len(manifest.target), batch * world
+        self.steps = n // whole if train else -(-n // whole)
+        if self.steps == 0:
+            raise ValueError(
+                f"run.batch={whole} is larger than the training set of {n} images; lower run.batch"
+            )
+        self.quarantine = Quarantine(manifest, data.bad_images, warn=rank == 0)
+        self.view = data.augment if train else "none"
+        if self.view == "pad_crop":
+            self._check_padding()
+        self._order: tuple[int, Ints] = (-1, np.empty(0, np.int64))  # of the epoch at hand
+
+    def tasks_from(self, start: int) -> range:
+        """The steps of an epoch from `start`; ValueError where it lies outside."""
+        if not 0 <= start <= self.steps:
+            raise ValueError(f"start={start} is outside an epoch of {self.steps} steps")
+        return range(start, self.steps)
+
+    def task(self, epoch: int, step: int) -> Task:
+        """The plan of one step; rows now known as unreadable are replaced."""
+        first = (step * self.world + self.rank) * self.batch
+        positions = np.arange(first, first + self.batch)
+        sizes, replacement = self.manifest.sizes, self.quarantine.replacement
+        if self.train:
+            if self._order[0] != epoch:
+                self._order = (epoch, permutation(self.seed, epoch, len(sizes)))
+            index = replacement[self._order[1][positions]]
+            made = plan(self.data, sizes, self.seed, epoch, positions, index=index)
+            return Task(epoch, step, made, self.batch)
+        valid = min(max(len(sizes) - first, 0), self.batch)
+        index = replacement[np.where(np.arange(self.batch) < valid, positions, 0)]
+        return Task(epoch, step, eval_plan(self.data, sizes, index), valid)
+
+    def pack(self, task: Task, images: Tensor) -> Batch:
+        """The batch of a task; images: (B, H, W, 3) uint8, not copied."""
+        index = task.plan.index
+        return Batch(
+            images.permute(0, 3, 1, 2),
+            torch.from_numpy(self.manifest.target[index]),
+            torch.from_numpy(index),
+            task.valid,
+        )
+
+    def _check_padding(self) -> None:
+        sizes, data = self.manifest.sizes, self.data
+        small = (sizes > 0).all(axis=1) & (sizes + 2 * data.padding < data.size).any(axis=1)
+        if small.any():
+            row = int(small.argmax())
+            height, width = sizes[row].tolist()
+            raise ValueError(
+                f"data.augment=pad_crop needs images of data.size={data.size} less twice "
+                f"data.padding={data.padding} at least; {self.manifest.name(row)} has "
+                f"{height} x {width} pixels: lower data.size or use random_resized_crop"
+            )

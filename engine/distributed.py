@@ -1,0 +1,109 @@
+"""The processes of a run: which one this is, on what device, and the sums they take together."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
+
+
+@dataclass(frozen=True)
+class Group:
+    """This process (rank of world) and its device. All processes must make the same calls."""
+
+    rank: int
+    world: int
+    device: torch.device
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the process that writes files and prints."""
+        return self.rank == 0
+
+    def share(self, batch: int, name: str) -> int:
+        """This process's part of a global batch. ValueError when it does not divide evenly."""
+        if batch % self.world:
+            raise ValueError(
+                f"{name} = {batch} does not divide over {self.world} processes; "
+                f"set it to a multiple of {self.world}"
+            )
+        return batch // self.world
+
+    def sum(self, value: Tensor) -> Tensor:
+        """The sum of `value` over the processes, in place."""
+        if self.world > 1:
+            dist.all_reduce(value)
+        return value
+
+    def min(self, value: Tensor) -> Tensor:
+        """The smallest `value` of all processes, element by element, in place."""
+        if self.world > 1:
+            dist.all_reduce(value, op=dist.ReduceOp.MIN)
+        return value
+
+    def all(self, value: Any) -> list[Any]:
+        """The picklable `value` of every process, in order of rank."""
+        values = [value] * self.world
+        if self.world > 1:
+            dist.all_gather_object(values, value)
+        return values
+
+    def wait(self) -> None:
+        """Return when every process has come here."""
+        self.sum(torch.zeros((), device=self.device))
+
+    def wrap(self, module: nn.Module) -> nn.Module:
+        """The module whose gradients are averaged over the processes; itself for one process."""
+        if self.world == 1:
+            return module
+        ids = [self.device.index] if self.device.type == "cuda" else None
+        # Every rank keeps its own BatchNorm statistics in training: no broadcast in each step.
+        # average_batchnorm joins them before anything reads them.
+        return DistributedDataParallel(
+            module, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True
+        )
+
+    def average_batchnorm(self, module: nn.Module) -> None:
+        """Replace the running statistics of `module` by their mean over the processes."""
+        if self.world == 1:
+            return
+        for norm in module.modules():
+            if isinstance(norm, _BatchNorm) and norm.running_mean is not None:
+                for value in (norm.running_mean, norm.running_var):
+                    assert value is not None
+                    dist.all_reduce(value)
+                    value /= self.world
+
+
+def choose_device(name: str, local_rank: int = 0) -> torch.device:
+    """The device of "auto", "cpu" or "cuda". ValueError for cuda on a machine without."""
+    there = torch.cuda.is_available()
+    if name == "cuda" and not there:
+        raise ValueError(
+            "run.device = 'cuda', and this machine has no CUDA device that PyTorch can use; "
+            "set run.device=auto or run.device=cpu"
+        )
+    return torch.device("cuda", local_rank) if there and name != "cpu" else torch.device("cpu")
+
+
+@contextmanager
+def processes(device: str) -> Iterator[Group]:
+    """Join the processes that torchrun started (or be the only one), and leave them at the end."""
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    chosen = choose_device(device, int(os.environ.get("LOCAL_RANK", "0")))
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    if world == 1:
+        yield Group(0, 1, chosen)
+        return
+    dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    try:
+        yield Group(rank, world, chosen)
+    finally:
+        dist.destroy_process_group()

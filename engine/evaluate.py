@@ -1,0 +1,129 @@
+"""Top-1 and top-5 accuracy of the networks of a run, every validation image counted once."""
+
+from collections.abc import Iterable
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import checkpoint
+from .data import Batch, Loader, make_loader, open_source
+from .distiller import Distiller
+from .distributed import Group, processes
+from .environment import settings
+from .meters import Diverged
+from .recipe import Recipe
+from .state import State
+
+
+def hits(logits: Tensor, target: Tensor) -> Tensor:
+    """Top-1 hits, top-5 hits, rows, and rows that are not finite: float64 (4,).
+
+    Of equal logits the one of the lower class comes first, so that a constant output is no hit
+    for every class; a row that is not finite is no hit at all.
+    """
+    own = logits.gather(1, target[:, None])  # logits (N, C), target (N,)
+    classes = torch.arange(logits.shape[1], device=logits.device)
+    ahead = (logits > own) | ((logits == own) & (classes < target[:, None]))
+    rank = ahead.sum(1)
+    fine = logits.isfinite().all(1)
+    rows = torch.ones_like(fine)
+    return torch.stack([(rank < 1) & fine, (rank < 5) & fine, rows, ~fine]).double().sum(1)
+
+
+def accuracy(
+    distiller: Distiller,
+    networks: dict[str, tuple[nn.Module, str]],  # name: the network and its role
+    batches: Iterable[Batch],  # this process's part of the validation set
+    group: Group,
+) -> dict[str, dict[str, float]]:
+    """{name: {"top1": percent, "top5": percent}} over all processes' batches.
+
+    Leaves the networks in evaluation mode. Raises Diverged when one gives NaN or infinity.
+    """
+    counts = torch.zeros(len(networks), 4, dtype=torch.float64, device=group.device)
+    for network, _ in networks.values():
+        network.eval()
+    for batch in batches:
+        images = batch.images.to(group.device, non_blocking=True)
+        target = batch.target.to(group.device, non_blocking=True)[: batch.valid]
+        for count, (network, role) in zip(counts, networks.values(), strict=True):
+            count += hits(distiller.predict(network, role, images)[: batch.valid], target)
+    found = {}
+    for name, row in zip(networks, group.sum(counts).tolist(), strict=True):
+        top1, top5, rows, broken = row
+        if broken:
+            raise Diverged(
+                f"{name}: the outputs for {int(broken)} of {int(rows)} images are not "
+                "finite; lower optim.lr or look at the data"
+            )
+        found[name] = {"top1": 100 * top1 / rows, "top5": 100 * top5 / rows}
+    return found
+
+
+def evaluate_state(state: State, val: Loader, group: Group) -> dict[str, float]:
+    """Percent: top1 and top5 of the student; slt0_top1, ema_top1 and so on of the others."""
+    networks = state.distiller.networks()
+    if state.ema is not None:
+        networks["ema"] = (state.ema.module, "student")
+    state.average_batchnorm()
+    found = accuracy(state.distiller, networks, val.epoch(0), group)
+    student = found.pop("student")
+    return student | {f"{name}_{k}": v for name, row in found.items() for k, v in row.items()}
+
+
+def evaluate(run: Path) -> dict[str, dict[str, float]]:
+    """Evaluate the last and the best checkpoint of a run's folder again, and print the results.
+
+    {"last": {...}, "best": {...}}, each as `evaluate_state` gives it, with the checkpoint's step.
+    Raises FileNotFoundError for a folder that is no run, CheckpointError (a RuntimeError) when
+    there is no checkpoint to use.
+    """
+    if not (run / "recipe.yaml").is_file():
+        raise FileNotFoundError(f"{run} is not a run: it has no recipe.yaml")
+    recipe = _alone(Recipe.load(run / "recipe.yaml"))
+    results = {}
+    with processes(recipe.run.device) as group, settings(recipe.run):
+        val_set = open_source(recipe.data, "val")
+        state = State(recipe, group, len(val_set.classes), {})
+        loader = make_loader(
+            val_set,
+            recipe.data,
+            group.share(recipe.run.eval_batch, "run.eval_batch"),
+            seed=recipe.run.seed,
+            rank=group.rank,
+            world=group.world,
+            train=False,
+            device=group.device,
+        )
+        with closing(loader) as val:
+            for name, (weights, facts) in checkpoints_of(run).items():
+                state.load_networks(weights)
+                found = evaluate_state(state, val, group)
+                results[name] = {"step": facts["step"], **found}
+                if group.first:
+                    print(f"{name} (step {facts['step']}): {_words(found)}", flush=True)
+    return results
+
+
+def checkpoints_of(run: Path) -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
+    """Weights and facts of the newest usable and of the best checkpoint."""
+    last = checkpoint.latest(run / "checkpoints")
+    if last is None:
+        raise checkpoint.CheckpointError(f"{run}: no checkpoint yet")
+    return {"last": last[1:3], "best": checkpoint.load(run / "checkpoints" / "best")}
+
+
+def _alone(recipe: Recipe) -> Recipe:
+    """The recipe without the files that it started from: all weights come from the checkpoint."""
+    roles = ("student", "teacher", "slt")
+    given = {role: getattr(recipe, role) for role in roles if getattr(recipe, role) is not None}
+    bare = {role: net.model_copy(update={"checkpoint": None}) for role, net in given.items()}
+    run = recipe.run.model_copy(update={"compile": False})
+    return recipe.model_copy(update={**bare, "run": run})
+
+
+def _words(found: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:.2f}" for name, value in found.items())

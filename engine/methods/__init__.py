@@ -1,0 +1,22 @@
+"""The methods by name: METHODS[recipe.method.name] is the class whose options a recipe gives."""
+
+from .ce import CE
+from .dkd import DKD
+from .kd import KD
+from .method import Method, Outputs, Terms
+from .nkd import NKD
+from .slkd import SLKD
+from .tf_nkd import TfNKD
+from .uskd import USKD
+
+METHODS: dict[str, type[Method]] = {
+    "ce": CE,
+    "kd": KD,
+    "dkd": DKD,
+    "nkd": NKD,
+    "tf_nkd": TfNKD,
+    "uskd": USKD,
+    "slkd": SLKD,
+}
+
+__all__ = ["METHODS", "Method", "Outputs", "Terms"]

@@ -1,0 +1,29 @@
+"""Plain cross-entropy: the baseline without a teacher, and how teachers are trained."""
+
+from typing import ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .method import Method, Outputs, Terms
+
+
+class CE(Method):
+    """Cross-entropy of the student with the labels."""
+
+    name: Literal["ce"] = "ce"
+    slts: ClassVar[int] = 0
+
+    def loss(self, out: Outputs, target: Tensor, epoch: float) -> tuple[Tensor, Terms]:
+        logits = out.student.float()  # (N, C)
+        loss = F.cross_entropy(logits, target)
+        with torch.no_grad():
+            rank = (logits > logits.gather(1, target[:, None])).sum(1)  # (N,)
+            terms = {
+                "ce": loss.detach(),
+                "top1": (rank < 1).sum(),
+                "top5": (rank < 5).sum(),
+                "rows": torch.full_like(rank[:1], len(target)).sum(),
+            }
+        return loss, terms

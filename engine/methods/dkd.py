@@ -1,0 +1,43 @@
+"""Decoupled knowledge distillation (Zhao et al. 2022), with its linear warm-up over epochs."""
+
+import math
+from typing import ClassVar, Literal
+
+from pydantic import Field
+from torch import Tensor
+
+from ...kernels.dkd import dkd_loss
+from .method import Method, Outputs, Terms
+
+
+class DKD(Method):
+    """ce_weight * CE + min(epoch / warmup, 1) * (alpha * TCKD + beta * NCKD), epoch from 1."""
+
+    name: Literal["dkd"] = "dkd"
+    uses_teacher: ClassVar[bool] = True
+    slts: ClassVar[int] = 0
+
+    temperature: float = Field(4.0, gt=0, description="T of both networks' probabilities")
+    alpha: float = Field(1.0, ge=0, description="weight of the target-class part")
+    beta: float = Field(8.0, ge=0, description="weight of the non-target part")
+    ce_weight: float = Field(1.0, ge=0, description="weight of the cross-entropy")
+    warmup: int = Field(
+        20, ge=0, description="epochs over which alpha and beta grow to full; 0: none"
+    )
+
+    def warm(self, epoch: float) -> float:
+        """The share of the distillation terms in an epoch: a step a whole epoch, as published."""
+        return min((math.floor(epoch) + 1) / self.warmup, 1.0) if self.warmup else 1.0
+
+    def loss(self, out: Outputs, target: Tensor, epoch: float) -> tuple[Tensor, Terms]:
+        warm = self.warm(epoch)
+        return dkd_loss(
+            out.student,
+            out.teacher,
+            target,
+            alpha=warm * self.alpha,
+            beta=warm * self.beta,
+            temperature=self.temperature,
+            ce_weight=self.ce_weight,
+            return_terms=True,
+        )

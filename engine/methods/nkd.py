@@ -1,0 +1,32 @@
+"""Normalised knowledge distillation (Yang et al. 2023)."""
+
+from typing import ClassVar, Literal
+
+from pydantic import Field
+from torch import Tensor
+
+from ...kernels.nkd import nkd_loss
+from .method import Method, Outputs, Terms
+
+
+class NKD(Method):
+    """CE, the target term weighted by the teacher, and the normalised non-target term."""
+
+    name: Literal["nkd"] = "nkd"
+    uses_teacher: ClassVar[bool] = True
+    slts: ClassVar[int] = 0
+
+    temperature: float = Field(1.0, gt=0, description="T of the non-target part")
+    gamma: float = Field(1.5, ge=0, description="weight of the non-target part")
+    ce_weight: float = Field(1.0, ge=0, description="weight of the cross-entropy")
+
+    def loss(self, out: Outputs, target: Tensor, epoch: float) -> tuple[Tensor, Terms]:
+        return nkd_loss(
+            out.student,
+            out.teacher,
+            target,
+            gamma=self.gamma,
+            temperature=self.temperature,
+            ce_weight=self.ce_weight,
+            return_terms=True,
+        )

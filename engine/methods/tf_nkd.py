@@ -1,0 +1,24 @@
+"""Teacher-free NKD (Yang et al. 2023): the student's own smoothed target probability as weight."""
+
+from typing import ClassVar, Literal
+
+from pydantic import Field
+from torch import Tensor
+
+from ...kernels.tf_nkd import tf_nkd_loss
+from .method import Method, Outputs, Terms
+
+
+class TfNKD(Method):
+    """CE plus the target term; its batch mean is taken over each rank's own rows."""
+
+    name: Literal["tf_nkd"] = "tf_nkd"
+    slts: ClassVar[int] = 0
+
+    weight: float = Field(1.0, ge=0, description="weight of the target term")
+    ce_weight: float = Field(1.0, ge=0, description="weight of the cross-entropy")
+
+    def loss(self, out: Outputs, target: Tensor, epoch: float) -> tuple[Tensor, Terms]:
+        return tf_nkd_loss(
+            out.student, target, weight=self.weight, ce_weight=self.ce_weight, return_terms=True
+        )

@@ -1,0 +1,37 @@
+"""BatchNorm folded into the convolutions before it, for networks that only infer (teachers)."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+
+from torch import fx, nn
+from torch.fx.experimental.optimization import fuse
+
+# What tracing raises for a forward that depends on values: TraceError is a ValueError.
+_UNTRACEABLE = (ValueError, TypeError, RuntimeError, AttributeError, NotImplementedError, NameError)
+
+
+class FoldError(RuntimeError):
+    """The network cannot be folded; as it is, it still works."""
+
+
+def fold_batchnorm(model: nn.Module) -> nn.Module:
+    """A copy of `model` in eval mode, frozen, with every BatchNorm after a convolution folded.
+
+    Outputs are those of `model.eval()` up to rounding; `model` itself is left as it was. The copy
+    has other state-dict keys and no stages. Raises FoldError for a network that torch.fx cannot
+    trace or that calls one layer from several places, where folding would be wrong.
+    """
+    name = type(model).__name__
+    still = copy.deepcopy(model).eval()
+    try:
+        traced = fx.symbolic_trace(still)
+    except _UNTRACEABLE as error:
+        raise FoldError(f"model: {name} cannot be traced by torch.fx: {error}") from error
+    calls = Counter(node.target for node in traced.graph.nodes if node.op == "call_module")
+    for target, count in calls.items():
+        if count > 1 and any(True for _ in traced.get_submodule(str(target)).parameters()):
+            raise FoldError(f"model: {name} calls {target} {count} times, its fold is not defined")
+    folded = fuse(traced, inplace=True, no_trace=True)
+    return folded.eval().requires_grad_(False)

@@ -1,0 +1,192 @@
+"""A recipe: what a run trains, on what and how; read from YAML, checked before anything runs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from functools import reduce
+from operator import or_
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import yaml
+from pydantic import BaseModel, Field, ValidationError, model_validator
+
+from . import problems, yamlfile
+from .methods import METHODS
+from .methods.method import Method
+from .schema import Data, Expect, Network, Optim, RecipeError, Run, Strict
+
+SHIPPED = Path(__file__).resolve().parent.parent / "recipes"
+
+if TYPE_CHECKING:
+    AnyMethod = Method
+else:
+    AnyMethod = Annotated[reduce(or_, METHODS.values()), Field(discriminator="name")]
+
+
+class Recipe(Strict):
+    """Everything that decides what a run computes."""
+
+    name: str = Field(min_length=1, description="file:row")
+    description: str = ""
+    method: AnyMethod
+    data: Data
+    student: Network
+    teacher: Network | None = None
+    slt: Network | None = Field(None, description="null: the teacher's network, random weights")
+    optim: Optim
+    run: Run
+    expect: Expect | None = None
+
+    @model_validator(mode="after")
+    def _networks_match_method(self) -> Recipe:
+        found = _teacher_problems(self.method, self.teacher is not None)
+        if self.slt is not None and self.method.slts == 0:
+            found.append(f"slt: method {self.method.name} has no SL-Ts; leave it out")
+        if found:
+            raise ValueError("\n".join(found))
+        return self
+
+    @classmethod
+    def load(cls, name_or_path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
+        """The recipe of a shipped name (`cifar100/kd:resnet32x4-resnet8x4`) or of a YAML file.
+
+        A file is given by its path, with `:row` behind it where it has several rows. Each override
+        is a word `a.b=c`, c in YAML. Raises FileNotFoundError for a path that is not there and
+        RecipeError, one problem a line, for all else.
+        """
+        path, file_name, row = _locate(str(name_or_path))
+        raw, name = _pick_row(yamlfile.read(path), file_name, row)
+        raw.setdefault("name", name)
+        found = _apply(raw, overrides)
+        try:
+            recipe = cls.model_validate(raw)
+        except ValidationError as error:
+            found += _explain(error, raw)
+        if found:
+            raise RecipeError("\n".join(dict.fromkeys(found)))
+        return recipe
+
+    def explain(self) -> str:
+        """YAML of the recipe, every default filled in, each key with its meaning; loads again."""
+        return "\n".join(_rendered(self, "")) + "\n"
+
+
+def recipes() -> list[str]:
+    """Names of all recipes that come with the package, as `Recipe.load` takes them."""
+    return [
+        f"{file}:{row}" if row else file
+        for file, path in _shipped().items()
+        for row in yamlfile.read(path).get("rows") or [""]
+    ]
+
+
+def _shipped() -> dict[str, Path]:
+    files = sorted(SHIPPED.rglob("*.yaml"))
+    return {path.relative_to(SHIPPED).with_suffix("").as_posix(): path for path in files}
+
+
+def _locate(text: str) -> tuple[Path, str, str]:
+    """Path of the file, its name in the recipe's name, and the row asked for ('' if none)."""
+    head, _, row = text.rpartition(":") if ":" in text else (text, "", "")
+    if text.endswith((".yaml", ".yml")):
+        head, row = text, ""
+    if head.endswith((".yaml", ".yml")):
+        return Path(head), Path(head).stem, row
+    shipped = _shipped()
+    if head not in shipped:
+        hint = problems.nearest(text, [*shipped, *recipes()])
+        raise RecipeError(f"no recipe {text}{hint} (files: {', '.join(shipped)}, or a path.yaml)")
+    return shipped[head], head, row
+
+
+def _pick_row(raw: dict[str, Any], file: str, row: str) -> tuple[dict[str, Any], str]:
+    """Shared settings and row merged, and the recipe's name."""
+    rows = raw.pop("rows", None)
+    if rows is None:
+        if row:
+            raise RecipeError(f"{file} has no rows, so no row {row}")
+        return raw, file
+    if not isinstance(rows, dict) or not rows:
+        raise RecipeError(f"{file}: rows: wants row names with their settings, got {rows!r}")
+    if not row and len(rows) > 1:
+        raise RecipeError(f"{file} has several rows, say which: {', '.join(rows)}")
+    row = row or next(iter(rows))
+    if row not in rows:
+        hint = problems.nearest(row, list(rows))
+        raise RecipeError(f"{file} has no row {row}{hint} (rows: {', '.join(rows)})")
+    settings = rows[row] or {}
+    if not isinstance(settings, dict):
+        raise RecipeError(f"{file}:{row}: wants keys and values, got {settings!r}")
+    return _merged(raw, settings), f"{file}:{row}"
+
+
+def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    out = dict(base)
+    for key, value in over.items():
+        both = isinstance(out.get(key), dict) and isinstance(value, dict)
+        out[key] = _merged(out[key], value) if both else value
+    return out
+
+
+def _apply(raw: dict[str, Any], overrides: Iterable[str]) -> list[str]:
+    """Write the words into `raw`; the problems of those that cannot be read."""
+    found = []
+    for word in overrides:
+        key, sign, text = word.partition("=")
+        if not sign or not all(key.split(".")):
+            found.append(f"{word}: wants the form key=value, as in optim.lr=0.1")
+            continue
+        try:
+            value = yamlfile.parse(text)
+        except RecipeError as error:
+            found.append(f"{key}: {error}")
+            continue
+        *parents, last = key.split(".")
+        place = raw
+        for parent in parents:
+            if not isinstance(place.get(parent), dict):
+                place[parent] = {}
+            place[parent] = place = dict(place[parent])
+        place[last] = value
+    return found
+
+
+def _method_class(raw: dict[str, Any]) -> type[Method] | None:
+    method = raw.get("method")
+    name = method.get("name") if isinstance(method, dict) else None
+    return METHODS.get(name) if isinstance(name, str) else None
+
+
+def _teacher_problems(method: Method | type[Method], given: bool) -> list[str]:
+    name = method.model_fields["name"].default if isinstance(method, type) else method.name
+    if method.uses_teacher and not given:
+        return [f"teacher: method {name} needs one; add teacher.name=NETWORK"]
+    if given and not method.uses_teacher:
+        return [f"teacher: method {name} uses none; leave it out (teacher=null)"]
+    return []
+
+
+def _explain(error: ValidationError, raw: dict[str, Any]) -> list[str]:
+    """Lines for pydantic's findings and for the cross checks it did not get to."""
+    method = _method_class(raw)
+    known = [key for key in problems.keys_of(Recipe) if not key.startswith("method.")]
+    known += problems.keys_of(method, "method.") if method else []
+    found = problems.lines(error, known, set(METHODS))
+    if method:
+        found += _teacher_problems(method, raw.get("teacher") is not None)
+    return found
+
+
+def _rendered(section: BaseModel, indent: str) -> Iterator[str]:
+    for name, field in type(section).model_fields.items():
+        value = getattr(section, name)
+        if isinstance(value, BaseModel):
+            yield f"{indent}{name}:"
+            yield from _rendered(value, indent + "  ")
+            continue
+        plain = json.loads(section.model_dump_json(include={name}))[name]
+        text = yaml.safe_dump(plain, default_flow_style=True, width=10_000).removesuffix("\n...\n")
+        line = f"{indent}{name}: {text.strip()}"
+        yield f"{line}  # {field.description}" if field.description else line

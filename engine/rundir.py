@@ -1,0 +1,91 @@
+"""The folder of a run: created once, and continued only by the recipe that started it."""
+
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from .environment import environment
+from .recipe import Recipe
+
+RECIPE, ENVIRONMENT = "recipe.yaml", "environment.json"
+
+# Settings that change no number of a run, so that a resumed run may have others. Weights that
+# were read from a file stand in the checkpoint, or are compared by digest: files may move.
+FREE = {
+    "name",
+    "description",
+    "data.root",
+    "data.workers",
+    "data.prefetch",
+    "run.keep",
+    "student.checkpoint",
+    "teacher.checkpoint",
+    "slt.checkpoint",
+    "expect.top1",
+    "expect.source",
+    "expect",
+}
+
+
+def default_folder(recipe: Recipe) -> Path:
+    """runs/NAME, the recipe's name in one word."""
+    return Path("runs") / re.sub(r"[^\w.-]+", "-", recipe.name)
+
+
+def check_folder(folder: Path, recipe: Recipe, resume: bool) -> None:
+    """Raise ValueError unless the folder is new or empty, or `resume` may go on with it."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"out = {folder}: a file of that name exists; choose another folder")
+    if not folder.exists() or not any(folder.iterdir()):
+        return
+    if not resume:
+        raise ValueError(
+            f"out = {folder}: not empty; choose another folder, or resume=true to go on with it"
+        )
+    if (folder / RECIPE).exists():
+        drift = changes(plain(Recipe.load(folder / RECIPE)), plain(recipe))
+        refuse(drift, f"cannot resume {folder}: the recipe is not the one it was started with")
+
+
+def create_folder(folder: Path, recipe: Recipe, world: int) -> None:
+    """Write recipe.yaml and environment.json where they are not there yet."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / RECIPE).exists():
+        _write(folder / ENVIRONMENT, json.dumps(environment(world), indent=2) + "\n")
+        _write(folder / RECIPE, recipe.explain())
+
+
+def refuse(drift: list[str], problem: str) -> None:
+    """Raise ValueError with the differences, if there are any."""
+    if drift:
+        lines = "\n  ".join(drift)
+        raise ValueError(f"{problem}:\n  {lines}\nundo that, or train into another folder")
+
+
+def plain(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as plain values: {"optim.lr": 0.1, ...}."""
+    return dict(_flat(recipe.model_dump(mode="json"), ""))
+
+
+def changes(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """One line for each value that differs and can change a number of the run."""
+    names = [name for name in {**was, **now} if name not in FREE]
+    return [f"{n}: {was.get(n)} -> {now.get(n)}" for n in names if was.get(n) != now.get(n)]
+
+
+def _flat(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _write(path: Path, text: str) -> None:
+    """All of the file or nothing, whenever the process is killed."""
+    unfinished = path.with_name(path.name + ".tmp")
+    unfinished.write_text(text, encoding="utf-8")
+    os.replace(unfinished, path)

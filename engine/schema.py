@@ -1,0 +1,210 @@
+"""The sections of a recipe: every setting with its unit, its default and the values it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+
+class RecipeError(ValueError):
+    """A recipe that cannot be used; the text holds one problem a line."""
+
+
+class Strict(BaseModel):
+    """Base of all sections: unknown keys are refused, text and booleans are not numbers."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+    def unused(self, reason: str, section: str, *fields: str) -> list[str]:
+        """One problem for each of `fields` that was changed although `reason` leaves it unread."""
+        declared = type(self).model_fields
+        changed = [f for f in fields if getattr(self, f) != declared[f].default]
+        return [
+            f"{section}.{f}: {json.dumps(getattr(self, f), default=str)} has no effect with "
+            f"{reason}; leave it out or set it to {json.dumps(declared[f].default)}"
+            for f in changed
+        ]
+
+
+# A path may be written as text, a tuple as a list; their members are as strict as the rest.
+FilePath = Annotated[Path, Field(strict=False), AfterValidator(Path.expanduser)]
+Pair = Annotated[tuple[float, float], Field(strict=False)]
+Triple = Annotated[tuple[float, float, float], Field(strict=False)]
+
+
+class Normalize(Strict):
+    """Per-channel (RGB) statistics: an image of 0..255 becomes (image / 255 - mean) / std."""
+
+    mean: Triple = Field(description="mean of each channel, images scaled to 0..1")
+    std: Triple = Field(description="standard deviation of each channel, images scaled to 0..1")
+
+    @model_validator(mode="after")
+    def _positive(self) -> Normalize:
+        if min(self.std) <= 0:
+            raise ValueError(f"std must be positive, got {list(self.std)}")
+        return self
+
+
+IMAGENET = Normalize(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+
+
+class Network(Strict):
+    """One network of a run."""
+
+    name: str = Field(min_length=1, description="resnet8x4, torchvision:resnet18, ...")
+    checkpoint: FilePath | None = Field(None, description="file of weights; null: random weights")
+    normalize: Normalize | None = Field(None, description="null: the statistics of data.normalize")
+
+
+class Data(Strict):
+    """Where the images come from and what is done to them before a network sees them."""
+
+    source: Literal["folder", "digits", "synthetic"] = Field(
+        description="folder: root/{train,val}/<class>/; digits: the same, written once under root "
+        "from scikit-learn; synthetic: computed, no files"
+    )
+    root: FilePath | None = Field(None, description="folder of the images")
+    classes: int | None = Field(
+        None, ge=2, description="number of classes; checked against the folder, needed by synthetic"
+    )
+    size: int = Field(224, ge=1, description="side of the images a network sees, pixels")
+    augment: Literal["random_resized_crop", "pad_crop", "none"] = Field(
+        "random_resized_crop", description="training crop"
+    )
+    scale: Pair = Field((0.08, 1.0), description="random_resized_crop: area, share of the image")
+    ratio: Pair = Field((3 / 4, 4 / 3), description="random_resized_crop: width / height")
+    padding: int = Field(4, ge=0, description="pad_crop: black border on each side, pixels")
+    flip: bool = Field(True, description="mirror half of the training images left to right")
+    eval_resize: int | None = Field(
+        256, ge=1, description="short side before the centre crop, pixels; null: straight to size"
+    )
+    subset: int | None = Field(
+        None, ge=1, description="keep the first so many training images of each class; null: all"
+    )
+    loader: Literal["auto", "dali", "torchvision", "resident"] = Field(
+        "auto", description="auto: dali where it is installed, else torchvision"
+    )
+    workers: int = Field(2, ge=1, description="decoding threads of a process")
+    prefetch: int = Field(2, ge=1, description="batches prepared ahead")
+    normalize: Normalize = IMAGENET
+    bad_images: int = Field(16, ge=0, description="more unreadable files than this stop the run")
+    images: int = Field(1024, ge=1, description="synthetic: images of a training epoch")
+
+    @model_validator(mode="after")
+    def _works(self) -> Data:
+        found = self._source_problems() + self._crop_problems()
+        if found:
+            raise ValueError("\n".join(found))
+        return self
+
+    def _source_problems(self) -> list[str]:
+        if self.source != "synthetic":
+            found = self.unused(f"source {self.source}", "data", "images")
+            if self.root is None:
+                found.append(f"data.root: source {self.source} needs a folder; add data.root=DIR")
+            if self.source == "digits" and self.classes not in (None, 10):
+                found.append(f"data.classes: the digits have 10 classes, got {self.classes}")
+            return found
+        found = self.unused("source synthetic", "data", "root")
+        if self.classes is None:
+            found.append("data.classes: source synthetic needs the number of classes")
+        if self.loader == "dali":
+            found.append("data.loader: dali reads files and source synthetic has none; use auto")
+        return found
+
+    def _crop_problems(self) -> list[str]:
+        found = []
+        for name, (low, high) in (("scale", self.scale), ("ratio", self.ratio)):
+            if not 0 < low <= high:
+                found.append(f"data.{name}: need 0 < low <= high, got [{low}, {high}]")
+        if self.scale[1] > 1:
+            found.append(f"data.scale: a share of the image, at most 1, got {self.scale[1]}")
+        if self.eval_resize is not None and self.eval_resize < self.size:
+            found.append(
+                f"data.eval_resize: {self.eval_resize} is below data.size {self.size}, the centre "
+                "crop would leave the image; raise it or set null"
+            )
+        if self.augment != "random_resized_crop":
+            found += self.unused(f"augment {self.augment}", "data", "scale", "ratio")
+        if self.augment != "pad_crop":
+            found += self.unused(f"augment {self.augment}", "data", "padding")
+        return found
+
+
+class Optim(Strict):
+    """The optimiser of the student (and of each SL-T, which has its own) and its schedule."""
+
+    name: Literal["sgd", "adamw"] = "sgd"
+    lr: float = Field(gt=0, description="learning rate at the global batch run.batch")
+    momentum: float = Field(0.9, ge=0, lt=1, description="sgd")
+    nesterov: bool = Field(False, description="sgd: look-ahead momentum")
+    betas: Pair = Field((0.9, 0.999), description="adamw: decay of the two moments, per step")
+    weight_decay: float = Field(5e-4, ge=0, description="sgd: L2 term; adamw: decoupled decay")
+    schedule: Literal["step", "cosine", "constant"] = "step"
+    milestones: Annotated[tuple[float, ...], Field(strict=False)] = Field(
+        (), description="step: the rate drops after so many finished epochs"
+    )
+    gamma: float = Field(0.1, gt=0, le=1, description="step: factor of each drop")
+    warmup_epochs: float = Field(0.0, ge=0, description="epochs of linear growth from 0")
+    min_lr: float = Field(0.0, ge=0, description="cosine: rate at the end")
+    ema: float | None = Field(
+        None, gt=0, lt=1, description="decay per step of the averaged student; null: no average"
+    )
+
+    @model_validator(mode="after")
+    def _works(self) -> Optim:
+        found = []
+        if self.name == "sgd":
+            found += self.unused("optim.name sgd", "optim", "betas")
+        else:
+            found += self.unused(f"optim.name {self.name}", "optim", "momentum", "nesterov")
+        if self.name == "sgd" and self.nesterov and self.momentum == 0:
+            found.append("optim.nesterov: needs optim.momentum above 0")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            found.append(f"optim.betas: each in [0, 1), got {list(self.betas)}")
+        if self.schedule != "step":
+            found += self.unused(f"schedule {self.schedule}", "optim", "milestones", "gamma")
+        if self.schedule != "cosine":
+            found += self.unused(f"schedule {self.schedule}", "optim", "min_lr")
+        if self.min_lr > self.lr:
+            found.append(f"optim.min_lr: {self.min_lr} is above optim.lr {self.lr}")
+        rising = all(a < b for a, b in zip(self.milestones, self.milestones[1:], strict=False))
+        if not rising or (self.milestones and self.milestones[0] <= 0):
+            found.append(f"optim.milestones: positive and rising, got {list(self.milestones)}")
+        if found:
+            raise ValueError("\n".join(found))
+        return self
+
+
+class Run(Strict):
+    """How long, how large and on what a run trains."""
+
+    epochs: int = Field(ge=1, description="passes over the training set")
+    batch: int = Field(ge=1, description="images of a step over all processes together")
+    eval_batch: int = Field(256, ge=1, description="images of an evaluation step, all processes")
+    seed: int = Field(0, ge=0, lt=2**63, description="weights, order and crops follow from it")
+    amp: Literal["off", "bf16"] = Field("off", description="number type of the forward pass")
+    channels_last: bool = Field(True, description="NHWC layout of images and weights")
+    compile: bool = Field(False, description="torch.compile the training step")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where present")
+    threads: int | None = Field(None, ge=1, description="CPU threads of torch; null: its default")
+    log_every: int = Field(50, ge=1, description="steps between two log records")
+    checkpoint_every: int | None = Field(
+        None, ge=1, description="steps between two checkpoints; null: after each epoch"
+    )
+    keep: int = Field(2, ge=1, description="newest checkpoints kept, beside the best")
+    eval_every: int = Field(1, ge=1, description="epochs between two evaluations")
+    deterministic: bool = Field(True, description="refuse operations whose result may vary")
+    teacher_at_chance: Literal["refuse", "allow"] = Field(
+        "refuse", description="what to do with a teacher that knows no more than chance"
+    )
+
+
+class Expect(Strict):
+    """The published result that a run is printed beside."""
+
+    top1: float | None = Field(None, ge=0, le=100, description="top-1 accuracy, percent")
+    source: str = Field(min_length=1, description="where the number stands")

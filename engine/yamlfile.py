@@ -1,0 +1,74 @@
+"""Reading YAML as a recipe means it: YAML 1.2 scalars, no duplicate keys, plain values only."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from .schema import RecipeError
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's safe loader follows YAML 1.1, where `off` is false, `1e-4` text and `010` eight."""
+
+    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: dict[Any, int] = {}
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            line = key_node.start_mark.line + 1
+            if not isinstance(key, str):
+                raise RecipeError(f"line {line}: the key {key} is not text; put it in quotes")
+            if key in seen:
+                raise RecipeError(f"line {line}: key {key} stands twice, first on line {seen[key]}")
+            seen[key] = line
+        return super().construct_mapping(node, deep=deep)
+
+
+for _tag, _pattern, _first in (
+    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
+    ("int", r"[-+]?(0|[1-9][0-9]*)", list("-+0123456789")),
+    (
+        "float",
+        r"[-+]?(\.[0-9]+|[0-9]+\.[0-9]*)([eE][-+]?[0-9]+)?|[-+]?[0-9]+[eE][-+]?[0-9]+"
+        r"|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+        list("-+.0123456789"),
+    ),
+):
+    _Loader.add_implicit_resolver(
+        f"tag:yaml.org,2002:{_tag}", re.compile(rf"(?:{_pattern})\Z"), _first
+    )
+
+
+def parse(text: str) -> Any:
+    """Value of a YAML text: dict, list, str, int, float, bool or None.
+
+    Raises RecipeError naming the line for text that is not YAML, a key that stands twice, a key
+    that is not text, or a tag that would make anything but a plain value.
+    """
+    try:
+        return yaml.load(text, Loader=_Loader)  # noqa: S506 - _Loader is a SafeLoader
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = f"line {mark.line + 1}: " if mark else ""
+        raise RecipeError(f"{where}not valid YAML: {error.problem or error.context}") from error
+    except yaml.YAMLError as error:
+        raise RecipeError(f"not valid YAML: {error}") from error
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file. Raises FileNotFoundError, or RecipeError naming the file."""
+    if not path.is_file():
+        raise FileNotFoundError(f"recipe file {path} does not exist")
+    try:
+        value = parse(path.read_text(encoding="utf-8"))
+    except (RecipeError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: {error}") from error
+    if not isinstance(value, dict):
+        raise RecipeError(f"{path}: wants keys and values at the top, got {value!r}")
+    return value

@@ -1,0 +1,29 @@
+"""kdfuse: fused knowledge-distillation losses and the engine that trains with them."""
+
+from .kernels.backends import backends
+from .kernels.dkd import DKDLoss, dkd_loss
+from .kernels.kd import KDLoss, kd_loss
+from .kernels.nkd import NKDLoss, nkd_loss
+from .kernels.slkd import SLKDLoss, slkd_loss
+from .kernels.table import OPS
+from .kernels.tf_nkd import TfNKDLoss, tf_nkd_loss
+from .kernels.uskd import USKDLoss, uskd_loss
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "DKDLoss",
+    "KDLoss",
+    "NKDLoss",
+    "OPS",
+    "SLKDLoss",
+    "TfNKDLoss",
+    "USKDLoss",
+    "backends",
+    "dkd_loss",
+    "kd_loss",
+    "nkd_loss",
+    "slkd_loss",
+    "tf_nkd_loss",
+    "uskd_loss",
+]

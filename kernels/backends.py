@@ -1,0 +1,73 @@
+"""Which backends this machine can run, why not the others, and which one a call takes."""
+
+import functools
+import importlib
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+NAMES = ("reference", "cpu", "cuda", "triton")
+
+
+@functools.cache
+def compiled() -> tuple[ModuleType | None, str]:
+    """The compiled module (loading it registers the ops), or None and the reason."""
+    try:
+        return importlib.import_module("kdfuse.kernels._C"), ""
+    except ImportError as error:
+        return None, (
+            f"kdfuse.kernels._C cannot be loaded ({error}); install a C++17 compiler and reinstall "
+            "kdfuse, or run `python setup.py build_ext --inplace` in a checkout"
+        )
+
+
+def backends() -> dict[str, str]:
+    """Every backend's name with "" where this machine can run it, else the reason why not."""
+    gpu = "" if torch.cuda.is_available() else "; torch sees no CUDA device either"
+    missing = (
+        f"this version of kdfuse has no {{}} kernels yet{gpu}; use backend='reference' on a GPU"
+    )
+    return {
+        "reference": "",
+        "cpu": compiled()[1],
+        "cuda": missing.format("CUDA"),
+        "triton": missing.format("Triton"),
+    }
+
+
+def in_functorch() -> bool:
+    """Whether a torch.func transform (grad, vmap, jvp, ...) is at work."""
+    return torch._C._are_functorch_transforms_active()
+
+
+def choose(backend: str | None, student: Tensor) -> str:
+    """The backend of a call on `student`; None takes the fused one of its device.
+
+    Without a fused one, and under torch.func transforms, None takes the reference.
+
+    Raises:
+        ValueError: an unknown name, or a backend for another device.
+        RuntimeError: a backend that this machine cannot run, or not under torch.func.
+    """
+    device = student.device.type
+    if backend is None:
+        usable = device == "cpu" and compiled()[0] is not None and not in_functorch()
+        return "cpu" if usable else "reference"
+    if backend not in NAMES:
+        raise ValueError(
+            f"backend={backend!r} is unknown; choose one of {', '.join(NAMES)}, or None"
+        )
+    reason = backends()[backend]
+    if reason:
+        raise RuntimeError(f"backend={backend!r} cannot run here: {reason}")
+    if backend == "cpu" and device != "cpu":
+        raise ValueError(
+            f"backend='cpu' cannot take logits on {student.device}; move them or use backend=None"
+        )
+    if backend != "reference" and in_functorch():
+        raise RuntimeError(
+            f"backend={backend!r} does not run under torch.func transforms; "
+            "use backend='reference' or None"
+        )
+    return backend

@@ -1,0 +1,85 @@
+"""Decoupled knowledge distillation, target and non-target part, with cross-entropy, in one pass.
+
+Zhao et al. 2022, "Decoupled Knowledge Distillation", equations 6 and 7: with b = softmax(./T)[y],
+    TCKD = KL over the pair (b, 1 - b)          NCKD = KL over the classes other than y
+    loss = T^2 * (alpha * TCKD + beta * NCKD) + ce_weight * CE(z, y)
+Memory traffic of forward and backward together: 3 elements a logit.
+"""
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .checks import positive, scale, weight
+from .op import Loss, LossModule, Op, Options, run
+
+
+def rows(students, teachers, y, params):
+    """The loss of each row and its terms in plain PyTorch; see `reference.py`."""
+    temperature, square, alpha, beta, ce_weight = params
+    (z,), (t,) = students, teachers
+    label = torch.nn.functional.one_hot(y.index[:, 0], z.shape[1]).bool()
+
+    def pair(x):  # (N, 2): log b and log(1 - b)
+        log_p = x.log_softmax(1)
+        rest = reference.log_softmax_rest(x, label)
+        return torch.stack([log_p.gather(1, y.index)[:, 0], rest], 1)
+
+    zt, tt = z / temperature, t / temperature
+    tckd = square * reference.kl(pair(tt), pair(zt))
+    nckd = square * reference.kl(reference.log_softmax(tt, label), reference.log_softmax(zt, label))
+    ce = reference.cross_entropy(z, y)
+    loss = sum(w * v for w, v in ((alpha, tckd), (beta, nckd), (ce_weight, ce)) if w)
+    loss = loss + torch.zeros_like(ce)
+    top1, top5 = reference.hits(z, y, 1), reference.hits(z, y, 5)
+    return loss, {"tckd": tckd, "nckd": nckd, "ce": ce, "top1": top1, "top5": top5}
+
+
+OP = Op("dkd", rows, lambda _: ("tckd", "nckd", "ce", "top1", "top5"), labels=0)
+
+
+def dkd_loss(
+    student: Tensor,  # (N, C)
+    teacher: Tensor,  # (N, C)
+    target: Tensor,  # (N,) int64
+    *,
+    alpha: float = 1.0,
+    beta: float = 8.0,
+    temperature: float = 4.0,
+    ce_weight: float = 0.0,
+    reduction: str = "mean",
+    ignore_index: int = -100,
+    denominator: Tensor | float | None = None,
+    t_squared: bool = True,
+    return_terms: bool = False,
+    backend: str | None = None,
+    stored_gradient: bool = True,
+) -> Loss:
+    """Decoupled knowledge distillation (Zhao et al. 2022), with cross-entropy.
+
+    alpha weighs the target part (TCKD), beta the non-target part (NCKD). Where the teacher has no
+    mass outside the label, NCKD is 0. Class probabilities as a target are refused: the method
+    needs one label. `kd_loss` describes the other arguments, the terms (here tckd, nckd, ce, top1,
+    top5, rows), the returned value and the errors.
+
+    Raises:
+        ValueError: also for C == 2 with beta != 0, where NCKD has a single class.
+    """
+    if beta and isinstance(student, Tensor) and student.dim() == 2 and student.shape[1] == 2:
+        raise ValueError("C == 2 leaves NCKD a single class; use beta=0 or kd_loss")
+    t = positive("temperature", temperature)
+    params = [
+        t,
+        scale(t, t_squared),
+        weight("alpha", alpha),
+        weight("beta", beta),
+        weight("ce_weight", ce_weight),
+    ]
+    options = Options(reduction, ignore_index, denominator, return_terms, backend, stored_gradient)
+    return run(OP, [student], [teacher], target, params, options)
+
+
+class DKDLoss(LossModule):
+    """`dkd_loss` with its settings kept: DKDLoss(beta=2)(student, teacher, target)."""
+
+    function = staticmethod(dkd_loss)

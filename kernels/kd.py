@@ -1,0 +1,106 @@
+"""Hinton's knowledge distillation with one or K teachers and cross-entropy, in one pass.
+
+Hinton et al. 2015, "Distilling the Knowledge in a Neural Network", section 2:
+    loss = kd_weight * T^2 * sum_k w_k KL(softmax(t_k / T) || softmax(z / T)) + ce_weight * CE(z, y)
+Memory traffic of forward and backward together: K + 2 elements a logit (read the student and K
+teachers, write the gradient).
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .checks import as_list, check_weights, positive, scale, weight
+from .op import Loss, LossModule, Op, Options, run
+
+
+def rows(students, teachers, y, params):
+    """The loss of each row and its terms in plain PyTorch; see `reference.py`."""
+    temperature, square, kd_weight, ce_weight, *weights = params
+    (z,) = students
+    log_p = (z / temperature).log_softmax(1)
+    kd = sum(
+        w * square * reference.kl((t / temperature).log_softmax(1), log_p)
+        for w, t in zip(weights, teachers, strict=True)
+        if w != 0
+    ) + torch.zeros_like(z[:, 0])
+    if y is None:
+        none = torch.zeros_like(kd)
+        return kd_weight * kd, {"kd": kd, "ce": none, "top1": none, "top5": none}
+    ce = reference.cross_entropy(z, y)
+    loss = (kd_weight * kd if kd_weight else 0.0) + (ce_weight * ce if ce_weight else 0.0)
+    loss = loss + torch.zeros_like(kd)
+    top1, top5 = reference.hits(z, y, 1), reference.hits(z, y, 5)
+    return loss, {"kd": kd, "ce": ce, "top1": top1, "top5": top5}
+
+
+OP = Op("kd", rows, lambda _: ("kd", "ce", "top1", "top5"))
+
+
+def kd_loss(
+    student: Tensor,  # (N, C)
+    teacher: Tensor | Sequence[Tensor],  # (N, C), or K of them
+    target: Tensor | None = None,  # (N,) int64 or (N, C) probabilities
+    *,
+    temperature: float = 4.0,
+    kd_weight: float = 1.0,
+    ce_weight: float = 0.0,
+    teacher_weights: Sequence[float] | None = None,
+    reduction: str = "mean",
+    ignore_index: int = -100,
+    denominator: Tensor | float | None = None,
+    t_squared: bool = True,
+    return_terms: bool = False,
+    backend: str | None = None,
+    stored_gradient: bool = True,
+) -> Loss:
+    """Knowledge distillation (Hinton et al. 2015) from one or several teachers, with cross-entropy.
+
+    Args:
+        student: (N, C) logits of any floating type.
+        teacher: (N, C) logits without grad, or a sequence of K; their types may differ.
+        target: (N,) int64 class indices, or (N, C) class probabilities (mixup, CutMix). Needed
+            where ce_weight is not 0; given without it, the terms still report ce, top1 and top5.
+        temperature: T > 0 of the distillation term; cross-entropy is at T = 1.
+        kd_weight, ce_weight: weights of the two terms.
+        teacher_weights: K weights >= 0 of the teachers' KL terms; default 1/K each.
+        reduction: "mean" over the rows that count, "sum", or "none" for (N,) losses.
+        ignore_index: rows with this target have loss and gradient 0 and leave the mean.
+        denominator: divides the sum of the rows instead of their count, with reduction="mean".
+        t_squared: multiply the distillation term by T^2, which keeps its gradient's size over T.
+        return_terms: also return a dict of detached 0-dim tensors: the terms before weighting, as
+            means over the rows that count, and the counts top1, top5 (right rows) and rows.
+        backend: None takes the fused one of the student's device; or "reference", "cpu", ...
+        stored_gradient: True stores the gradient in the forward pass; False keeps the logits and
+            makes it in the backward pass, exact for low-precision types under loss scaling.
+
+    Returns:
+        0-dim loss (float64 for float64 logits, else float32), or (N,) for reduction="none"; with
+        return_terms a pair of it and the terms.
+
+    Raises:
+        ValueError: shapes, devices, values or a target outside the classes.
+        TypeError: logits or target of the wrong type.
+        RuntimeError: a backend that this machine cannot run.
+    """
+    teachers = as_list(teacher, "teacher")
+    if ce_weight and target is None:
+        raise ValueError(f"ce_weight={ce_weight} needs a target; pass one, or ce_weight=0")
+    t = positive("temperature", temperature)
+    params = [
+        t,
+        scale(t, t_squared),
+        weight("kd_weight", kd_weight),
+        weight("ce_weight", ce_weight),
+        *check_weights("teacher_weights", teacher_weights, len(teachers)),
+    ]
+    options = Options(reduction, ignore_index, denominator, return_terms, backend, stored_gradient)
+    return run(OP, [student], teachers, target, params, options)
+
+
+class KDLoss(LossModule):
+    """`kd_loss` with its settings kept: KDLoss(temperature=4)(student, teacher, target)."""
+
+    function = staticmethod(kd_loss)

@@ -1,0 +1,74 @@
+"""Normalised knowledge distillation with cross-entropy, in one pass.
+
+Yang et al. 2023, "From Knowledge Distillation to Self-Knowledge Distillation: A Unified Approach
+with Normalized Loss and Customized Soft Labels", equation 6; S, V: softmax of student and teacher,
+S', V': the same at temperature T over the classes other than y.
+    loss = -V_y log S_y - gamma * T^2 * sum_{j != y} V'_j log S'_j + ce_weight * CE(z, y)
+The second term is a cross-entropy: the teacher's entropy stays in its value.
+Memory traffic of forward and backward together: 3 elements a logit.
+"""
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .checks import positive, scale, weight
+from .op import Loss, LossModule, Op, Options, run
+
+
+def rows(students, teachers, y, params):
+    """The loss of each row and its terms in plain PyTorch; see `reference.py`."""
+    temperature, square, gamma, ce_weight = params
+    (z,), (t,) = students, teachers
+    label = torch.nn.functional.one_hot(y.index[:, 0], z.shape[1]).bool()
+    v = t.softmax(1).gather(1, y.index)
+    target = -reference.cross(v, z.log_softmax(1).gather(1, y.index))
+    v_rest = reference.log_softmax(t / temperature, label).exp()
+    others = -square * reference.cross(v_rest, reference.log_softmax(z / temperature, label))
+    ce = reference.cross_entropy(z, y)
+    loss = target + sum(w * x for w, x in ((gamma, others), (ce_weight, ce)) if w)
+    top1, top5 = reference.hits(z, y, 1), reference.hits(z, y, 5)
+    return loss, {"target": target, "others": others, "ce": ce, "top1": top1, "top5": top5}
+
+
+OP = Op("nkd", rows, lambda _: ("target", "others", "ce", "top1", "top5"))
+
+
+def nkd_loss(
+    student: Tensor,  # (N, C)
+    teacher: Tensor,  # (N, C)
+    target: Tensor,  # (N,) int64 or (N, C) probabilities
+    *,
+    gamma: float = 1.5,
+    temperature: float = 1.0,
+    ce_weight: float = 0.0,
+    reduction: str = "mean",
+    ignore_index: int = -100,
+    denominator: Tensor | float | None = None,
+    t_squared: bool = True,
+    return_terms: bool = False,
+    backend: str | None = None,
+    stored_gradient: bool = True,
+) -> Loss:
+    """Normalised knowledge distillation (Yang et al. 2023), with cross-entropy.
+
+    gamma weighs the non-target part; temperature is that part's (lambda in the paper), the target
+    part is at T = 1. Of class probabilities the largest is the label of the distillation terms, as
+    in the released code, while cross-entropy takes them whole. `kd_loss` describes the other
+    arguments, the terms (here target, others, ce, top1, top5, rows), the value and the errors.
+
+    Raises:
+        ValueError: also for C == 2 with gamma != 0, where the non-target part has a single class.
+    """
+    if gamma and isinstance(student, Tensor) and student.dim() == 2 and student.shape[1] == 2:
+        raise ValueError("C == 2 leaves the non-target part a single class; use gamma=0 or kd_loss")
+    t = positive("temperature", temperature)
+    params = [t, scale(t, t_squared), weight("gamma", gamma), weight("ce_weight", ce_weight)]
+    options = Options(reduction, ignore_index, denominator, return_terms, backend, stored_gradient)
+    return run(OP, [student], [teacher], target, params, options)
+
+
+class NKDLoss(LossModule):
+    """`nkd_loss` with its settings kept: NKDLoss(gamma=1.5)(student, teacher, target)."""
+
+    function = staticmethod(nkd_loss)
