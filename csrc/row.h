@@ -17,50 +17,42 @@
 
 namespace kdfuse {
 
+// What one read of logits x gives at one temperature. The exponentials of a row are e_j =
+// exp(scale * x_j - shift), where scale is 1/T as the exponentials had it (float rounds it, and every
+// number that meets them must round alike) and shift is the rest's maximum in those units.
 template <class R>
 struct Stats {
-  R peak;  // max of x_j over j != y; where all of them are -inf the label, or 0
-  R sum;  // sum over j != y of exp((x_j - peak) / T)
-  R sum1;  // the same at T = 1, where a loss asks for it
-  R label;  // x_y; -inf without a label
+  R scale, shift;
+  R sum;  // of e_j over j != y
+  R label;  // scale * x_y; -inf without a label
 };
 
-// A row's softmax at temperature T, split into the label and the rest.
+// A row's softmax, split into the label and the rest.
 template <class R>
 struct Split {
-  R lse;  // log sum over all j of exp(x_j / T)
+  R lse;  // log sum over all j of exp(scale * x_j)
   R label;  // p_y
   R rest;  // 1 - p_y
   R log_label;  // log p_y
-  R unit;  // p_j = unit * exp((x_j - peak) / T)
+  R unit;  // p_j = unit * e_j
 };
 
-// One exponential and one logarithm, relative to the larger of the label and the rest's peak.
+// One exponential and one logarithm, relative to the larger of the label and the rest's maximum.
 template <class R>
-KDFUSE_HD Split<R> split_at(R peak, R sum, R label) {
-  const R gap = label - peak;
+KDFUSE_HD Split<R> split(const Stats<R>& x) {
+  const R gap = x.label - x.shift;
   if (gap > R(0)) {
-    const R unit = std::exp(-gap), others = sum * unit, total = R(1) + others, log_total = std::log1p(others);
-    return {label + log_total, R(1) / total, others / total, -log_total, unit / total};
+    const R unit = std::exp(-gap), others = x.sum * unit, total = R(1) + others, log_total = std::log1p(others);
+    return {x.label + log_total, R(1) / total, others / total, -log_total, unit / total};
   }
-  const R w = std::exp(gap), total = sum + w, log_total = std::log(total);
-  return {peak + log_total, w / total, sum / total, gap - log_total, R(1) / total};
+  const R w = std::exp(gap), total = x.sum + w, log_total = std::log(total);
+  return {x.shift + log_total, w / total, x.sum / total, gap - log_total, R(1) / total};
 }
 
+// log sum over j != y of exp(scale * x_j).
 template <class R>
-KDFUSE_HD Split<R> split(const Stats<R>& x, R temperature) {
-  return split_at(x.peak / temperature, x.sum, x.label / temperature);
-}
-
-template <class R>
-KDFUSE_HD Split<R> split1(const Stats<R>& x) {
-  return split_at(x.peak, x.sum1, x.label);
-}
-
-// log sum over j != y of exp(x_j / T).
-template <class R>
-KDFUSE_HD R lse_rest(const Stats<R>& x, R temperature) {
-  return x.peak / temperature + std::log(x.sum);
+KDFUSE_HD R lse_rest(const Stats<R>& x) {
+  return x.shift + std::log(x.sum);
 }
 
 // weight * x, where a weight of 0 gives exactly 0 whatever x is.
@@ -70,7 +62,7 @@ KDFUSE_HD R gated(R weight, R x) {
 }
 
 // KL(q || p) of teacher t and student z at one temperature: its value, and the coefficients of
-// T * d KL / d z_j = a e_z - b e_t, with e the exponentials relative to the peak of the rest.
+// T * d KL / d z_j = a e_z - b e_t.
 template <class R>
 struct Kl {
   R value;
@@ -79,20 +71,21 @@ struct Kl {
   R drift;  // D, the sum over all j of q_j (t_j - z_j) / T
 };
 
-// rest: D', the sum over j != y of q'_j (t_j - z_j) / T with q' the teacher's softmax of the rest.
+// crossed: the sum over j != y of e_t,j (t_j - z_j).
 template <class R>
-KDFUSE_HD Kl<R> kl(const Split<R>& z, const Split<R>& t, R z_label, R t_label, R rest, R temperature) {
-  const R drift = gated(t.rest, rest) + gated(t.label, (t_label - z_label) / temperature);
+KDFUSE_HD Kl<R> kl(const Stats<R>& zs, const Split<R>& z, const Stats<R>& ts, const Split<R>& t, R crossed) {
+  const R drift = gated(t.unit, crossed * ts.scale) + gated(t.label, ts.label - zs.label);
   return {drift + (z.lse - t.lse), z.unit, t.unit, z.label - t.label, drift};
 }
 
 // The same over j != y alone (the NCKD of DKD). Without any teacher mass outside the label it is 0.
 template <class R>
-KDFUSE_HD Kl<R> kl_rest(const Stats<R>& z, const Stats<R>& t, R rest, R temperature) {
+KDFUSE_HD Kl<R> kl_rest(const Stats<R>& z, const Stats<R>& t, R crossed) {
   if (t.sum == R(0)) return {R(0), R(0), R(0), R(0), R(0)};
-  // No student mass where the teacher has some: infinite, though rest + lse would be inf - inf.
-  if (z.sum == R(0)) return {R(INFINITY), R(0), R(1) / t.sum, R(0), rest};
-  return {rest + (lse_rest(z, temperature) - lse_rest(t, temperature)), R(1) / z.sum, R(1) / t.sum, R(0), rest};
+  const R b = R(1) / t.sum, drift = crossed * b * t.scale;
+  // No student mass where the teacher has some: infinite, though drift + lse would be inf - inf.
+  if (z.sum == R(0)) return {R(INFINITY), R(0), b, R(0), drift};
+  return {drift + (lse_rest(z) - lse_rest(t)), R(1) / z.sum, b, R(0), drift};
 }
 
 // Cross-entropy at T = 1 against a hard label (mass = 1, dot = z_y) or class probabilities

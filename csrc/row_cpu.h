@@ -85,11 +85,12 @@ T copy_row(const S* from, int64_t classes, T* to, T pad) {
     S tail[kFloatLanes] = {};
     std::memcpy(tail, from + i, (classes - i) * sizeof(S));
     store(to + i, load_as(tail, T()));
+    for (int64_t j = classes; j < i + lanes; ++j) to[j] = -INFINITY;
+    m = maximum(load(to + i), m);
+    for (int64_t j = classes; j < i + lanes; ++j) to[j] = pad;
   }
-  for (int64_t j = classes; j < padded(classes); ++j) to[j] = pad;
-  T peak = max_lanes(m);
-  for (; i < classes; ++i) peak = to[i] > peak ? to[i] : peak;
-  return peak;
+  for (int64_t j = (classes + lanes - 1) / lanes * lanes; j < padded(classes); ++j) to[j] = pad;
+  return max_lanes(m);
 }
 
 template <class T>
@@ -112,10 +113,10 @@ T load_row(const Matrix& x, int64_t row, int64_t classes, T* to, T pad) {
   return pad;
 }
 
-// Takes the labels out of a row in scratch, and says what the rest's peak and the labels were. Where
-// nothing else is finite the label stands in for the peak, so that the row keeps its distribution.
+// Takes the labels out of a row in scratch; returns the rest's peak. Where nothing else is finite the
+// highest label stands in for it, so that the row keeps its distribution.
 template <class T>
-Stats<double> drop_labels(T* x, int64_t length, T peak, const int64_t* labels, int count, T* values) {
+T drop_labels(T* x, int64_t length, T peak, const int64_t* labels, int count, T* values) {
   bool again = false;
   T highest = -INFINITY;
   for (int k = 0; k < count; ++k) {
@@ -125,64 +126,80 @@ Stats<double> drop_labels(T* x, int64_t length, T peak, const int64_t* labels, i
     x[labels[k]] = -INFINITY;
   }
   if (again) peak = row_max(x, length);
-  if (peak == -INFINITY) peak = highest == -INFINITY ? T(0) : highest;
-  return {static_cast<double>(peak), 0, 0, count == 1 ? static_cast<double>(values[0]) : -INFINITY};
+  return peak != -INFINITY ? peak : highest == -INFINITY ? T(0) : highest;
 }
 
-// How a pass gets exp(x - peak) from exp((x - peak) / T): not at all, as its square, as its fourth
-// power, or as an exponential of its own in a second row.
+// The exponentials of a row are power(step * x - origin), with power to the base of the type.
+template <class T>
+struct Units {
+  T step, origin;
+
+  Units(double temperature, T peak)
+      : step(static_cast<T>(1 / (temperature * Power<T>::log_base))), origin(peak * step) {}
+
+  // Of the exponentials raised to `exponent`, that is, at a temperature divided by it.
+  Stats<double> stats(double sum, T label, double exponent = 1) const {
+    const double unit = Power<T>::log_base * exponent;
+    return {step * unit, origin * unit, sum, static_cast<double>(label) * step * unit};
+  }
+};
+
+// How a pass gets the exponentials at T = 1 from those at T: not at all, as their square, as their
+// fourth power, or as exponentials of their own in a second row.
 enum class Unit { none, square, fourth, apart };
 
-template <class T>
-Unit unit_pass(T temperature, bool wanted) {
-  if (!wanted || temperature == T(1)) return Unit::none;
-  return temperature == T(2) ? Unit::square : temperature == T(4) ? Unit::fourth : Unit::apart;
+inline Unit unit_pass(double temperature, bool wanted) {
+  if (!wanted || temperature == 1) return Unit::none;
+  return temperature == 2 ? Unit::square : temperature == 4 ? Unit::fourth : Unit::apart;
 }
 
-template <Unit U, class V>
-inline V unit_power(V e) {
-  const V square = e * e;
-  return U == Unit::square ? square : square * square;
-}
+struct Sums {
+  double sum = 0, sum1 = 0;  // at T, and at T = 1 where `unit` makes them
+};
 
-// e = exp((x - peak) / T) and its sum; at T = 1 as `unit` says, into e1 where that is apart.
+// e = exponentials of x at T and their sum; at T = 1 as U says, into e1 where that is apart.
 template <Unit U, class T>
-void exponentials(const T* x, int64_t length, T temperature, T* e, T* e1, Stats<double>& s, Ahead ahead) {
-  const T scale = T(1) / temperature, peak = static_cast<T>(s.peak);
+Sums exponentials(const T* x, int64_t length, Units<T> at, Units<T> at1, T* e, T* e1, Ahead ahead) {
+  Sums sums;
+  const auto step = fill<T>(at.step), origin = fill<T>(-at.origin);
+  const auto step1 = fill<T>(at1.step), origin1 = fill<T>(-at1.origin);
   for (int64_t start = 0; start < length; start += kBlock) {
     const int64_t end = start + kBlock < length ? start + kBlock : length;
     typename Simd<T>::vec sum = {}, sum1 = {};
     for (int64_t i = start; i < end; i += Simd<T>::lanes) {
       ahead.touch(i);
-      const auto d = load(x + i) - peak;
-      const auto v = exp_nonpositive(d * scale);
-      store(e + i, v);
-      sum += v;
+      const auto v = load(x + i);
+      const auto w = power(fma(v, step, origin));
+      store(e + i, w);
+      sum += w;
       if constexpr (U == Unit::apart) {
-        const auto v1 = exp_nonpositive(d);
-        store(e1 + i, v1);
-        sum1 += v1;
-      } else if constexpr (U != Unit::none) {
-        sum1 += unit_power<U>(v);
+        const auto w1 = power(fma(v, step1, origin1));
+        store(e1 + i, w1);
+        sum1 += w1;
+      } else if constexpr (U == Unit::fourth) {
+        const auto square = w * w;
+        sum1 = fma(square, square, sum1);
+      } else if constexpr (U == Unit::square) {
+        sum1 = fma(w, w, sum1);
       }
     }
-    s.sum += sum_lanes(sum);
-    s.sum1 += sum_lanes(sum1);
+    sums.sum += sum_lanes(sum);
+    if constexpr (U != Unit::none) sums.sum1 += sum_lanes(sum1);
   }
-  if (temperature == T(1)) s.sum1 = s.sum;
+  return sums;
 }
 
 template <class T>
-void exponentials(Unit unit, const T* x, int64_t length, T temperature, T* e, T* e1, Stats<double>& s, Ahead ahead) {
+Sums exponentials(Unit unit, const T* x, int64_t length, Units<T> at, Units<T> at1, T* e, T* e1, Ahead ahead) {
   switch (unit) {
     case Unit::none:
-      return exponentials<Unit::none>(x, length, temperature, e, e1, s, ahead);
+      return exponentials<Unit::none>(x, length, at, at1, e, e1, ahead);
     case Unit::square:
-      return exponentials<Unit::square>(x, length, temperature, e, e1, s, ahead);
+      return exponentials<Unit::square>(x, length, at, at1, e, e1, ahead);
     case Unit::fourth:
-      return exponentials<Unit::fourth>(x, length, temperature, e, e1, s, ahead);
-    case Unit::apart:
-      return exponentials<Unit::apart>(x, length, temperature, e, e1, s, ahead);
+      return exponentials<Unit::fourth>(x, length, at, at1, e, e1, ahead);
+    default:
+      return exponentials<Unit::apart>(x, length, at, at1, e, e1, ahead);
   }
 }
 
@@ -203,28 +220,32 @@ double cross(const T* e, const T* t, const T* z, int64_t length) {
   return total;
 }
 
+struct Crossed {
+  double sum = 0, crossed = 0;  // of e_j, and of e_j (t_j - z_j)
+};
+
 // A teacher's exponentials and sum together with its cross sum against z; e may be t itself.
 template <class T>
-double teacher_pass(const T* t, const T* z, int64_t length, T temperature, T* e, Stats<double>& s, Ahead ahead) {
-  const T scale = T(1) / temperature, peak = static_cast<T>(s.peak);
+Crossed teacher_pass(const T* t, const T* z, int64_t length, Units<T> at, T* e, Ahead ahead) {
+  Crossed sums;
+  const auto step = fill<T>(at.step), origin = fill<T>(-at.origin);
   const typename Simd<T>::vec zero = {};
-  double total = 0;
   for (int64_t start = 0; start < length; start += kBlock) {
     const int64_t end = start + kBlock < length ? start + kBlock : length;
     auto sum = zero, crossed = zero;
     for (int64_t i = start; i < end; i += Simd<T>::lanes) {
       ahead.touch(i);
       const auto x = load(t + i);
-      const auto v = exp_nonpositive((x - peak) * scale);
+      const auto w = power(fma(x, step, origin));
       const auto gap = x - load(z + i);
-      store(e + i, v);
-      sum += v;
-      crossed += v > zero ? v * gap : zero;
+      store(e + i, w);
+      sum += w;
+      crossed = w > zero ? fma(w, gap, crossed) : crossed;
     }
-    s.sum += sum_lanes(sum);
-    total += sum_lanes(crossed);
+    sums.sum += sum_lanes(sum);
+    sums.crossed += sum_lanes(crossed);
   }
-  return total;
+  return sums;
 }
 
 // sum of w_j x_j, where w_j = 0 contributes exactly 0.
@@ -268,16 +289,23 @@ struct Stream {
   T scale;
 };
 
-// out_j = a e_j + sum_m scale_m row_m,j + c power(e_j); the labels are written by the caller.
+// out_j = a e_j + sum_m scale_m row_m,j + c (e_j at T = 1); the labels are written by the caller.
+// Each product is rounded by itself, so that equal rows with opposite factors cancel to exactly 0.
 template <Unit U, int M, class T, class O>
 void combine(const T* e, T a, T c, const Stream<T>* streams, int count, int64_t classes, O* out) {
   constexpr int lanes = Simd<T>::lanes;
   const int total = M < 0 ? count : M;
+  const auto factor = fill<T>(c);
   const auto at = [&](int64_t i) {
     const auto v = load(e + i);
     auto g = v * a;
     for (int m = 0; m < total; ++m) g += load(streams[m].row + i) * streams[m].scale;
-    if constexpr (U == Unit::square || U == Unit::fourth) g += unit_power<U>(v) * c;
+    if constexpr (U == Unit::fourth) {
+      const auto square = v * v;
+      g = fma(square * factor, square, g);
+    } else if constexpr (U == Unit::square) {
+      g = fma(v * factor, v, g);
+    }
     return g;
   };
   int64_t i = 0;

@@ -49,13 +49,19 @@ inline bool ignored(const Problem& p, int64_t row) { return p.labels && p.labels
 template <class T>
 struct Logits {
   T* x;  // the row, labels at -inf
+  T peak;  // of the rest
+  T label[2] = {};  // the labels' logits
+  bool labelled;  // by one label, which then takes its part in the statistics
   Ahead ahead;  // where the next row's stand
   T* e = nullptr;  // exponentials at T
   T* e1 = nullptr;  // exponentials at T = 1 where they stand apart
-  T label[2] = {};  // the labels' logits
-  Stats<double> stats = {};
-  Split<double> at, at1;  // the softmax at T and at T = 1
   Unit unit = Unit::none;
+  Stats<double> stats = {};
+  Split<double> at = {}, at1 = {};  // the softmax at T and at T = 1
+
+  // log of a label's probability at T = 1; of two labels, which belong to ops without a temperature.
+  double log_label(int k) const { return labelled ? at1.log_label : label[k] * stats.scale - at1.lse; }
+  T single_label() const { return labelled ? label[0] : static_cast<T>(-INFINITY); }
 };
 
 // which: the student, where these logits get a gradient.
@@ -64,20 +70,41 @@ Logits<T> read_logits(const Problem& p, const Matrix& m, int64_t row, const Targ
   Logits<T> logits;
   logits.x = x;
   logits.ahead = next_row(p, m, row, which);
+  logits.labelled = target.count == 1;
   const T peak = load_row(m, row, p.classes, x, static_cast<T>(-INFINITY));
-  logits.stats = drop_labels(x, padded(p.classes), peak, target.labels, target.count, logits.label);
+  logits.peak = drop_labels(x, padded(p.classes), peak, target.labels, target.count, logits.label);
   return logits;
 }
 
 // Exponentials and softmaxes of logits; e may be the row itself, e1 is used where T asks for it.
 template <class T>
 void exponentiate(const Problem& p, Logits<T>& z, double temperature, bool at_one, T* e, T* e1) {
-  z.unit = unit_pass(static_cast<T>(temperature), at_one);
+  z.unit = unit_pass(temperature, at_one);
   z.e = e;
   z.e1 = e1;
-  exponentials(z.unit, z.x, padded(p.classes), static_cast<T>(temperature), e, e1, z.stats, z.ahead);
-  z.at = split(z.stats, temperature);
-  if (at_one) z.at1 = split1(z.stats);
+  const Units<T> units(temperature, z.peak), units1(1, z.peak);
+  const Sums sums = exponentials(z.unit, z.x, padded(p.classes), units, units1, e, e1, z.ahead);
+  z.stats = units.stats(sums.sum, z.single_label());
+  z.at = split(z.stats);
+  if (!at_one) return;
+  if (temperature == 1) {
+    z.at1 = z.at;
+  } else if (z.unit == Unit::apart) {
+    z.at1 = split(units1.stats(sums.sum1, z.single_label()));
+  } else {
+    z.at1 = split(units.stats(sums.sum1, z.single_label(), temperature));
+  }
+}
+
+// A teacher's exponentials, into e, and its softmax; returns the sum of e_j (t_j - z_j).
+template <class T>
+double teach(const Problem& p, Logits<T>& t, const Logits<T>& z, double temperature, T* e) {
+  const Units<T> units(temperature, t.peak);
+  const Crossed sums = teacher_pass(t.x, z.x, padded(p.classes), units, e, t.ahead);
+  t.e = e;
+  t.stats = units.stats(sums.sum, t.single_label());
+  t.at = split(t.stats);
+  return sums.crossed;
 }
 
 // The gradient of one row as it is collected: coefficients of the exponentials, further rows, labels.
@@ -102,7 +129,7 @@ double add_cross_entropy(const Logits<T>& z, const Target<T>& target, double dot
   if (weight == 0) return value;
   g.c += weight * target.mass * z.at1.unit;
   for (int k = 0; k < target.count; ++k) {
-    g.label[k] += weight * (target.mass * std::exp(z.label[k] - z.at1.lse) - target.values[k]);
+    g.label[k] += weight * (target.mass * std::exp(z.log_label(k)) - target.values[k]);
   }
   if (target.soft) g.add(target.soft, -weight);
   return value;

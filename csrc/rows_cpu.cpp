@@ -32,10 +32,8 @@ void kd_row(const Problem& p, int64_t row, Scratch<T>& scratch) {
   for (int k = 0; k < p.num_teachers; ++k) {
     T* const x = base + (4 + k) * length;
     auto t = read_logits(p, p.teachers[k], row, target, x);
-    const double crossed = teacher_pass(x, z.x, length, static_cast<T>(q.temperature), x, t.stats, t.ahead);
-    t.at = split(t.stats, q.temperature);
-    const auto pair =
-        kl(z.at, t.at, z.stats.label, t.stats.label, crossed / t.stats.sum / q.temperature, q.temperature);
+    const double crossed = teach(p, t, z, q.temperature, x);
+    const auto pair = kl(z.stats, z.at, t.stats, t.at, crossed);
     g.add(x, kd_add(kd, pair, q.weights[k], q.kd_weight, q.square, q.temperature));
   }
   g.a = kd.a;
@@ -58,11 +56,10 @@ void dkd_row(const Problem& p, int64_t row, Scratch<T>& scratch) {
   auto t = read_logits(p, p.teachers[0], row, target, base + 3 * length);
   const double dot = target_dot(p, z, target);
   const Hits hit = hits(p, z, target);
-  const double crossed = teacher_pass(t.x, z.x, length, static_cast<T>(q.temperature), t.x, t.stats, t.ahead);
-  t.at = split(t.stats, q.temperature);
+  const double crossed = teach(p, t, z, q.temperature, t.x);
   exponentiate(p, z, q.temperature, true, z.x, base + 2 * length);
 
-  const auto r = dkd(q, z.stats, z.at, t.stats, t.at, crossed / t.stats.sum / q.temperature);
+  const auto r = dkd(q, z.stats, z.at, t.stats, t.at, crossed);
   Gradient<T> g;
   g.a = r.a;
   g.label[0] = r.label;
@@ -87,10 +84,10 @@ void nkd_row(const Problem& p, int64_t row, Scratch<T>& scratch) {
   const double dot = target_dot(p, z, target);
   const Hits hit = hits(p, z, target);
   exponentiate(p, t, q.temperature, true, t.x, base + 4 * length);
-  const double expected = weighted(t.e, z.x, length) / t.stats.sum / q.temperature;
+  const double dotted = weighted(t.e, z.x, length);
   exponentiate(p, z, q.temperature, true, z.x, base + 2 * length);
 
-  const auto r = nkd(q, z.stats, z.at1, t.stats, t.at1, expected);
+  const auto r = nkd(q, z.stats, z.at1.log_label, t.stats, t.at1.label, dotted);
   Gradient<T> g;
   g.a = r.a;
   g.c = r.weight * z.at1.unit;
@@ -105,17 +102,18 @@ void nkd_row(const Problem& p, int64_t row, Scratch<T>& scratch) {
   if (p.gradients) write_gradient(p, 0, row, q.temperature, z, g, target);
 }
 
-// One or two labels leave `stats.label` unset: their softmax is made from the labels' logits here.
+// Of two labels neither is in the statistics: their logits join the softmax at T = 1 here.
 template <class T>
-double join_labels(Logits<T>& z, const Target<T>& target) {
-  z.at1 = split_at(z.stats.peak, z.stats.sum, static_cast<double>(z.label[0]));
-  if (target.count == 2) {
-    const double second = z.label[1];
-    const double high = std::max(z.at1.lse, second), low = std::min(z.at1.lse, second);
-    z.at1.lse = low == -INFINITY && high != -INFINITY ? high : high + std::log1p(std::exp(low - high));
-    z.at1.unit = std::exp(z.stats.peak - z.at1.lse);
+void join_labels(Logits<T>& z, const Target<T>& target) {
+  if (target.count < 2) return;
+  double lse = z.at1.lse;
+  for (double label : z.label) {
+    label *= z.stats.scale;
+    const double high = std::max(lse, label), low = std::min(lse, label);
+    lse = low == -INFINITY ? high : high + std::log1p(std::exp(low - high));
   }
-  return z.at1.lse;
+  z.at1.lse = lse;
+  z.at1.unit = std::exp(z.stats.shift - lse);
 }
 
 template <class T>
@@ -125,9 +123,9 @@ void label_scores(const Problem& p, int64_t row, Scratch<T>& scratch, bool squar
   const auto target = read_target(p, row, 2, base);
   auto z = read_logits(p, p.students[0], row, target, base + length, 0);
   exponentiate(p, z, 1, true, z.x, z.x);
-  const double lse = join_labels(z, target);
+  join_labels(z, target);
   for (int k = 0; k < 2; ++k) {
-    const double score = k < target.count ? std::exp(z.label[k] - lse) : 0;
+    const double score = k < target.count ? std::exp(z.log_label(k)) : 0;
     p.scores[2 * row + k] = squared ? score * score : score;
   }
 }
@@ -149,12 +147,12 @@ double add_smoothed_target(const Problem& p, int64_t row, const Logits<T>& z, co
   double value = 0, total = 0;
   for (int k = 0; k < target.count; ++k) {
     const double w = smoothed_weight(p.scores[2 * row + k], target.values[k], p.score_mean[k]);
-    value += gated(w, z.at1.lse - z.label[k]);
+    value += gated(w, -z.log_label(k));
     total += w;
     g.label[k] -= weight * w;
   }
   g.c += weight * total * z.at1.unit;
-  for (int k = 0; k < target.count; ++k) g.label[k] += weight * total * std::exp(z.label[k] - z.at1.lse);
+  for (int k = 0; k < target.count; ++k) g.label[k] += weight * total * std::exp(z.log_label(k));
   return value;
 }
 
@@ -197,8 +195,8 @@ void zipf(const T* keys, int64_t classes, const Target<T>& target, T* weights, i
 // keys_j = W_j / (1 - W_t) + s_j / (1 - s_t), with s the student's log-probabilities or probabilities.
 template <class T>
 void rank_keys(const Problem& p, const Logits<T>& z, const Logits<T>& w, const Target<T>& target, bool paper, T* keys) {
-  const auto probability = [](const Logits<T>& x, int k) { return std::exp(x.label[k] - x.at1.lse); };
-  const auto student = [&](int k) { return paper ? probability(z, k) : z.label[k] - z.at1.lse; };
+  const auto probability = [](const Logits<T>& x, int k) { return std::exp(x.log_label(k)); };
+  const auto student = [&](int k) { return paper ? probability(z, k) : z.log_label(k); };
   double weak_targets = 0, student_targets = 0;
   for (int k = 0; k < target.count; ++k) {
     weak_targets += probability(w, k);
@@ -247,13 +245,13 @@ void uskd_row(const Problem& p, int64_t row, Scratch<T>& scratch) {
   const double weak = weak_mass * w.at1.lse - weak_dot;
   gw.c = q.mu * weak_mass * w.at1.unit;
   for (int k = 0; k < target.count; ++k) {
-    gw.label[k] = q.mu * (weak_mass * std::exp(w.label[k] - w.at1.lse) - keep * target.values[k] - share);
+    gw.label[k] = q.mu * (weak_mass * std::exp(w.log_label(k)) - keep * target.values[k] - share);
   }
   if (target.soft) gw.add(target.soft, -q.mu * keep);
   std::fill(keys, keys + length, T(1));
   gw.add(keys, -q.mu * share);
 
-  const double others = z.stats.sum > 0 ? lse_rest(z.stats, 1.) - weighted(weights, z.x, length) : 0;
+  const double others = z.stats.sum > 0 ? lse_rest(z.stats) - weighted(weights, z.x, length) : 0;
   const double smoothed = add_smoothed_target(p, row, z, target, q.alpha, g);
   g.c += z.stats.sum > 0 ? q.beta / z.stats.sum : 0;
   g.add(weights, -q.beta);
@@ -283,9 +281,10 @@ Logits<T> fuse(const Problem& p, const SlkdParams& q, const Logits<T>* slts, int
     label += q.fusion[k] * slts[k].label[0];
     for (int64_t i = 0; i < length; i += Simd<T>::lanes) store(f + i, load(f + i) + load(slts[k].x + i) * w);
   }
-  const double peak = row_max(f, length);
   fused.label[0] = static_cast<T>(label);
-  fused.stats = {peak == -INFINITY ? 0 : peak, 0, 0, label};
+  fused.labelled = true;
+  const T peak = row_max(f, length);
+  fused.peak = peak != -INFINITY ? peak : label != -INFINITY ? fused.label[0] : T(0);
   return fused;
 }
 
@@ -296,7 +295,6 @@ void slkd_row(const Problem& p, int64_t row, Scratch<T>& scratch) {
   const int slt_count = p.num_students - 1;
   T* const base = scratch.rows(8 + 2 * slt_count, length);
   const auto at = [&](int k) { return base + k * length; };
-  const T temperature = static_cast<T>(q.temperature);
   const auto target = read_target(p, row, 1, at(0));
   auto z = read_logits(p, p.students[0], row, target, at(1), 0);
   auto t = read_logits(p, p.teachers[0], row, target, at(4));
@@ -304,17 +302,15 @@ void slkd_row(const Problem& p, int64_t row, Scratch<T>& scratch) {
   for (int k = 0; k < slt_count; ++k)
     new (&slts[k]) Logits<T>(read_logits(p, p.students[1 + k], row, target, at(8 + 2 * k), 1 + k));
   auto f = fuse(p, q, slts, slt_count, at(6));
+  f.ahead = z.ahead;
 
   const double dot = target_dot(p, z, target);
   const Hits hit = hits(p, z, target);
-  const double crossed = teacher_pass(t.x, z.x, length, temperature, at(5), t.stats, t.ahead);
-  const double fused_crossed = teacher_pass(f.x, z.x, length, temperature, at(7), f.stats, z.ahead);
-  t.at = split(t.stats, q.temperature);
-  f.at = split(f.stats, q.temperature);
+  const double crossed = teach(p, t, z, q.temperature, at(5));
+  const double fused_crossed = teach(p, f, z, q.temperature, at(7));
   exponentiate(p, z, q.temperature, true, at(2), at(3));
-  const auto pair = kl(z.at, t.at, z.stats.label, t.stats.label, crossed / t.stats.sum / q.temperature, q.temperature);
-  const auto fused =
-      kl(z.at, f.at, z.stats.label, f.stats.label, fused_crossed / f.stats.sum / q.temperature, q.temperature);
+  const auto pair = kl(z.stats, z.at, t.stats, t.at, crossed);
+  const auto fused = kl(z.stats, z.at, f.stats, f.at, fused_crossed);
 
   const double step = q.square / q.temperature;
   Gradient<T> g;
@@ -329,7 +325,7 @@ void slkd_row(const Problem& p, int64_t row, Scratch<T>& scratch) {
   // exp(f_j) ((f_j - z_j) / T - D), the direction in which the student pulls the SL-Ts.
   T* const pull = at(6);
   if (!q.detach && p.gradients) {
-    const T scale = T(1) / temperature, drift = static_cast<T>(fused.drift);
+    const T scale = static_cast<T>(f.stats.scale), drift = static_cast<T>(fused.drift);
     const typename Simd<T>::vec zero = {};
     for (int64_t i = 0; i < length; i += Simd<T>::lanes) {
       const auto e = load(at(7) + i);
@@ -349,16 +345,15 @@ void slkd_row(const Problem& p, int64_t row, Scratch<T>& scratch) {
     const Hits slt_hit = hits(p, s, target);
     const double slt_crossed = cross(at(5), t.x, s.x, length);
     exponentiate(p, s, q.temperature, true, s.x, at(9 + 2 * k));
-    const auto own =
-        kl(s.at, t.at, s.stats.label, t.stats.label, slt_crossed / t.stats.sum / q.temperature, q.temperature);
+    const auto own = kl(s.stats, s.at, t.stats, t.at, slt_crossed);
     Gradient<T> gs;
     gs.a = step * q.kd_weight * own.a;
     gs.label[0] = step * q.kd_weight * own.label;
     gs.add(at(5), -step * q.kd_weight * own.b);
     if (!q.detach) {
       gs.add(pull, q.fusion[k] * slkd_extra(q, fused));
-      gs.label[0] += q.fusion[k] * q.fused_kd_weight * step *
-                     gated(f.at.label, (f.stats.label - z.stats.label) / q.temperature - fused.drift);
+      gs.label[0] +=
+          q.fusion[k] * q.fused_kd_weight * step * gated(f.at.label, f.stats.label - z.stats.label - fused.drift);
     }
     const double slt_ce = add_cross_entropy(s, target, slt_dot, q.ce_weight, gs);
     if (p.gradients) write_gradient(p, 1 + k, row, q.temperature, s, gs, target);

@@ -89,27 +89,47 @@ static inline vecf maximum(vecf a, vecf b) {
 static inline vecd fma(vecd a, vecd b, vecd c) { return vecd{std::fma(a[0], b[0], c[0])}; }
 static inline vecd maximum(vecd a, vecd b) { return a > b ? a : b; }
 
-// exp(x) for x <= 0, to 1.5 ulp; results below the smallest normal number are 0, NaN stays NaN.
-static inline vecf exp_nonpositive(vecf x) {
+// base^x of the type's own base, 2 for float and e for double, for x <= 0 (or just above it).
+// Float: to 1.5 ulp; below the normal numbers 0 or nearly so, at -inf exactly 0; NaN stays NaN.
+template <class T>
+struct Power;
+
+template <>
+struct Power<float> {
+  static constexpr double log_base = 0.693147180559945309417;
+};
+template <>
+struct Power<double> {
+  static constexpr double log_base = 1;
+};
+
+static inline vecf power(vecf x) {
+#if defined(__AVX512F__)
+  // Of two operands maxps returns the second where one is NaN.
+  const __m512 clamped = _mm512_max_ps(_mm512_set1_ps(-200.f), (__m512)x);
+  const __m512 n = _mm512_roundscale_ps(clamped, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const vecf f = (vecf)clamped - (vecf)n;
+#else
   // Adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits; + 127 is the exponent's bias.
-  const vecf magic = fill<float>(12582912.f + 127.f);
-  const vecf shifted = fma(x, fill<float>(1.44269504088896341f), magic);
-  const vecf n = shifted - magic;
-  vecf r = fma(n, fill<float>(-0.693359375f), x);
-  r = fma(n, fill<float>(2.12194440054690583e-4f), r);
-  // (exp(r) - 1 - r) / r^2, minimax on |r| <= ln(2) / 2 for the relative error of exp (3e-9).
-  vecf p = fill<float>(1.3813142e-3f);
-  p = fma(p, r, fill<float>(8.3694188e-3f));
-  p = fma(p, r, fill<float>(4.1668456e-2f));
-  p = fma(p, r, fill<float>(1.6666515e-1f));
-  p = fma(p, r, fill<float>(0.49999994f));
-  p = fma(p * r, r, r) + 1.f;
-  const vecf scale = (vecf)((Simd<float>::ints)shifted << 23);
+  const vecf magic = fill<float>(12582912.f + 127.f), shifted = x + magic;
+  const vecf f = x - (shifted - magic);
+#endif
+  // 2^f, minimax on |f| <= 1/2 for the relative error (2e-9).
+  vecf p = fma(fill<float>(1.53533096e-4f), f, fill<float>(1.33989390e-3f));
+  p = fma(p, f, fill<float>(9.61843785e-3f));
+  p = fma(p, f, fill<float>(5.55033237e-2f));
+  p = fma(p, f, fill<float>(2.40226477e-1f));
+  p = fma(p, f, fill<float>(6.93147182e-1f));
+  p = fma(p, f, fill<float>(1.f));
+#if defined(__AVX512F__)
+  return (vecf)_mm512_scalef_ps((__m512)p, n);
+#else
   const vecf zero = {};
-  return x < -87.3365f ? zero : p * scale;
+  return x < -126.f ? zero : p * (vecf)((Simd<float>::ints)shifted << 23);
+#endif
 }
 
-static inline vecd exp_nonpositive(vecd x) { return vecd{std::exp(x[0])}; }
+static inline vecd power(vecd x) { return vecd{std::exp(x[0])}; }
 
 // In halves: a chain of sixteen additions would cost more than the loop over a short row.
 static inline double sum_lanes(vecf v) {

@@ -43,9 +43,6 @@ def main() -> None:
     """Run the command line; an error of the user's is one message on stderr and exit code 2."""
     try:
         app(prog_name="kdfuse")
-    except KeyboardInterrupt:
-        Console(stderr=True).print("stopped; kdfuse train ... resume=true goes on")
-        sys.exit(130)
     except Exception as error:
         if os.environ.get("KDFUSE_TRACEBACK") == "1" or not _for_users(error):
             raise

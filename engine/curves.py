@@ -75,8 +75,8 @@ def comparison(groups: list[Group]) -> Chart:
 def _accuracy_lines(run: PastRun) -> list[Line]:
     """Student, its average, SL-Ts, and as level lines the teacher and the published number."""
     evaluations = run.evaluations
-    apart = {"teacher_top1", "train_top1"}
-    keys = sorted({k for r in evaluations for k in r if k.endswith("_top1")} - apart)
+    found = {key for record in evaluations for key in record if key.endswith("_top1")}
+    keys = sorted(key for key in found if not key.startswith(("teacher_", "train_")))
     lines = [
         Line(_network_name(key), *_points(evaluations, key), index % 6)
         for index, key in enumerate(["top1", *keys])

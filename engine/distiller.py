@@ -86,7 +86,7 @@ class Distiller(nn.Module):
 
     def forward(self, images: Tensor) -> Outputs:
         """Logits of every network for uint8 images (N, 3, H, W) on the networks' device."""
-        made = {inputs: inputs(images) for inputs in set(self.inputs.values())}
+        made = {inputs: inputs(images) for inputs in dict.fromkeys(self.inputs.values())}
         teacher_logits = None
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self.amp):
             if self.teacher is not None:

@@ -56,7 +56,7 @@ class Group:
 
     def wait(self) -> None:
         """Return when every process has come here."""
-        self.sum(torch.zeros((), device=self.device))
+        self.sum(torch.zeros((), device=self.device)).item()  # a GPU's sum alone holds no one up
 
     def wrap(self, module: nn.Module) -> nn.Module:
         """The module whose gradients are averaged over the processes; itself for one process."""
@@ -102,7 +102,10 @@ def processes(device: str) -> Iterator[Group]:
     if world == 1:
         yield Group(0, 1, chosen)
         return
-    dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    if chosen.type == "cuda":
+        dist.init_process_group("nccl", device_id=chosen)
+    else:
+        dist.init_process_group("gloo")
     try:
         yield Group(rank, world, chosen)
     finally:

@@ -89,7 +89,7 @@ def _compiled_module() -> list[Finding]:
     except ImportError as error:
         cure = "install a C++17 compiler and run pip install again"
         return [Finding("compiled module", "absent", f"{error}; losses run slower; {cure}")]
-    text = f"SIMD {_C.level()} (this machine runs {', '.join(_C.levels())}), built by {_C.compiler}"
+    text = f"SIMD {_C.level()} (this machine runs {', '.join(_C.levels())}), compiler {_C.compiler}"
     return [Finding("compiled module", "ok", text)]
 
 

@@ -74,13 +74,14 @@ def evaluate_state(state: State, val: Loader, group: Group) -> dict[str, float]:
     return student | {f"{name}_{k}": v for name, row in found.items() for k, v in row.items()}
 
 
-def evaluate(run: Path) -> dict[str, dict[str, float]]:
+def evaluate(run: str | Path) -> dict[str, dict[str, float]]:
     """Evaluate the last and the best checkpoint of a run's folder again, and print the results.
 
     {"last": {...}, "best": {...}}, each as `evaluate_state` gives it, with the checkpoint's step.
     Raises FileNotFoundError for a folder that is no run, CheckpointError (a RuntimeError) when
     there is no checkpoint to use.
     """
+    run = Path(run)
     if not (run / "recipe.yaml").is_file():
         raise FileNotFoundError(f"{run} is not a run: it has no recipe.yaml")
     recipe = _alone(Recipe.load(run / "recipe.yaml"))

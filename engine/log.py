@@ -113,13 +113,17 @@ class RunLog:
         )
 
     def epoch(self, epoch: int, values: Mapping[str, float]) -> None:
-        """Record the evaluation after `epoch` finished epochs (top1, top5, lr, slt0_top1, ...)."""
+        """Record the evaluation after `epoch` finished epochs: top1, top5, slt0_top1, lr, ...
+
+        Means over the epoch's training batches (train_loss, ...) are recorded and not shown.
+        """
         step = round(epoch * self.total_steps / self.epochs)
         self.position = step
         if self.silent:
             return
         self._write("epoch", step, float(epoch), values)
-        self._show(f"epoch {epoch}/{self.epochs} done  {_words(values)}")
+        shown = {name: value for name, value in values.items() if not name.startswith("train_")}
+        self._show(f"epoch {epoch}/{self.epochs} done  {_words(shown)}")
 
     def note(self, text: str) -> None:
         """Say something that a reader of the run should know; the same text is recorded once."""

@@ -71,7 +71,7 @@ class Meters:
     def _means(self, sums: Tensor) -> dict[str, float]:
         total = dict(zip(self.names, sums.tolist(), strict=True))
         steps, rows = total.pop("steps"), total.pop("rows")
-        return {n: 100 * v / rows if n in COUNTS else v / steps for n, v in total.items()}
+        return {n: 100 * v / rows if n.endswith(COUNTS) else v / steps for n, v in total.items()}
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps, after gather()."""

@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from . import checkpoint, rng
 from .distiller import build
 from .distributed import Group
@@ -18,9 +20,9 @@ class State:
     """Networks, optimisers, average, meters, and how far the run is."""
 
     def __init__(
-        self, recipe: Recipe, group: Group, classes: int, digests: Mapping[str, str]
+        self, recipe: Recipe, group: Group, classes: int, sources: Mapping[str, str]
     ) -> None:
-        """`digests` name the data; a checkpoint made from other data will not be resumed."""
+        """`sources` name the data; a checkpoint made from other data will not be resumed."""
         self.recipe, self.group, self.classes = recipe, group, classes
         seed(recipe.run.seed)  # the same random weights in every process
         self.distiller = build(
@@ -42,7 +44,12 @@ class State:
         self.meters = Meters(group)
         self.done = 0  # finished steps
         self.results: dict[str, dict[str, float]] = {}  # the best and the last evaluation
-        self.inputs = {**digests, "teacher's weights": self.distiller.teacher_digest}
+        self.sources = {**sources, "teacher's weights": self.distiller.teacher_digest}
+        self.machine = {
+            "processes": group.world,
+            "device": group.device.type,
+            "torch": str(torch.__version__),
+        }
         seed(recipe.run.seed + group.rank)  # dropout differs between processes
 
     def average_batchnorm(self) -> None:
@@ -70,8 +77,8 @@ class State:
         facts = {
             "step": self.done,
             "results": self.results,
-            "inputs": self.inputs,
-            "processes": self.group.world,
+            "sources": self.sources,
+            "machine": self.machine,
             "recipe": self.recipe.model_dump(mode="json"),
         }
         if self.group.first:
@@ -86,7 +93,8 @@ class State:
         if found is None:
             return []
         state, facts = found.state, found.facts
-        refuse(changes(facts["inputs"], self.inputs), f"{found.path} was made from other files")
+        drift = changes(facts["sources"], self.sources)
+        refuse(drift, f"cannot resume {found.path}: it was made from other data (was -> is)")
         self.load_networks(state)
         self.distiller.heads.load_state_dict(state["heads"])
         for name, optimizer in self.optimizers.items():
@@ -96,8 +104,8 @@ class State:
             rng.restore(state["rng"][self.group.rank])
         self.done, self.results = facts["step"], facts["results"]
         notes = [f"skipped a damaged checkpoint: {reason}" for reason in found.skipped]
-        if facts["processes"] != self.group.world:
-            notes.append(f"from {facts['processes']} processes to {self.group.world}")
+        for line in changes(facts["machine"], self.machine):
+            notes.append(f"not bit for bit as it would have been: {line}")
         return [*notes, f"resumed from {found.path.name}"]
 
     def load_networks(self, state: dict[str, Any]) -> None:

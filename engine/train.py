@@ -44,8 +44,12 @@ def train(recipe: Recipe, out: str | Path | None = None, resume: bool = False) -
             closing(make(train_set, data, batch, train=True)) as loader,
             closing(make(val_set, data, eval_batch, train=False)) as val,
         ):
-            digests = {"training images": train_set.digest, "validation images": val_set.digest}
-            state = State(recipe, group, len(train_set.classes), digests)
+            sources = {
+                "training images": train_set.digest,
+                "validation images": val_set.digest,
+                "loader": loader.name,  # what "auto" stands for may change
+            }
+            state = State(recipe, group, len(train_set.classes), sources)
             Training(recipe, folder, group, state, loader, val).run(resume)
         group.wait()
     return folder

@@ -26,7 +26,7 @@ def train(
             if step % 2 == 0:
                 run.step(step, step / 4, {"loss": 1 / step}, 100.0 * step, 0.25)
             if step % 4 == 0:
-                run.epoch(step // 4, {"top1": 50.0 + step, "lr": 0.1})
+                run.epoch(step // 4, {"top1": 50.0 + step, "train_loss": 1.0, "lr": 0.1})
         if end:
             run.end({"best_top1": 58.0})
 

@@ -38,7 +38,7 @@ def make(tmp_path: Path) -> Maker:
             for epoch, value in enumerate(top1, 1):
                 losses = {"loss": 2.0 / epoch, "kd": 1.0 / epoch, "top1": value - 5, "lr": 0.05}
                 log.step(10 * epoch, epoch, losses, 1000.0, 0.1)
-                more = {"slt0_top1": value + 1, "slt1_top1": value + 2}
+                more = {"slt0_top1": value + 1, "slt1_top1": value + 2, "train_slt0_top1": 1.0}
                 log.epoch(epoch, {"top1": value, "top5": 99.0, **more, "lr": 0.05})
             if finished:
                 log.end({"best_top1": max(top1)})

@@ -17,14 +17,15 @@ struct DkdRow {
   R a, b, label;  // of the student's and the teacher's exponentials; the entry of the label
 };
 
+// crossed: the sum over j != y of e_t,j (t_j - z_j).
 template <class R>
 KDFUSE_HD DkdRow<R> dkd(const DkdParams& p, const Stats<R>& zs, const Split<R>& z, const Stats<R>& ts,
-                        const Split<R>& t, R rest) {
-  const R square = R(p.square), temperature = R(p.temperature), step = square / temperature;
+                        const Split<R>& t, R crossed) {
+  const R square = R(p.square), step = square / R(p.temperature);
   // log((1 - q_y) / (1 - p_y)) as a difference of log-sum-exps.
-  const R rest_ratio = gated(t.rest, (lse_rest(ts, temperature) - t.lse) - (lse_rest(zs, temperature) - z.lse));
+  const R rest_ratio = gated(t.rest, (lse_rest(ts) - t.lse) - (lse_rest(zs) - z.lse));
   const R tckd = gated(t.label, t.log_label - z.log_label) + rest_ratio;
-  const Kl<R> others = kl_rest(zs, ts, rest, temperature);
+  const Kl<R> others = kl_rest(zs, ts, crossed);
   // d TCKD / d z_j = -gap * p_j / (1 - p_y), and p_j / (1 - p_y) = e_j / sum.
   const R gap = z.label - t.label;
   const R spread = zs.sum > R(0) ? R(1) / zs.sum : R(0);

@@ -20,16 +20,15 @@ struct NkdRow {
   R a, b;
 };
 
-// expected: Q', the sum over j != y of V'_j z_j / T.
+// weighted: the sum over j != y of e_t,j z_j; weight: V_y.
 template <class R>
-KDFUSE_HD NkdRow<R> nkd(const NkdParams& p, const Stats<R>& z, const Split<R>& z1, const Stats<R>& t,
-                        const Split<R>& t1, R expected) {
-  const R weight = t1.label;
+KDFUSE_HD NkdRow<R> nkd(const NkdParams& p, const Stats<R>& z, R log_label, const Stats<R>& t, R weight, R weighted) {
   const R step = R(p.gamma * p.square / p.temperature);
-  const R target = gated(weight, -z1.log_label);
+  const R target = gated(weight, -log_label);
   if (t.sum == R(0)) return {target, R(0), weight, R(0), R(0)};
-  if (z.sum == R(0)) return {target, R(INFINITY), weight, R(0), -step / t.sum};
-  return {target, R(p.square) * (lse_rest(z, R(p.temperature)) - expected), weight, step / z.sum, -step / t.sum};
+  const R b = R(1) / t.sum;
+  if (z.sum == R(0)) return {target, R(INFINITY), weight, R(0), -step * b};
+  return {target, R(p.square) * (lse_rest(z) - weighted * b * z.scale), weight, step / z.sum, -step * b};
 }
 
 }  // namespace kdfuse

@@ -7,7 +7,7 @@ from pydantic import Field
 from torch import Tensor
 
 from ...kernels.dkd import dkd_loss
-from .method import Method, Outputs, Terms
+from .method import Method, Outputs, Terms, with_terms
 
 
 class DKD(Method):
@@ -31,7 +31,8 @@ class DKD(Method):
 
     def loss(self, out: Outputs, target: Tensor, epoch: float) -> tuple[Tensor, Terms]:
         warm = self.warm(epoch)
-        return dkd_loss(
+        assert out.teacher is not None
+        result = dkd_loss(
             out.student,
             out.teacher,
             target,
@@ -41,3 +42,4 @@ class DKD(Method):
             ce_weight=self.ce_weight,
             return_terms=True,
         )
+        return with_terms(result)

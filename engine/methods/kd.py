@@ -6,7 +6,7 @@ from pydantic import Field
 from torch import Tensor
 
 from ...kernels.kd import kd_loss
-from .method import Method, Outputs, Terms
+from .method import Method, Outputs, Terms, with_terms
 
 
 class KD(Method):
@@ -21,7 +21,8 @@ class KD(Method):
     kd_weight: float = Field(0.9, ge=0, description="weight of T^2 KL(teacher || student)")
 
     def loss(self, out: Outputs, target: Tensor, epoch: float) -> tuple[Tensor, Terms]:
-        return kd_loss(
+        assert out.teacher is not None
+        result = kd_loss(
             out.student,
             out.teacher,
             target,
@@ -30,3 +31,4 @@ class KD(Method):
             ce_weight=self.ce_weight,
             return_terms=True,
         )
+        return with_terms(result)

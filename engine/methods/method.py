@@ -43,7 +43,13 @@ class Method(Strict):
     def loss(self, out: Outputs, target: Tensor, epoch: float) -> tuple[Tensor, Terms]:
         """The loss of one batch (0-dim, float32) and its detached 0-dim terms.
 
-        `target` is (N,) int64; `epoch` is 0-based and fractional. Terms named top1, top5 and
-        rows are counts over the batch, all others means over its rows.
+        `target` is (N,) int64; `epoch` is 0-based and fractional. Terms whose names end in top1
+        or top5, and rows, are counts over the batch; all others are means over its rows.
         """
         raise NotImplementedError
+
+
+def with_terms(result: Tensor | tuple[Tensor, Terms]) -> tuple[Tensor, Terms]:
+    """What a loss function gives back when it is called with return_terms=True."""
+    assert isinstance(result, tuple)
+    return result

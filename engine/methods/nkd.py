@@ -6,7 +6,7 @@ from pydantic import Field
 from torch import Tensor
 
 from ...kernels.nkd import nkd_loss
-from .method import Method, Outputs, Terms
+from .method import Method, Outputs, Terms, with_terms
 
 
 class NKD(Method):
@@ -21,7 +21,8 @@ class NKD(Method):
     ce_weight: float = Field(1.0, ge=0, description="weight of the cross-entropy")
 
     def loss(self, out: Outputs, target: Tensor, epoch: float) -> tuple[Tensor, Terms]:
-        return nkd_loss(
+        assert out.teacher is not None
+        result = nkd_loss(
             out.student,
             out.teacher,
             target,
@@ -30,3 +31,4 @@ class NKD(Method):
             ce_weight=self.ce_weight,
             return_terms=True,
         )
+        return with_terms(result)

@@ -7,7 +7,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from ...kernels.slkd import slkd_loss
-from .method import Method, Outputs, Terms
+from .method import Method, Outputs, Terms, with_terms
 
 
 class SLKD(Method):
@@ -41,7 +41,8 @@ class SLKD(Method):
         return self
 
     def loss(self, out: Outputs, target: Tensor, epoch: float) -> tuple[Tensor, Terms]:
-        return slkd_loss(
+        assert out.teacher is not None
+        result = slkd_loss(
             out.student,
             out.teacher,
             out.slts,
@@ -55,3 +56,4 @@ class SLKD(Method):
             detach_slts=self.detach_slts,
             return_terms=True,
         )
+        return with_terms(result)

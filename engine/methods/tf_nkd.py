@@ -6,7 +6,7 @@ from pydantic import Field
 from torch import Tensor
 
 from ...kernels.tf_nkd import tf_nkd_loss
-from .method import Method, Outputs, Terms
+from .method import Method, Outputs, Terms, with_terms
 
 
 class TfNKD(Method):
@@ -19,6 +19,7 @@ class TfNKD(Method):
     ce_weight: float = Field(1.0, ge=0, description="weight of the cross-entropy")
 
     def loss(self, out: Outputs, target: Tensor, epoch: float) -> tuple[Tensor, Terms]:
-        return tf_nkd_loss(
+        result = tf_nkd_loss(
             out.student, target, weight=self.weight, ce_weight=self.ce_weight, return_terms=True
         )
+        return with_terms(result)

@@ -6,7 +6,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ...kernels.uskd import uskd_loss
-from .method import Method, Outputs, Terms
+from .method import Method, Outputs, Terms, with_terms
 
 
 class USKD(Method):
@@ -33,7 +33,7 @@ class USKD(Method):
         return nn.ModuleDict({"weak": weak})
 
     def loss(self, out: Outputs, target: Tensor, epoch: float) -> tuple[Tensor, Terms]:
-        return uskd_loss(
+        result = uskd_loss(
             out.student,
             out.heads["weak"],
             target,
@@ -44,3 +44,4 @@ class USKD(Method):
             ce_weight=self.ce_weight,
             return_terms=True,
         )
+        return with_terms(result)

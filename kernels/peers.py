@@ -1,0 +1,112 @@
+"""The losses as they are usually written in eager PyTorch: what the benchmarks measure against.
+
+N rows, C classes; y: (N,) int64. Not the specification (that is each op's reference): these have
+no guards for -inf, no ignore_index and no terms, and are as quick as plain PyTorch makes them.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .dkd import dkd_loss
+from .kd import kd_loss
+from .nkd import nkd_loss
+from .slkd import slkd_loss
+from .tf_nkd import tf_nkd_loss
+from .uskd import uskd_loss
+
+
+def distill(z: Tensor, t: Tensor, temperature: float) -> Tensor:
+    log_p = F.log_softmax(z / temperature, dim=1)
+    q = F.softmax(t / temperature, dim=1)
+    return F.kl_div(log_p, q, reduction="batchmean") * temperature**2
+
+
+def kd(z: Tensor, t: Tensor, y: Tensor) -> Tensor:
+    return 0.9 * distill(z, t, 4.0) + 0.1 * F.cross_entropy(z, y)
+
+
+def dkd(z: Tensor, t: Tensor, y: Tensor) -> Tensor:
+    temperature = 4.0
+    mine = torch.zeros_like(z).scatter_(1, y[:, None], 1).bool()
+    p, q = F.softmax(z / temperature, dim=1), F.softmax(t / temperature, dim=1)
+    pair_p = torch.cat([(p * mine).sum(1, keepdim=True), (p * ~mine).sum(1, keepdim=True)], dim=1)
+    pair_q = torch.cat([(q * mine).sum(1, keepdim=True), (q * ~mine).sum(1, keepdim=True)], dim=1)
+    target = F.kl_div(pair_p.log(), pair_q, reduction="batchmean") * temperature**2
+    far = 1000.0 * mine
+    rest_p = F.log_softmax(z / temperature - far, dim=1)
+    rest_q = F.softmax(t / temperature - far, dim=1)
+    rest = F.kl_div(rest_p, rest_q, reduction="batchmean") * temperature**2
+    return target + 8.0 * rest + F.cross_entropy(z, y)
+
+
+def nkd(z: Tensor, t: Tensor, y: Tensor) -> Tensor:
+    classes = z.shape[1]
+    other = torch.ones_like(z, dtype=torch.bool).scatter_(1, y[:, None], False)
+    log_s, v = F.log_softmax(z, dim=1), F.softmax(t, dim=1)
+    target = -(v.gather(1, y[:, None]) * log_s.gather(1, y[:, None])).mean()
+    log_rest = F.log_softmax(z[other].view(-1, classes - 1), dim=1)
+    v_rest = F.softmax(t[other].view(-1, classes - 1), dim=1)
+    return target - 1.5 * (v_rest * log_rest).sum(1).mean() + F.cross_entropy(z, y)
+
+
+def tf_nkd(z: Tensor, y: Tensor) -> Tensor:
+    log_s = F.log_softmax(z, dim=1).gather(1, y[:, None])
+    s = log_s.detach().exp()
+    return F.cross_entropy(z, y) - ((s + 1 - s.mean()) * log_s).mean()
+
+
+def uskd(z: Tensor, weak: Tensor, y: Tensor) -> Tensor:
+    classes = z.shape[1]
+    mine = torch.zeros_like(z, dtype=torch.bool).scatter_(1, y[:, None], True)
+    log_s = F.log_softmax(z, dim=1)
+    with torch.no_grad():
+        w, log_own = F.softmax(weak, dim=1), log_s.detach()
+        keys = w / (1 - w.gather(1, y[:, None]) + 1e-6)
+        keys = keys + log_own / (1 - log_own.gather(1, y[:, None]) + 1e-6)
+        rank = keys.argsort(dim=1, descending=True).argsort(dim=1)
+        ranked = (1.0 / (rank + 1).to(z.dtype)).masked_fill(mine, 0)
+        ranked = (ranked / ranked.sum(1, keepdim=True))[~mine].view(-1, classes - 1)
+        s = log_own.gather(1, y[:, None]).exp() ** 2
+    log_rest = F.log_softmax(z[~mine].view(-1, classes - 1), dim=1)
+    target = -((s + 1 - s.mean()) * log_s.gather(1, y[:, None])).mean()
+    weak_ce = F.cross_entropy(weak, y, label_smoothing=0.1)
+    others = -(ranked * log_rest).sum(1).mean()
+    return target + 0.1 * others + 0.005 * weak_ce + F.cross_entropy(z, y)
+
+
+def slkd(z: Tensor, s1: Tensor, s2: Tensor, t: Tensor, y: Tensor) -> Tensor:
+    fused = 0.5 * s1.detach() + 0.5 * s2.detach()
+    student = 1.1 * F.cross_entropy(z, y) + 0.9 * distill(z, t, 4.0) + distill(z, fused, 4.0)
+    slts = sum(0.1 * F.cross_entropy(s, y) + 0.9 * distill(s, t, 4.0) for s in (s1, s2))
+    return student + slts
+
+
+@dataclass(frozen=True)
+class Case:
+    """One benchmark: the fused call, its eager form on the same arguments, and its traffic."""
+
+    fused: Callable[..., Tensor]
+    eager: Callable[..., Tensor]
+    trained: int  # sets of logits with a gradient
+    frozen: int  # sets of logits without
+    elements: int  # read or written a logit, forward and backward together: the byte model
+
+    def logits(self, rows: int, classes: int, dtype: torch.dtype) -> Sequence[Tensor]:
+        """Peaked logits, as networks make them; the first `trained` require grad."""
+        count = self.trained + self.frozen
+        xs = [(3.0 * torch.randn(rows, classes)).to(dtype) for _ in range(count)]
+        return [x.requires_grad_() if k < self.trained else x for k, x in enumerate(xs)]
+
+
+CASES: dict[str, Case] = {
+    "kd+ce": Case(lambda z, t, y: kd_loss(z, t, y, kd_weight=0.9, ce_weight=0.1), kd, 1, 1, 3),
+    "dkd+ce": Case(lambda z, t, y: dkd_loss(z, t, y, ce_weight=1.0), dkd, 1, 1, 3),
+    "nkd+ce": Case(lambda z, t, y: nkd_loss(z, t, y, ce_weight=1.0), nkd, 1, 1, 3),
+    "tf_nkd+ce": Case(lambda z, y: tf_nkd_loss(z, y, ce_weight=1.0), tf_nkd, 1, 0, 3),
+    "uskd+ce": Case(lambda z, w, y: uskd_loss(z, w, y, ce_weight=1.0), uskd, 2, 0, 6),
+    "slkd2": Case(lambda z, a, b, t, y: slkd_loss(z, t, [a, b], y), slkd, 3, 1, 7),
+}

@@ -1,0 +1,181 @@
+"""How the tests call each loss of the table: data, settings, the call itself and its judgement.
+
+A case holds what a loss takes. `close_to_truth` compares with the oracle in float64, and allows the
+error that the same formula has in the type that the loss is computed in.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import oracle
+import torch
+from torch import Tensor
+
+import kdfuse
+
+CALLS = {
+    "kd": lambda s, t, y, **more: kdfuse.kd_loss(s[0], t, y, **more),
+    "dkd": lambda s, t, y, **more: kdfuse.dkd_loss(s[0], t[0], y, **more),
+    "nkd": lambda s, t, y, **more: kdfuse.nkd_loss(s[0], t[0], y, **more),
+    "tf_nkd": lambda s, t, y, **more: kdfuse.tf_nkd_loss(s[0], y, **more),
+    "uskd": lambda s, t, y, **more: kdfuse.uskd_loss(s[0], s[1], y, **more),
+    "slkd": lambda s, t, y, **more: kdfuse.slkd_loss(s[0], t[0], s[1:], y, **more),
+}
+NAMES = tuple(CALLS)
+WITH_TEACHER = ("kd", "dkd", "nkd", "slkd")
+WITH_PROBABILITIES = ("kd", "nkd", "tf_nkd", "uskd", "slkd")
+# Settings under which every term of a loss takes part, all of different weight.
+FULL = {
+    "kd": {"temperature": 4.0, "kd_weight": 0.9, "ce_weight": 0.3},
+    "dkd": {"temperature": 4.0, "alpha": 0.7, "beta": 3.0, "ce_weight": 0.3},
+    "nkd": {"temperature": 2.0, "gamma": 1.5, "ce_weight": 0.3},
+    "tf_nkd": {"weight": 0.7, "ce_weight": 0.3},
+    "uskd": {"alpha": 0.7, "beta": 0.2, "mu": 0.1, "ce_weight": 0.3},
+    "slkd": {
+        "temperature": 4.0,
+        "ce_weight": 0.1,
+        "kd_weight": 0.9,
+        "fused_ce_weight": 0.5,
+        "fused_kd_weight": 0.8,
+        "fusion": [0.25, 0.75],
+        "detach_slts": False,
+    },
+}
+# Where C == 2 leaves a part of the loss without a meaning: that part off.
+PAIR = {"dkd": {"beta": 0.0}, "nkd": {"gamma": 0.0}, "uskd": {"beta": 0.0}}
+# float16 has no logits of 1e4 with a useful fraction, but holds them.
+BITS = {torch.float64: 52, torch.float32: 23, torch.bfloat16: 7, torch.float16: 10}
+
+
+@dataclass
+class Case:
+    students: list[Tensor]
+    teachers: list[Tensor]
+    target: Tensor | None
+
+
+def make(name: str, n: int, c: int, *, seed: int = 0, teachers: int = 1, slts: int = 2) -> Case:
+    """float64 logits that float16 and bfloat16 hold exactly, and labels at both ends."""
+    random = np.random.default_rng(seed)
+
+    def logits(spread):
+        x = random.normal(0, spread, (n, c))
+        return torch.from_numpy(np.round(x * 16) / 16).to(torch.bfloat16).double()
+
+    target = torch.from_numpy(random.integers(0, c, n))
+    target[:1], target[1:2] = 0, c - 1
+    count = {"uskd": 2, "slkd": 1 + slts}.get(name, 1)
+    students = [logits(2.0) for _ in range(count)]
+    if name == "uskd":
+        # A rank is a step: these keys stand apart by more than any type's rounding (see `ranked`).
+        students = list(ranked(random, n, c))
+    count = {"kd": teachers, "tf_nkd": 0, "uskd": 0}.get(name, 1)
+    return Case(students, [logits(3.0) for _ in range(count)], target)
+
+
+def ranked(random: np.random.Generator, n: int, c: int) -> tuple[Tensor, Tensor]:
+    """Student and weak logits in the same random order, evenly spaced: the rank is beyond doubt.
+
+    Up to 257 classes the values are exact in bfloat16 as well.
+    """
+    place = np.stack([random.permutation(c) for _ in range(n)]) if n else np.zeros((0, c))
+    z = torch.from_numpy((place - c // 2) * 2.0 ** (-4 if c <= 257 else -np.ceil(np.log2(c / 16))))
+    return z, z / 2
+
+
+def cast(case: Case, dtype: torch.dtype, teacher: torch.dtype | None = None) -> Case:
+    teachers = [x.to(teacher or dtype) for x in case.teachers]
+    return Case([x.to(dtype) for x in case.students], teachers, case.target)
+
+
+def probabilities(n: int, c: int, seed: int = 0) -> Tensor:
+    """(N, C) float64 class probabilities of mixup: two classes a row, one in the first row."""
+    random = np.random.default_rng(seed)
+    soft = np.zeros((n, c))
+    for i in range(n):
+        first, second = random.choice(c, 2, replace=False)
+        share = 1.0 if i == 0 else random.integers(33, 64) / 64
+        soft[i, first], soft[i, second] = share, 1 - share
+    return torch.from_numpy(soft)
+
+
+def call(name: str, case: Case, **settings):
+    return CALLS[name](case.students, case.teachers, case.target, **settings)
+
+
+def truth(name: str, case: Case, dtype: type = np.float64, **settings) -> oracle.Rows:
+    def numbers(x):
+        return x.detach().double().numpy().astype(dtype)
+
+    students, teachers = [numbers(x) for x in case.students], [numbers(x) for x in case.teachers]
+    target = case.target
+    if target is not None:
+        target = numbers(target) if target.is_floating_point() else target.numpy()
+    with np.errstate(invalid="ignore", over="ignore", under="ignore"):
+        return oracle.ORACLE[name](students, teachers, target, **settings)
+
+
+def loss_and_gradients(name: str, case: Case, upstream: Tensor | None = None, **settings):
+    """The loss and the students' gradients; `upstream` is what autograd brings to the loss."""
+    students = [x.detach().requires_grad_() for x in case.students]
+    loss = call(name, Case(students, case.teachers, case.target), **settings)
+    if upstream is None:
+        upstream = torch.ones_like(loss)
+    return loss.detach(), list(torch.autograd.grad(loss, students, upstream.to(loss.dtype)))
+
+
+def ulp(x: float, dtype: torch.dtype) -> float:
+    return 2.0 ** (np.floor(np.log2(max(x, torch.finfo(dtype).tiny))) - BITS[dtype])
+
+
+def close_to_truth(
+    got: Tensor, true: np.ndarray, eager: np.ndarray, what: str, slack: float = 1.1
+) -> None:
+    """max |got - true| <= slack * max |eager - true| + 1 ulp of the largest true value.
+
+    `eager` is the same formula in float32; float64 is held to 1e-13 of the largest value.
+    Infinities and NaN must stand in the same places.
+    """
+    values = got.double().numpy()
+    finite = np.isfinite(true)
+    assert np.array_equal(values[~finite], true[~finite], equal_nan=True), f"{what}: inf or NaN"
+    assert np.isfinite(values[finite]).all(), f"{what}: not finite where the truth is"
+    if not finite.any():
+        return
+    error = np.abs(values - true)[finite].max()
+    largest = np.abs(true)[finite].max()
+    if got.dtype == torch.float64:
+        allowed = 1e-13 * max(largest, 1.0)
+    else:
+        of_eager = np.abs(eager.astype(np.float64) - true)[finite].max()
+        allowed = slack * of_eager + ulp(largest, got.dtype)
+    assert error <= allowed, f"{what}: error {error:.3g}, allowed {allowed:.3g} at {largest:.3g}"
+
+
+def check(name: str, case: Case, *, backend: str, seed: int = 0, **settings) -> None:
+    """Rows and gradients of a call under random upstream gradients, against the oracle.
+
+    The reference is itself an eager formula in float32, which may be unlucky: twice the error.
+    """
+    students = case.students
+    # Powers of two scale without rounding: a stored bfloat16 gradient is rounded once.
+    choices = torch.tensor([-2.0, -1.0, -0.5, 0.0, 0.25, 1.0, 4.0], dtype=torch.float64)
+    if all(x.dtype in (torch.float32, torch.float64) for x in students):
+        choices = torch.linspace(-3, 2, 16, dtype=torch.float64)
+    random = np.random.default_rng(seed)
+    upstream = choices[torch.from_numpy(random.integers(0, len(choices), len(students[0])))]
+    wide = torch.float64 in {x.dtype for x in (*students, *case.teachers)}
+    loss, gradients = loss_and_gradients(
+        name, case, upstream, reduction="none", backend=backend, **settings
+    )
+    settings.pop("stored_gradient", None)
+    true = truth(name, case, **settings)
+    eager = truth(name, case, np.float64 if wide else np.float32, **settings)
+    slack = 2.0 if backend == "reference" else 1.1
+    assert loss.dtype == (torch.float64 if wide else torch.float32)
+    close_to_truth(loss, true.loss, eager.loss, f"{name} loss", slack)
+    weight = upstream.numpy()[:, None]
+    for k, (g, x) in enumerate(zip(gradients, students, strict=True)):
+        assert g.dtype == x.dtype and g.shape == x.shape
+        of_eager = weight * eager.gradients[k]
+        close_to_truth(g, weight * true.gradients[k], of_eager, f"{name} gradient {k}", slack)
