@@ -17,20 +17,19 @@
 
 namespace kdfuse {
 
-// What one read of logits x gives at one temperature. The exponentials of a row are e_j =
-// exp(scale * x_j - shift), where scale is 1/T as the exponentials had it (float rounds it, and every
-// number that meets them must round alike) and shift is the rest's maximum in those units.
+// What one read of logits x gives at one temperature. Nothing here stands for the logits themselves:
+// their exponents u_j = x_j / T - shift are relative to a shift of about the rest's maximum, so that
+// logits around 1e4 keep the precision of those around 0. e_j = exp(u_j).
 template <class R>
 struct Stats {
-  R scale, shift;
   R sum;  // of e_j over j != y
-  R label;  // scale * x_y; -inf without a label
+  R label;  // u_y; -inf without a label
 };
 
 // A row's softmax, split into the label and the rest.
 template <class R>
 struct Split {
-  R lse;  // log sum over all j of exp(scale * x_j)
+  R lse;  // log sum over all j of e_j
   R label;  // p_y
   R rest;  // 1 - p_y
   R log_label;  // log p_y
@@ -40,19 +39,19 @@ struct Split {
 // One exponential and one logarithm, relative to the larger of the label and the rest's maximum.
 template <class R>
 KDFUSE_HD Split<R> split(const Stats<R>& x) {
-  const R gap = x.label - x.shift;
-  if (gap > R(0)) {
-    const R unit = std::exp(-gap), others = x.sum * unit, total = R(1) + others, log_total = std::log1p(others);
+  if (x.label > R(0)) {
+    const R unit = std::exp(-x.label), others = x.sum * unit, total = R(1) + others;
+    const R log_total = std::log1p(others) + (x.label - x.label);  // a label at +inf gives NaN
     return {x.label + log_total, R(1) / total, others / total, -log_total, unit / total};
   }
-  const R w = std::exp(gap), total = x.sum + w, log_total = std::log(total);
-  return {x.shift + log_total, w / total, x.sum / total, gap - log_total, R(1) / total};
+  const R w = std::exp(x.label), total = x.sum + w, log_total = std::log(total);
+  return {log_total, w / total, x.sum / total, x.label - log_total, R(1) / total};
 }
 
-// log sum over j != y of exp(scale * x_j).
+// log sum over j != y of e_j.
 template <class R>
 KDFUSE_HD R lse_rest(const Stats<R>& x) {
-  return x.shift + std::log(x.sum);
+  return std::log(x.sum);
 }
 
 // weight * x, where a weight of 0 gives exactly 0 whatever x is.
@@ -68,13 +67,13 @@ struct Kl {
   R value;
   R a, b;
   R label;  // the same derivative at the label
-  R drift;  // D, the sum over all j of q_j (t_j - z_j) / T
+  R drift;  // D, the sum over all j of q_j (u_t,j - u_z,j)
 };
 
-// crossed: the sum over j != y of e_t,j (t_j - z_j).
+// crossed: the sum over j != y of e_t,j (u_t,j - u_z,j).
 template <class R>
 KDFUSE_HD Kl<R> kl(const Stats<R>& zs, const Split<R>& z, const Stats<R>& ts, const Split<R>& t, R crossed) {
-  const R drift = gated(t.unit, crossed * ts.scale) + gated(t.label, ts.label - zs.label);
+  const R drift = gated(t.unit, crossed) + gated(t.label, ts.label - zs.label);
   return {drift + (z.lse - t.lse), z.unit, t.unit, z.label - t.label, drift};
 }
 
@@ -82,14 +81,14 @@ KDFUSE_HD Kl<R> kl(const Stats<R>& zs, const Split<R>& z, const Stats<R>& ts, co
 template <class R>
 KDFUSE_HD Kl<R> kl_rest(const Stats<R>& z, const Stats<R>& t, R crossed) {
   if (t.sum == R(0)) return {R(0), R(0), R(0), R(0), R(0)};
-  const R b = R(1) / t.sum, drift = crossed * b * t.scale;
+  const R b = R(1) / t.sum, drift = crossed * b;
   // No student mass where the teacher has some: infinite, though drift + lse would be inf - inf.
   if (z.sum == R(0)) return {R(INFINITY), R(0), b, R(0), drift};
   return {drift + (lse_rest(z) - lse_rest(t)), R(1) / z.sum, b, R(0), drift};
 }
 
-// Cross-entropy at T = 1 against a hard label (mass = 1, dot = z_y) or class probabilities
-// (mass = sum_j y_j, dot = sum_j y_j z_j).
+// Cross-entropy at T = 1 against a hard label (mass = 1, dot = u_y) or class probabilities
+// (mass = sum_j y_j, dot = sum_j y_j u_j).
 template <class R>
 KDFUSE_HD R cross_entropy(const Split<R>& z, R mass, R dot) {
   return gated(mass, z.lse) - dot;

@@ -11,8 +11,8 @@
 namespace kdfuse {
 namespace {  // each level compiles its own copy, none may leak into another
 
-// Sums run in vectors of T for this many elements, then in double: error stays flat in C.
-constexpr int64_t kBlock = 1024;
+// Sums run in vectors of T for this many elements, 64 a lane, then in double: error stays flat in C.
+constexpr int64_t kBlock = 64 * kFloatLanes;
 
 inline int64_t padded(int64_t classes) { return (classes + kFloatLanes - 1) / kFloatLanes * kFloatLanes; }
 
@@ -129,20 +129,39 @@ T drop_labels(T* x, int64_t length, T peak, const int64_t* labels, int count, T*
   return peak != -INFINITY ? peak : highest == -INFINITY ? T(0) : highest;
 }
 
-// The exponentials of a row are power(step * x - origin), with power to the base of the type.
+// The exponents of a row at T, as the loops have them: step * x - origin, to the base of the type.
+// Every number that meets them takes them from here, so that all round alike.
 template <class T>
 struct Units {
+  typedef typename Simd<T>::vec vec;
+  double log_base;  // of one unit
   T step, origin;
 
   Units(double temperature, T peak)
-      : step(static_cast<T>(1 / (temperature * Power<T>::log_base))), origin(peak * step) {}
+      : log_base(Power<T>::log_base), step(static_cast<T>(1 / (temperature * log_base))), origin(peak * step) {}
 
-  // Of the exponentials raised to `exponent`, that is, at a temperature divided by it.
-  Stats<double> stats(double sum, T label, double exponent = 1) const {
-    const double unit = Power<T>::log_base * exponent;
-    return {step * unit, origin * unit, sum, static_cast<double>(label) * step * unit};
+  vec of(vec x) const { return fma(x, fill<T>(step), fill<T>(-origin)); }
+  // u of one logit.
+  double of_label(T x) const {
+    return log_base * std::fma(static_cast<double>(x), static_cast<double>(step), -static_cast<double>(origin));
+  }
+  // Those of the exponentials raised to `exponent`, that is, at a temperature divided by it.
+  Units raised(double exponent) const {
+    Units units = *this;
+    units.log_base *= exponent;
+    return units;
   }
 };
+
+// Subtracts the peak from a row where step * x - origin would lose it: far from 0, and without fused
+// multiply-add everywhere. Returns the new peak.
+template <class T>
+T centre(T* x, int64_t length, T peak, double temperature) {
+  const double reach = 4096 * (temperature < 1 ? temperature : 1);
+  if (kFused && std::fabs(static_cast<double>(peak)) < reach) return peak;
+  for (int64_t i = 0; i < length; i += Simd<T>::lanes) store(x + i, load(x + i) - peak);
+  return T(0);
+}
 
 // How a pass gets the exponentials at T = 1 from those at T: not at all, as their square, as their
 // fourth power, or as exponentials of their own in a second row.
@@ -161,19 +180,17 @@ struct Sums {
 template <Unit U, class T>
 Sums exponentials(const T* x, int64_t length, Units<T> at, Units<T> at1, T* e, T* e1, Ahead ahead) {
   Sums sums;
-  const auto step = fill<T>(at.step), origin = fill<T>(-at.origin);
-  const auto step1 = fill<T>(at1.step), origin1 = fill<T>(-at1.origin);
   for (int64_t start = 0; start < length; start += kBlock) {
     const int64_t end = start + kBlock < length ? start + kBlock : length;
     typename Simd<T>::vec sum = {}, sum1 = {};
     for (int64_t i = start; i < end; i += Simd<T>::lanes) {
       ahead.touch(i);
       const auto v = load(x + i);
-      const auto w = power(fma(v, step, origin));
+      const auto w = power(at.of(v));
       store(e + i, w);
       sum += w;
       if constexpr (U == Unit::apart) {
-        const auto w1 = power(fma(v, step1, origin1));
+        const auto w1 = power(at1.of(v));
         store(e1 + i, w1);
         sum1 += w1;
       } else if constexpr (U == Unit::fourth) {
@@ -203,9 +220,9 @@ Sums exponentials(Unit unit, const T* x, int64_t length, Units<T> at, Units<T> a
   }
 }
 
-// sum of e_j (t_j - z_j), where e_j = 0 contributes exactly 0.
+// sum of e_j (u_t,j - u_z,j), where e_j = 0 contributes exactly 0.
 template <class T>
-double cross(const T* e, const T* t, const T* z, int64_t length) {
+double cross(const T* e, const T* t, Units<T> at, const T* z, Units<T> of_z, int64_t length) {
   double total = 0;
   const typename Simd<T>::vec zero = {};
   for (int64_t start = 0; start < length; start += kBlock) {
@@ -213,44 +230,43 @@ double cross(const T* e, const T* t, const T* z, int64_t length) {
     auto sum = zero;
     for (int64_t i = start; i < end; i += Simd<T>::lanes) {
       const auto w = load(e + i);
-      sum += w > zero ? w * (load(t + i) - load(z + i)) : zero;
+      sum += w > zero ? w * (at.of(load(t + i)) - of_z.of(load(z + i))) : zero;
     }
     total += sum_lanes(sum);
   }
-  return total;
+  return at.log_base * total;
 }
 
 struct Crossed {
-  double sum = 0, crossed = 0;  // of e_j, and of e_j (t_j - z_j)
+  double sum = 0, crossed = 0;  // of e_j, and of e_j (u_t,j - u_z,j)
 };
 
 // A teacher's exponentials and sum together with its cross sum against z; e may be t itself.
 template <class T>
-Crossed teacher_pass(const T* t, const T* z, int64_t length, Units<T> at, T* e, Ahead ahead) {
+Crossed teacher_pass(const T* t, Units<T> at, const T* z, Units<T> of_z, int64_t length, T* e, Ahead ahead) {
   Crossed sums;
-  const auto step = fill<T>(at.step), origin = fill<T>(-at.origin);
   const typename Simd<T>::vec zero = {};
   for (int64_t start = 0; start < length; start += kBlock) {
     const int64_t end = start + kBlock < length ? start + kBlock : length;
     auto sum = zero, crossed = zero;
     for (int64_t i = start; i < end; i += Simd<T>::lanes) {
       ahead.touch(i);
-      const auto x = load(t + i);
-      const auto w = power(fma(x, step, origin));
-      const auto gap = x - load(z + i);
+      const auto u = at.of(load(t + i));
+      const auto w = power(u);
+      const auto gap = u - of_z.of(load(z + i));
       store(e + i, w);
       sum += w;
       crossed = w > zero ? fma(w, gap, crossed) : crossed;
     }
     sums.sum += sum_lanes(sum);
-    sums.crossed += sum_lanes(crossed);
+    sums.crossed += at.log_base * sum_lanes(crossed);
   }
   return sums;
 }
 
-// sum of w_j x_j, where w_j = 0 contributes exactly 0.
+// sum of w_j u_j, where w_j = 0 contributes exactly 0.
 template <class T>
-double weighted(const T* w, const T* x, int64_t length) {
+double weighted(const T* w, const T* x, Units<T> at, int64_t length) {
   double total = 0;
   const typename Simd<T>::vec zero = {};
   for (int64_t start = 0; start < length; start += kBlock) {
@@ -258,25 +274,26 @@ double weighted(const T* w, const T* x, int64_t length) {
     auto sum = zero;
     for (int64_t i = start; i < end; i += Simd<T>::lanes) {
       const auto v = load(w + i);
-      sum += v != zero ? v * load(x + i) : zero;
+      sum += v != zero ? v * at.of(load(x + i)) : zero;
     }
     total += sum_lanes(sum);
   }
-  return total;
+  return at.log_base * total;
 }
 
-// How many classes come before the label in the order of logits; ties go to the lower index.
+// How many classes come before the label in the order of logits: ties go to the lower index, NaN
+// comes before any number.
 template <class T>
 int64_t rank_of(const T* x, int64_t length, int64_t label, T value) {
   constexpr int lanes = Simd<T>::lanes;
   typename Simd<T>::ints count = {}, lane;
   for (int i = 0; i < lanes; ++i) lane[i] = i;
   const int64_t first = label / lanes * lanes;
-  for (int64_t i = 0; i < first; i += lanes) count -= load(x + i) >= value;
+  for (int64_t i = 0; i < first; i += lanes) count -= ~(load(x + i) < value);
   const auto shared = load(x + first);
-  count -= (shared >= value) & (lane < static_cast<typename Simd<T>::lane>(label - first));
-  count -= (shared > value) & (lane > static_cast<typename Simd<T>::lane>(label - first));
-  for (int64_t i = first + lanes; i < length; i += lanes) count -= load(x + i) > value;
+  count -= ~(shared < value) & (lane < static_cast<typename Simd<T>::lane>(label - first));
+  count -= ~(shared <= value) & (lane > static_cast<typename Simd<T>::lane>(label - first));
+  for (int64_t i = first + lanes; i < length; i += lanes) count -= ~(load(x + i) <= value);
   int64_t rank = 0;
   for (int i = 0; i < lanes; ++i) rank += count[i];
   return value == value ? rank : length;

@@ -59,8 +59,9 @@ struct Logits {
   Stats<double> stats = {};
   Split<double> at = {}, at1 = {};  // the softmax at T and at T = 1
 
-  // log of a label's probability at T = 1; of two labels, which belong to ops without a temperature.
-  double log_label(int k) const { return labelled ? at1.log_label : label[k] * stats.scale - at1.lse; }
+  double far[2] = {};  // u of the labels at T = 1
+
+  double log_label(int k) const { return labelled ? at1.log_label : far[k] - at1.lse; }
   T single_label() const { return labelled ? label[0] : static_cast<T>(-INFINITY); }
 };
 
@@ -76,33 +77,36 @@ Logits<T> read_logits(const Problem& p, const Matrix& m, int64_t row, const Targ
   return logits;
 }
 
+// What a row that is wanted at T and at 1 has for exponents at 1: those at T where e_j^T is taken.
+template <class T>
+Units<T> units_at_one(const Logits<T>& z, double temperature) {
+  const Unit unit = unit_pass(temperature, true);
+  const bool powers = unit == Unit::square || unit == Unit::fourth;
+  return powers ? Units<T>(temperature, z.peak).raised(temperature) : Units<T>(1, z.peak);
+}
+
 // Exponentials and softmaxes of logits; e may be the row itself, e1 is used where T asks for it.
 template <class T>
 void exponentiate(const Problem& p, Logits<T>& z, double temperature, bool at_one, T* e, T* e1) {
   z.unit = unit_pass(temperature, at_one);
   z.e = e;
   z.e1 = e1;
-  const Units<T> units(temperature, z.peak), units1(1, z.peak);
+  const Units<T> units(temperature, z.peak), units1 = units_at_one(z, temperature);
   const Sums sums = exponentials(z.unit, z.x, padded(p.classes), units, units1, e, e1, z.ahead);
-  z.stats = units.stats(sums.sum, z.single_label());
+  z.stats = {sums.sum, units.of_label(z.single_label())};
   z.at = split(z.stats);
   if (!at_one) return;
-  if (temperature == 1) {
-    z.at1 = z.at;
-  } else if (z.unit == Unit::apart) {
-    z.at1 = split(units1.stats(sums.sum1, z.single_label()));
-  } else {
-    z.at1 = split(units.stats(sums.sum1, z.single_label(), temperature));
-  }
+  z.at1 = temperature == 1 ? z.at : split(Stats<double>{sums.sum1, units1.of_label(z.single_label())});
+  for (int k = 0; k < 2; ++k) z.far[k] = units1.of_label(z.label[k]);
 }
 
-// A teacher's exponentials, into e, and its softmax; returns the sum of e_j (t_j - z_j).
+// A teacher's exponentials, into e, and its softmax; returns the sum of e_j (u_t,j - u_z,j).
 template <class T>
 double teach(const Problem& p, Logits<T>& t, const Logits<T>& z, double temperature, T* e) {
-  const Units<T> units(temperature, t.peak);
-  const Crossed sums = teacher_pass(t.x, z.x, padded(p.classes), units, e, t.ahead);
+  const Units<T> units(temperature, t.peak), of_z(temperature, z.peak);
+  const Crossed sums = teacher_pass(t.x, units, z.x, of_z, padded(p.classes), e, t.ahead);
   t.e = e;
-  t.stats = units.stats(sums.sum, t.single_label());
+  t.stats = {sums.sum, units.of_label(t.single_label())};
   t.at = split(t.stats);
   return sums.crossed;
 }
@@ -122,7 +126,7 @@ struct Gradient {
   }
 };
 
-// Adds weight * CE at T = 1 to the gradient; returns CE. dot: sum over j of y_j z_j.
+// Adds weight * CE at T = 1 to the gradient; returns CE. dot: sum over j of y_j u_j.
 template <class T>
 double add_cross_entropy(const Logits<T>& z, const Target<T>& target, double dot, double weight, Gradient<T>& g) {
   const double value = cross_entropy(z.at1, target.mass, dot);
@@ -135,11 +139,12 @@ double add_cross_entropy(const Logits<T>& z, const Target<T>& target, double dot
   return value;
 }
 
-// sum over j of y_j z_j, from a row that still holds its logits.
+// sum over j of y_j u_j at T = 1, from a row that still holds its logits.
 template <class T>
-double target_dot(const Problem& p, const Logits<T>& z, const Target<T>& target) {
-  double dot = target.soft ? weighted(target.soft, z.x, padded(p.classes)) : 0;
-  for (int k = 0; k < target.count; ++k) dot += gated(target.values[k], static_cast<double>(z.label[k]));
+double target_dot(const Problem& p, const Logits<T>& z, const Target<T>& target, double temperature) {
+  const Units<T> units = units_at_one(z, temperature);
+  double dot = target.soft ? weighted(target.soft, z.x, units, padded(p.classes)) : 0;
+  for (int k = 0; k < target.count; ++k) dot += gated(target.values[k], units.of_label(z.label[k]));
   return dot;
 }
 
@@ -147,14 +152,38 @@ struct Hits {
   double top1 = 0, top5 = 0;
 };
 
+// From a row that still holds its logits as they came.
 template <class T>
 Hits hits(const Problem& p, const Logits<T>& z, const Target<T>& target) {
   if (target.count == 0) return {};
-  int64_t rank = rank_of(z.x, padded(p.classes), target.labels[0], z.label[0]);
-  if (target.count == 2) {
-    rank += z.label[1] > z.label[0] || (z.label[1] == z.label[0] && target.labels[1] < target.labels[0]);
-  }
+  if (target.count == 2) z.x[target.labels[1]] = z.label[1];
+  const int64_t rank = rank_of(z.x, padded(p.classes), target.labels[0], z.label[0]);
+  if (target.count == 2) z.x[target.labels[1]] = -INFINITY;
   return {rank < 1 ? 1. : 0., rank < 5 ? 1. : 0.};
+}
+
+template <class T>
+void centre(const Problem& p, Logits<T>& z, double temperature) {
+  const T peak = centre(z.x, padded(p.classes), z.peak, temperature);
+  if (peak == z.peak) return;
+  for (T& label : z.label) label -= z.peak;
+  z.peak = peak;
+}
+
+// The label's ranks, and then a row that is fit for exponentials.
+template <class T>
+Hits rank_student(const Problem& p, Logits<T>& z, const Target<T>& target, double temperature) {
+  const Hits hit = hits(p, z, target);
+  centre(p, z, temperature);
+  return hit;
+}
+
+template <class T>
+Logits<T> read_teacher(const Problem& p, const Matrix& m, int64_t row, const Target<T>& target, T* x,
+                       double temperature) {
+  Logits<T> t = read_logits(p, m, row, target, x);
+  centre(p, t, temperature);
+  return t;
 }
 
 template <class T, class O>

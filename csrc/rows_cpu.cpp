@@ -23,15 +23,15 @@ void kd_row(const Problem& p, int64_t row, Scratch<T>& scratch) {
   T* const base = scratch.rows(p.num_teachers + 4, length);
   const auto target = read_target(p, row, 1, base);
   auto z = read_logits(p, p.students[0], row, target, base + length, 0);
-  const double dot = target_dot(p, z, target);
-  const Hits hit = hits(p, z, target);
+  const Hits hit = rank_student(p, z, target, q.temperature);
+  const double dot = target_dot(p, z, target, q.temperature);
   exponentiate(p, z, q.temperature, target.count > 0, base + 2 * length, base + 3 * length);
 
   Gradient<T> g;
   KdRow<double> kd;
   for (int k = 0; k < p.num_teachers; ++k) {
     T* const x = base + (4 + k) * length;
-    auto t = read_logits(p, p.teachers[k], row, target, x);
+    auto t = read_teacher(p, p.teachers[k], row, target, x, q.temperature);
     const double crossed = teach(p, t, z, q.temperature, x);
     const auto pair = kl(z.stats, z.at, t.stats, t.at, crossed);
     g.add(x, kd_add(kd, pair, q.weights[k], q.kd_weight, q.square, q.temperature));
@@ -53,9 +53,9 @@ void dkd_row(const Problem& p, int64_t row, Scratch<T>& scratch) {
   T* const base = scratch.rows(4, length);
   const auto target = read_target(p, row, 1, base);
   auto z = read_logits(p, p.students[0], row, target, base + length, 0);
-  auto t = read_logits(p, p.teachers[0], row, target, base + 3 * length);
-  const double dot = target_dot(p, z, target);
-  const Hits hit = hits(p, z, target);
+  auto t = read_teacher(p, p.teachers[0], row, target, base + 3 * length, q.temperature);
+  const Hits hit = rank_student(p, z, target, q.temperature);
+  const double dot = target_dot(p, z, target, q.temperature);
   const double crossed = teach(p, t, z, q.temperature, t.x);
   exponentiate(p, z, q.temperature, true, z.x, base + 2 * length);
 
@@ -80,11 +80,11 @@ void nkd_row(const Problem& p, int64_t row, Scratch<T>& scratch) {
   T* const base = scratch.rows(5, length);
   const auto target = read_target(p, row, 1, base);
   auto z = read_logits(p, p.students[0], row, target, base + length, 0);
-  auto t = read_logits(p, p.teachers[0], row, target, base + 3 * length);
-  const double dot = target_dot(p, z, target);
-  const Hits hit = hits(p, z, target);
+  auto t = read_teacher(p, p.teachers[0], row, target, base + 3 * length, q.temperature);
+  const Hits hit = rank_student(p, z, target, q.temperature);
+  const double dot = target_dot(p, z, target, q.temperature);
   exponentiate(p, t, q.temperature, true, t.x, base + 4 * length);
-  const double dotted = weighted(t.e, z.x, length);
+  const double dotted = weighted(t.e, z.x, Units<T>(q.temperature, z.peak), length);
   exponentiate(p, z, q.temperature, true, z.x, base + 2 * length);
 
   const auto r = nkd(q, z.stats, z.at1.log_label, t.stats, t.at1.label, dotted);
@@ -107,13 +107,12 @@ template <class T>
 void join_labels(Logits<T>& z, const Target<T>& target) {
   if (target.count < 2) return;
   double lse = z.at1.lse;
-  for (double label : z.label) {
-    label *= z.stats.scale;
+  for (const double label : z.far) {
     const double high = std::max(lse, label), low = std::min(lse, label);
     lse = low == -INFINITY ? high : high + std::log1p(std::exp(low - high));
   }
   z.at1.lse = lse;
-  z.at1.unit = std::exp(z.stats.shift - lse);
+  z.at1.unit = std::exp(-lse);
 }
 
 template <class T>
@@ -122,6 +121,7 @@ void label_scores(const Problem& p, int64_t row, Scratch<T>& scratch, bool squar
   T* const base = scratch.rows(2, length);
   const auto target = read_target(p, row, 2, base);
   auto z = read_logits(p, p.students[0], row, target, base + length, 0);
+  centre(p, z, 1);
   exponentiate(p, z, 1, true, z.x, z.x);
   join_labels(z, target);
   for (int k = 0; k < 2; ++k) {
@@ -163,8 +163,8 @@ void tf_nkd_row(const Problem& p, int64_t row, Scratch<T>& scratch) {
   T* const base = scratch.rows(2, length);
   const auto target = read_target(p, row, 2, base);
   auto z = read_logits(p, p.students[0], row, target, base + length, 0);
-  const double dot = target_dot(p, z, target);
-  const Hits hit = hits(p, z, target);
+  const Hits hit = rank_student(p, z, target, 1);
+  const double dot = target_dot(p, z, target, 1);
   exponentiate(p, z, 1, true, z.x, z.x);
   join_labels(z, target);
 
@@ -205,12 +205,17 @@ void rank_keys(const Problem& p, const Logits<T>& z, const Logits<T>& w, const T
   const auto scale = rank_scale(weak_targets, student_targets);
   const T weak_scale = static_cast<T>(scale.weak * w.at1.unit), lse = static_cast<T>(z.at1.lse);
   const T student_scale = static_cast<T>(scale.student), unit = static_cast<T>(z.at1.unit);
+  const Units<T> units(1, z.peak);
+  const T log_base = static_cast<T>(units.log_base);
   for (int64_t j = 0; j < p.classes; ++j) {
-    keys[j] = w.e[j] * weak_scale + (paper ? z.e[j] * unit : z.x[j] - lse) * student_scale;
+    const T log_p = (z.x[j] * units.step - units.origin) * log_base - lse;
+    keys[j] = w.e[j] * weak_scale + (paper ? z.e[j] * unit : log_p) * student_scale;
   }
   for (int k = 0; k < target.count; ++k) {
     keys[target.labels[k]] = static_cast<T>(probability(w, k) * scale.weak + student(k) * scale.student);
   }
+  // An order must hold for NaN as well: it comes first.
+  for (int64_t j = 0; j < p.classes; ++j) keys[j] = keys[j] == keys[j] ? keys[j] : static_cast<T>(INFINITY);
 }
 
 template <class T>
@@ -222,15 +227,19 @@ void uskd_row(const Problem& p, int64_t row, Scratch<T>& scratch) {
   const auto target = read_target(p, row, 2, base);
   auto z = read_logits(p, p.students[0], row, target, base + length, 0);
   auto w = read_logits(p, p.students[1], row, target, base + 2 * length, 1);
-  const double dot = target_dot(p, z, target);
-  const Hits hit = hits(p, z, target);
+  const Hits hit = rank_student(p, z, target, 1);
+  const double dot = target_dot(p, z, target, 1);
+  centre(p, w, 1);
 
   // The weak head's cross-entropy against 0.9 y + 0.1 / C.
+  const Units<T> units(1, z.peak), weak_units(1, w.peak);
   double plain = 0;
-  for (int64_t j = 0; j < p.classes; ++j) plain += j == target.labels[0] || j == target.labels[1] ? 0 : w.x[j];
-  for (int k = 0; k < target.count; ++k) plain += w.label[k];
+  for (int64_t j = 0; j < p.classes; ++j) {
+    plain += j == target.labels[0] || j == target.labels[1] ? 0 : weak_units.of_label(w.x[j]);
+  }
+  for (int k = 0; k < target.count; ++k) plain += weak_units.of_label(w.label[k]);
   const double keep = 1 - kSmooth, share = kSmooth / p.classes, weak_mass = keep * target.mass + kSmooth;
-  const double weak_dot = keep * target_dot(p, w, target) + share * plain;
+  const double weak_dot = keep * target_dot(p, w, target, 1) + share * plain;
 
   exponentiate(p, w, 1, true, w.x, w.x);
   exponentiate(p, z, 1, true, base + 3 * length, z.x);
@@ -251,7 +260,7 @@ void uskd_row(const Problem& p, int64_t row, Scratch<T>& scratch) {
   std::fill(keys, keys + length, T(1));
   gw.add(keys, -q.mu * share);
 
-  const double others = z.stats.sum > 0 ? lse_rest(z.stats) - weighted(weights, z.x, length) : 0;
+  const double others = z.stats.sum > 0 ? lse_rest(z.stats) - weighted(weights, z.x, units, length) : 0;
   const double smoothed = add_smoothed_target(p, row, z, target, q.alpha, g);
   g.c += z.stats.sum > 0 ? q.beta / z.stats.sum : 0;
   g.add(weights, -q.beta);
@@ -297,15 +306,18 @@ void slkd_row(const Problem& p, int64_t row, Scratch<T>& scratch) {
   const auto at = [&](int k) { return base + k * length; };
   const auto target = read_target(p, row, 1, at(0));
   auto z = read_logits(p, p.students[0], row, target, at(1), 0);
-  auto t = read_logits(p, p.teachers[0], row, target, at(4));
+  auto t = read_teacher(p, p.teachers[0], row, target, at(4), q.temperature);
   Logits<T>* const slts = static_cast<Logits<T>*>(alloca(slt_count * sizeof(Logits<T>)));
   for (int k = 0; k < slt_count; ++k)
     new (&slts[k]) Logits<T>(read_logits(p, p.students[1 + k], row, target, at(8 + 2 * k), 1 + k));
+  const Hits hit = rank_student(p, z, target, q.temperature);
+  Hits* const slt_hits = static_cast<Hits*>(alloca(slt_count * sizeof(Hits)));
+  for (int k = 0; k < slt_count; ++k) slt_hits[k] = rank_student(p, slts[k], target, q.temperature);
   auto f = fuse(p, q, slts, slt_count, at(6));
   f.ahead = z.ahead;
+  centre(p, f, q.temperature);
 
-  const double dot = target_dot(p, z, target);
-  const Hits hit = hits(p, z, target);
+  const double dot = target_dot(p, z, target, q.temperature);
   const double crossed = teach(p, t, z, q.temperature, at(5));
   const double fused_crossed = teach(p, f, z, q.temperature, at(7));
   exponentiate(p, z, q.temperature, true, at(2), at(3));
@@ -322,14 +334,15 @@ void slkd_row(const Problem& p, int64_t row, Scratch<T>& scratch) {
   const double ce = add_cross_entropy(z, target, dot, ce_weight, g);
   if (p.gradients) write_gradient(p, 0, row, q.temperature, z, g, target);
 
-  // exp(f_j) ((f_j - z_j) / T - D), the direction in which the student pulls the SL-Ts.
+  // e_f,j (u_f,j - u_z,j - D), the direction in which the student pulls the SL-Ts.
   T* const pull = at(6);
+  const Units<T> units(q.temperature, z.peak), of_f(q.temperature, f.peak), of_t(q.temperature, t.peak);
   if (!q.detach && p.gradients) {
-    const T scale = static_cast<T>(f.stats.scale), drift = static_cast<T>(fused.drift);
+    const T drift = static_cast<T>(fused.drift), log_base = static_cast<T>(units.log_base);
     const typename Simd<T>::vec zero = {};
     for (int64_t i = 0; i < length; i += Simd<T>::lanes) {
       const auto e = load(at(7) + i);
-      store(pull + i, e > zero ? e * ((load(f.x + i) - load(z.x + i)) * scale - drift) : zero);
+      store(pull + i, e > zero ? e * ((of_f.of(load(f.x + i)) - units.of(load(z.x + i))) * log_base - drift) : zero);
     }
   }
 
@@ -341,9 +354,8 @@ void slkd_row(const Problem& p, int64_t row, Scratch<T>& scratch) {
 
   for (int k = 0; k < slt_count; ++k) {
     auto& s = slts[k];
-    const double slt_dot = target_dot(p, s, target);
-    const Hits slt_hit = hits(p, s, target);
-    const double slt_crossed = cross(at(5), t.x, s.x, length);
+    const double slt_dot = target_dot(p, s, target, q.temperature);
+    const double slt_crossed = cross(at(5), t.x, of_t, s.x, Units<T>(q.temperature, s.peak), length);
     exponentiate(p, s, q.temperature, true, s.x, at(9 + 2 * k));
     const auto own = kl(s.stats, s.at, t.stats, t.at, slt_crossed);
     Gradient<T> gs;
@@ -358,7 +370,7 @@ void slkd_row(const Problem& p, int64_t row, Scratch<T>& scratch) {
     const double slt_ce = add_cross_entropy(s, target, slt_dot, q.ce_weight, gs);
     if (p.gradients) write_gradient(p, 1 + k, row, q.temperature, s, gs, target);
     const double slt_kd = q.square * own.value;
-    const double slt_values[] = {slt_kd, slt_ce, slt_hit.top1, slt_hit.top5};
+    const double slt_values[] = {slt_kd, slt_ce, slt_hits[k].top1, slt_hits[k].top5};
     std::copy(slt_values, slt_values + 4, out + 6 + 4 * k);
     loss += gated(q.kd_weight, slt_kd) + gated(q.ce_weight, slt_ce);
   }

@@ -64,6 +64,12 @@ static inline typename Simd<T>::vec fill(T x) {
   return zero + x;
 }
 
+#if defined(__AVX512F__) || defined(__FMA__) || defined(__ARM_NEON)
+constexpr bool kFused = true;  // fma() rounds once
+#else
+constexpr bool kFused = false;
+#endif
+
 static inline vecf fma(vecf a, vecf b, vecf c) {
 #if defined(__AVX512F__)
   return (vecf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);

@@ -1,4 +1,4 @@
-"""The command line: kdfuse train, eval, report, recipes, data, doctor, bench.
+"""The command line: kdfuse train, eval, report, recipes, data, demo, doctor, bench.
 
 Each verb imports what it needs when it runs, so that --help is quick.
 """
@@ -196,6 +196,14 @@ def check(root: Annotated[Path, typer.Argument(metavar="DIR", help="folder of im
     if faults:
         raise ValueError(f"{len(faults)} unreadable images under {root}; replace or remove them")
     print(f"{root}: every image can be read")
+
+
+@app.command()
+def demo(folder: Annotated[Path, typer.Argument(help="where the runs go")] = Path("demo")) -> None:
+    """Distil a student from real images: data, teacher, student alone, with KD, with SLKD."""
+    from .demo import demo as run
+
+    run(folder)
 
 
 @app.command()

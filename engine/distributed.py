@@ -1,8 +1,8 @@
 """The processes of a run: which one this is, on what device, and the sums they take together."""
 
+import atexit
+import inspect
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
+
+# The option's name changed: newer releases warn about the old one, older ones lack the new.
+_OPTIONS = inspect.signature(DistributedDataParallel).parameters
+SYNC_BUFFERS = "forward_sync_buffers" if "forward_sync_buffers" in _OPTIONS else "broadcast_buffers"
 
 
 @dataclass(frozen=True)
@@ -63,11 +67,10 @@ class Group:
         if self.world == 1:
             return module
         ids = [self.device.index] if self.device.type == "cuda" else None
-        # Every rank keeps its own BatchNorm statistics in training: no broadcast in each step.
+        # Every process keeps its own BatchNorm statistics in training: no broadcast in each step.
         # average_batchnorm joins them before anything reads them.
-        return DistributedDataParallel(
-            module, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True
-        )
+        options: dict[str, Any] = {SYNC_BUFFERS: False, "gradient_as_bucket_view": True}
+        return DistributedDataParallel(module, device_ids=ids, **options)
 
     def average_batchnorm(self, module: nn.Module) -> None:
         """Replace the running statistics of `module` by their mean over the processes."""
@@ -92,21 +95,22 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
     return torch.device("cuda", local_rank) if there and name != "cpu" else torch.device("cpu")
 
 
-@contextmanager
-def processes(device: str) -> Iterator[Group]:
-    """Join the processes that torchrun started (or be the only one), and leave them at the end."""
+def join(device: str) -> Group:
+    """Join the processes that torchrun started, or be the only one; see `choose_device`.
+
+    A process group that is there already is used. One made here stays until the process ends:
+    a second rendezvous of the same processes would meet the addresses of the first.
+    """
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     chosen = choose_device(device, int(os.environ.get("LOCAL_RANK", "0")))
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
-    if world == 1:
-        yield Group(0, 1, chosen)
-        return
-    if chosen.type == "cuda":
-        dist.init_process_group("nccl", device_id=chosen)
-    else:
-        dist.init_process_group("gloo")
-    try:
-        yield Group(rank, world, chosen)
-    finally:
-        dist.destroy_process_group()
+    if dist.is_initialized():
+        return Group(dist.get_rank(), dist.get_world_size(), chosen)
+    if world > 1:
+        if chosen.type == "cuda":
+            dist.init_process_group("nccl", device_id=chosen)
+        else:
+            dist.init_process_group("gloo")
+        atexit.register(dist.destroy_process_group)
+    return Group(rank, world, chosen)

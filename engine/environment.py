@@ -57,20 +57,21 @@ def settings(run: Run) -> Iterator[None]:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     threads, cudnn = torch.get_num_threads(), torch.backends.cudnn
     deterministic, benchmark = torch.are_deterministic_algorithms_enabled(), cudnn.benchmark
-    fill = torch.utils.deterministic.fill_uninitialized_memory
+    memory: Any = torch.utils.deterministic
+    fill = memory.fill_uninitialized_memory
     if run.threads is not None:
         torch.set_num_threads(run.threads)
     torch.use_deterministic_algorithms(run.deterministic)
     cudnn.benchmark = not run.deterministic
     # It would write each new tensor once more than needed, to find reads of what nobody wrote.
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    memory.fill_uninitialized_memory = False
     try:
         yield
     finally:
         torch.set_num_threads(threads)
         torch.use_deterministic_algorithms(deterministic)
         cudnn.benchmark = benchmark
-        torch.utils.deterministic.fill_uninitialized_memory = fill
+        memory.fill_uninitialized_memory = fill
 
 
 def seed(value: int) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from . import checkpoint
 from .data import Batch, Loader, make_loader, open_source
 from .distiller import Distiller
-from .distributed import Group, processes
+from .distributed import Group, join
 from .environment import settings
 from .meters import Diverged
 from .recipe import Recipe
@@ -86,7 +86,8 @@ def evaluate(run: str | Path) -> dict[str, dict[str, float]]:
         raise FileNotFoundError(f"{run} is not a run: it has no recipe.yaml")
     recipe = _alone(Recipe.load(run / "recipe.yaml"))
     results = {}
-    with processes(recipe.run.device) as group, settings(recipe.run):
+    group = join(recipe.run.device)
+    with settings(recipe.run):
         val_set = open_source(recipe.data, "val")
         state = State(recipe, group, len(val_set.classes), {})
         loader = make_loader(
@@ -110,11 +111,14 @@ def evaluate(run: str | Path) -> dict[str, dict[str, float]]:
 
 
 def checkpoints_of(run: Path) -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
-    """Weights and facts of the newest usable and of the best checkpoint."""
+    """Weights and facts of the newest usable checkpoint and, once there is one, of the best."""
     last = checkpoint.latest(run / "checkpoints")
     if last is None:
         raise checkpoint.CheckpointError(f"{run}: no checkpoint yet")
-    return {"last": last[1:3], "best": checkpoint.load(run / "checkpoints" / "best")}
+    found = {"last": (last.state, last.facts)}
+    if "best" in last.facts["results"]:
+        found["best"] = checkpoint.load(run / "checkpoints" / "best")
+    return found
 
 
 def _alone(recipe: Recipe) -> Recipe:

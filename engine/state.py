@@ -10,7 +10,7 @@ from . import checkpoint, rng
 from .distiller import build
 from .distributed import Group
 from .environment import seed
-from .meters import Meters
+from .meters import Diverged, Meters
 from .optim import EMA, build_optimizer
 from .recipe import Recipe
 from .rundir import changes, refuse
@@ -59,9 +59,19 @@ class State:
             self.group.average_batchnorm(self.ema.module)
 
     def save(self, folder: Path, name: str) -> None:
-        """Write a checkpoint: what a resumed run needs, or for "best" the networks alone."""
+        """Write a checkpoint: what a resumed run needs, or for "best" the networks alone.
+
+        Raises Diverged instead when the losses since the last log record, or the weights, are
+        not finite.
+        """
         self.average_batchnorm()
         self.meters.gather()
+        weights = self.distiller.parameters()
+        if not torch.stack([value.isfinite().all() for value in weights]).all():
+            raise Diverged(
+                f"the weights after step {self.done} are not finite: stopped, checkpoints before "
+                "it are kept; lower optim.lr, add optim.warmup_epochs or look at the data"
+            )
         state: dict[str, Any] = {
             "student": self.distiller.student.state_dict(),
             "slts": [slt.state_dict() for slt in self.distiller.slts],

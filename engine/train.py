@@ -6,7 +6,7 @@ from pathlib import Path
 
 from .checkpoint import step_name
 from .data import Loader, Manifest, make_loader, open_source
-from .distributed import Group, processes
+from .distributed import Group, join
 from .environment import settings
 from .evaluate import accuracy, evaluate_state
 from .log import RunLog
@@ -30,7 +30,8 @@ def train(recipe: Recipe, out: str | Path | None = None, resume: bool = False) -
     """
     folder = Path(out) if out is not None else default_folder(recipe)
     run, data = recipe.run, recipe.data
-    with processes(run.device) as group, settings(run):
+    group = join(run.device)
+    with settings(run):
         if group.first:
             check_folder(folder, recipe, resume)
         group.wait()

@@ -41,6 +41,11 @@ def in_functorch() -> bool:
     return torch._C._are_functorch_transforms_active()
 
 
+def is_tracing() -> bool:
+    """Whether the values of tensors are out of reach: under torch.func or torch.compile."""
+    return torch.compiler.is_compiling() or in_functorch()
+
+
 def choose(backend: str | None, student: Tensor) -> str:
     """The backend of a call on `student`; None takes the fused one of its device.
 

@@ -111,3 +111,16 @@ def check_range(target: Tensor, classes: int, ignore_index: int) -> None:
             f"target[{row}] is {int(target[row])}, outside the {classes} classes; mark rows to "
             f"skip with ignore_index ({ignore_index})"
         )
+
+
+def check_denominator(denominator: Tensor | float, hidden: bool) -> None:
+    """hidden: the values of tensors cannot be read now. Nothing waits for a GPU."""
+    if isinstance(denominator, Tensor):
+        if denominator.numel() != 1:
+            raise ValueError(
+                f"denominator must be one number, got a tensor of shape {tuple(denominator.shape)}"
+            )
+        if not hidden and denominator.device.type == "cpu":
+            positive("denominator", denominator.item())
+    else:
+        positive("denominator", denominator)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from . import backends, reference
-from .checks import check_logits, check_range, check_target, check_teacher
+from .checks import check_denominator, check_logits, check_range, check_target, check_teacher
 
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 
@@ -71,6 +71,8 @@ def run(
         )
     if options.denominator is not None and options.reduction != "mean":
         raise ValueError(f"denominator goes with reduction='mean', not {options.reduction!r}")
+    if options.denominator is not None:
+        check_denominator(options.denominator, hidden=backends.is_tracing())
 
     if backends.choose(options.backend, students[0]) == "reference":
         loss, terms = run_reference(op, students, teachers, target, params, options)
@@ -99,10 +101,13 @@ def run_reference(
     labels = None
     valid = torch.ones_like(zs[0][:, 0], dtype=torch.bool)
     if target is not None:
-        if target.dim() == 1 and not (backends.in_functorch() or torch.compiler.is_compiling()):
+        if target.dim() == 1 and not backends.is_tracing():
             check_range(target, zs[0].shape[1], options.ignore_index)
         labels = reference.labels(target, options.ignore_index, dtype, max(op.labels, 1))
         valid = labels.valid
+        # An ignored row may hold anything; 0 * NaN must not reach its gradient.
+        zs = [torch.where(valid[:, None], x, 0.0) for x in zs]
+        ts = [torch.where(valid[:, None], x, 0.0) for x in ts]
     losses, terms = op.rows(zs, ts, labels, params)
     losses = torch.where(valid, losses, 0.0)
     count = valid.sum()
@@ -117,7 +122,9 @@ def run_reference(
     total = losses.sum()
     if options.reduction == "sum":
         return total, report
-    return total / (divisor if options.denominator is None else options.denominator), report
+    if options.denominator is not None:
+        divisor = torch.as_tensor(options.denominator, dtype=dtype, device=total.device)
+    return total / divisor.reshape(()), report
 
 
 def unit_stride(x: Tensor) -> Tensor:
@@ -137,6 +144,9 @@ def run_fused(
     teachers = [unit_stride(x) for x in teachers]
     if target is not None and target.dim() == 2:
         target = unit_stride(target)
+        wide = torch.float64 in [x.dtype for x in (*students, *teachers)]
+        if target.dtype == torch.float64 and not wide:
+            target = target.float()
     denominator = options.denominator
     if denominator is not None:
         denominator = torch.as_tensor(denominator, dtype=torch.float64, device=students[0].device)

@@ -24,7 +24,9 @@ def labels(target: Tensor, ignore_index: int, dtype: torch.dtype, wanted: int = 
     """Reads (N,) class indices or (N, C) class probabilities; of these the `wanted` largest."""
     if target.dim() == 2:
         soft = target.to(dtype)
-        value, index = soft.topk(min(wanted, soft.shape[1]), dim=1)
+        # A stable sort: of equal probabilities the lower class is the label.
+        value, index = soft.sort(dim=1, descending=True, stable=True)
+        value, index = value[:, :wanted], index[:, :wanted]
         return Labels(index, value, soft, torch.ones_like(target[:, 0], dtype=torch.bool))
     valid = target != ignore_index
     index = torch.where(valid, target, 0)[:, None]
@@ -42,15 +44,16 @@ def log_softmax(x: Tensor, drop: Tensor) -> Tensor:
     """Row-wise log-softmax of x (N, C) over the classes not in `drop` (N, C); -inf elsewhere."""
     rest = x.masked_fill(drop, -torch.inf)
     empty = torch.isneginf(rest).all(1, keepdim=True)
-    lse = torch.where(empty, torch.zeros_like(rest), rest).logsumexp(1, keepdim=True)
-    return torch.where(torch.isneginf(rest), rest, rest - lse)
+    return torch.where(empty, rest, torch.where(empty, 0.0, rest).log_softmax(1))
 
 
 def log_softmax_rest(x: Tensor, label: Tensor) -> Tensor:
     """(N,): log of the softmax's mass outside `label` (N, C), a difference of log-sum-exps."""
+    peak = x.detach().amax(1, keepdim=True)
+    x = x - torch.where(peak.isinf(), 0.0, peak)
     rest = x.masked_fill(label, -torch.inf)
     empty = torch.isneginf(rest).all(1)
-    lse = torch.where(empty[:, None], torch.zeros_like(rest), rest).logsumexp(1)
+    lse = torch.where(empty[:, None], 0.0, rest).logsumexp(1)
     return torch.where(empty, -torch.inf, lse - x.logsumexp(1))
 
 
@@ -90,10 +93,13 @@ def cross_entropy(student: Tensor, y: Labels) -> Tensor:
 
 
 def hits(student: Tensor, y: Labels, k: int) -> Tensor:
-    """(N,) float: 1 where the label is among the k largest logits; ties go to the lower index."""
+    """(N,) float: 1 where the label is among the k largest logits.
+
+    Ties go to the lower index. NaN is above any number, and a label at NaN is never right.
+    """
     z = student.detach()
     label = y.index[:, :1]
     value = z.gather(1, label)
-    earlier = torch.arange(z.shape[1], device=z.device) < label
-    rank = ((z > value) | ((z == value) & earlier)).sum(1)
-    return ((rank < k) & ~value[:, 0].isnan()).to(z.dtype)
+    place = torch.arange(z.shape[1], device=z.device)
+    ahead = torch.where(place < label, ~(z < value), ~(z <= value)) & (place != label)
+    return ((ahead.sum(1) < k) & ~value[:, 0].isnan()).to(z.dtype)

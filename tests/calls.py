@@ -129,9 +129,9 @@ def ulp(x: float, dtype: torch.dtype) -> float:
 
 
 def close_to_truth(
-    got: Tensor, true: np.ndarray, eager: np.ndarray, what: str, slack: float = 1.1
+    got: Tensor, true: np.ndarray, eager: np.ndarray, what: str, slack: float = 1.1, ulps: int = 1
 ) -> None:
-    """max |got - true| <= slack * max |eager - true| + 1 ulp of the largest true value.
+    """max |got - true| <= slack * max |eager - true| + ulps of the largest true value.
 
     `eager` is the same formula in float32; float64 is held to 1e-13 of the largest value.
     Infinities and NaN must stand in the same places.
@@ -148,14 +148,15 @@ def close_to_truth(
         allowed = 1e-13 * max(largest, 1.0)
     else:
         of_eager = np.abs(eager.astype(np.float64) - true)[finite].max()
-        allowed = slack * of_eager + ulp(largest, got.dtype)
+        allowed = slack * of_eager + ulps * ulp(largest, got.dtype)
     assert error <= allowed, f"{what}: error {error:.3g}, allowed {allowed:.3g} at {largest:.3g}"
 
 
 def check(name: str, case: Case, *, backend: str, seed: int = 0, **settings) -> None:
     """Rows and gradients of a call under random upstream gradients, against the oracle.
 
-    The reference is itself an eager formula in float32, which may be unlucky: twice the error.
+    The reference is itself an eager formula in float32, which may be unlucky: three times the error.
+    An SL-T's gradient is a sum of four rounded products: two ulps.
     """
     students = case.students
     # Powers of two scale without rounding: a stored bfloat16 gradient is rounded once.
@@ -171,11 +172,12 @@ def check(name: str, case: Case, *, backend: str, seed: int = 0, **settings) -> 
     settings.pop("stored_gradient", None)
     true = truth(name, case, **settings)
     eager = truth(name, case, np.float64 if wide else np.float32, **settings)
-    slack = 2.0 if backend == "reference" else 1.1
+    slack = 3.0 if backend == "reference" else 1.1
     assert loss.dtype == (torch.float64 if wide else torch.float32)
     close_to_truth(loss, true.loss, eager.loss, f"{name} loss", slack)
     weight = upstream.numpy()[:, None]
     for k, (g, x) in enumerate(zip(gradients, students, strict=True)):
         assert g.dtype == x.dtype and g.shape == x.shape
         of_eager = weight * eager.gradients[k]
-        close_to_truth(g, weight * true.gradients[k], of_eager, f"{name} gradient {k}", slack)
+        of_true, what = weight * true.gradients[k], f"{name} gradient {k}"
+        close_to_truth(g, of_true, of_eager, what, slack, ulps=2 if name == "slkd" and k else 1)

@@ -7,7 +7,7 @@ import torch
 from tiny import tiny
 
 from kdfuse.engine.distiller import Distiller, build
-from kdfuse.engine.distributed import choose_device, processes
+from kdfuse.engine.distributed import choose_device, join
 from kdfuse.engine.meters import Clock, Diverged, Meters
 from kdfuse.engine.models import create
 from kdfuse.engine.schema import Normalize
@@ -144,19 +144,19 @@ def test_compiled_in_place_keeps_keys_and_losses():
 
 
 def test_meters_are_means_and_shares_and_name_the_first_bad_step():
-    with processes("cpu") as group:
-        meters = Meters(group)
-        for step, (loss, hits) in enumerate([(1.0, 2), (4.0, 3)], 1):
-            value = torch.tensor(loss)
-            counts = {"top1": torch.tensor(hits), "rows": torch.tensor(4)}
-            meters.add(step, {"loss": value, "kd": 2 * value, **counts})
-        assert meters.read() == {"loss": 2.5, "kd": 5.0, "top1": 62.5}
-        assert meters.read_epoch() == {"loss": 2.5, "kd": 5.0, "top1": 62.5}
-        for step, loss in enumerate([1.0, torch.inf, torch.nan, 1.0], 3):
-            value = torch.tensor(loss)
-            meters.add(step, {"loss": value, "kd": value, "top1": value, "rows": value})
-        with pytest.raises(Diverged, match="loss of step 4 is not finite"):
-            meters.read()
+    group = join("cpu")
+    meters = Meters(group)
+    for step, (loss, hits) in enumerate([(1.0, 2), (4.0, 3)], 1):
+        value = torch.tensor(loss)
+        counts = {"top1": torch.tensor(hits), "rows": torch.tensor(4)}
+        meters.add(step, {"loss": value, "kd": 2 * value, **counts})
+    assert meters.read() == {"loss": 2.5, "kd": 5.0, "top1": 62.5}
+    assert meters.read_epoch() == {"loss": 2.5, "kd": 5.0, "top1": 62.5}
+    for step, loss in enumerate([1.0, torch.inf, torch.nan, 1.0], 3):
+        value = torch.tensor(loss)
+        meters.add(step, {"loss": value, "kd": value, "top1": value, "rows": value})
+    with pytest.raises(Diverged, match="loss of step 4 is not finite"):
+        meters.read()
 
 
 class Branching(torch.nn.Module):

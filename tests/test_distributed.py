@@ -14,7 +14,7 @@ from tiny import tiny
 from kdfuse.engine.checkpoint import load
 from kdfuse.engine.data import write_digits
 from kdfuse.engine.distiller import build
-from kdfuse.engine.distributed import Group, processes
+from kdfuse.engine.distributed import Group, join
 from kdfuse.engine.evaluate import evaluate
 from kdfuse.engine.log import read
 from kdfuse.engine.meters import Meters
@@ -65,15 +65,15 @@ def recipe_of(folder):
 
 def main(folder):
     """What each of the two processes does."""
-    with processes("cpu") as group:
-        torch.save(one_step(group), folder / f"step-{group.rank}.pt")
+    group = join("cpu")
+    torch.save(one_step(group), folder / f"step-{group.rank}.pt")
     train(recipe_of(folder), folder / "whole")
-    with processes("cpu") as group:
-        if group.first:
-            shutil.copytree(folder / "whole", folder / "resumed")
-            for checkpoint in ("step-00000006", "step-00000009", "step-00000010"):
-                shutil.rmtree(folder / "resumed" / "checkpoints" / checkpoint)
-        group.wait()
+    group = join("cpu")
+    if group.first:
+        shutil.copytree(folder / "whole", folder / "resumed")
+        for checkpoint in ("step-00000006", "step-00000009", "step-00000010"):
+            shutil.rmtree(folder / "resumed" / "checkpoints" / checkpoint)
+    group.wait()
     train(recipe_of(folder), folder / "resumed", resume=True)
 
 
@@ -105,8 +105,8 @@ def folder(tmp_path_factory):
 
 
 def test_gradients_are_those_of_one_process(folder):
-    with processes("cpu") as group:
-        alone = one_step(group)
+    group = join("cpu")
+    alone = one_step(group)
     both = [torch.load(folder / f"step-{rank}.pt", weights_only=True) for rank in (0, 1)]
     for name, expected in alone["gradients"].items():
         assert torch.equal(both[0]["gradients"][name], both[1]["gradients"][name])

@@ -135,10 +135,10 @@ def test_several_slts(backend, detach, count):
 @pytest.mark.parametrize("c", (3, 33, 1000))
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_ranks(backend, c, rank):
-    # float64: random keys stand apart by more than its rounding, so any logits will do.
-    case = make("kd", 70, c)
-    case = Case([case.students[0], case.teachers[0] / 2], [], case.target)
-    case.students[0][:, 1] += 1 / 64  # no two classes alike
+    # float64: keys of random logits stand apart by more than its rounding.
+    random = np.random.default_rng(0)
+    z, w = (torch.from_numpy(random.normal(0, spread, (70, c))) for spread in (2.0, 1.5))
+    case = Case([z, w], [], make("uskd", 70, c).target)
     check("uskd", case, backend=backend, **{**FULL["uskd"], "rank": rank})
 
 

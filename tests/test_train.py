@@ -14,7 +14,7 @@ import kdfuse.engine
 from kdfuse.engine import environment
 from kdfuse.engine.checkpoint import load, save
 from kdfuse.engine.data import make_loader, open_source, write_digits
-from kdfuse.engine.distributed import processes
+from kdfuse.engine.distributed import join
 from kdfuse.engine.evaluate import evaluate, evaluate_state, hits
 from kdfuse.engine.log import read
 from kdfuse.engine.meters import Diverged
@@ -71,6 +71,20 @@ def test_evaluate_repeats_the_log(teacher, capsys):
     printed = capsys.readouterr().out
     assert f"last (step {found['last']['step']}): top1 {found['last']['top1']:.2f}" in printed
     assert "best (step " in printed
+
+
+def test_an_unfinished_run_is_evaluated_as_far_as_it_came(teacher, tmp_path):
+    run, kept = tmp_path / "run", "step-00000010"
+    shutil.copytree(teacher, run)
+    for path in (run / "checkpoints").iterdir():
+        shutil.rmtree(path)
+    with pytest.raises(RuntimeError, match="no checkpoint yet"):
+        evaluate(run)
+    state, facts = load(teacher / "checkpoints" / "best")
+    save(run / "checkpoints", kept, state, facts | {"step": 10, "results": {}})
+    assert list(evaluate(run)) == ["last"]
+    with pytest.raises(FileNotFoundError, match="no recipe.yaml"):
+        evaluate(tmp_path)
 
 
 def test_a_method_with_a_teacher_reports_every_network(digits, teacher, tmp_path):
@@ -175,16 +189,26 @@ def test_divergence_leaves_the_best_checkpoint(digits, tmp_path):
     assert [path.name for path in checkpoints.glob("step-*")] == ["step-00000005"]
 
 
+def test_weights_that_are_not_finite_are_not_saved(digits, tmp_path):
+    group = join("cpu")
+    state = State(tiny(digits, "ce"), group, 10, {})
+    state.done = 7
+    state.distiller.student.layer2[0].conv1.weight.data[3] = torch.nan
+    with pytest.raises(Diverged, match="the weights after step 7 are not finite"):
+        state.save(tmp_path, "step-00000007")
+    assert not list(tmp_path.iterdir())
+
+
 def test_networks_that_are_not_finite_are_not_evaluated(digits, teacher):
     recipe = tiny(digits, "ce")
-    with processes("cpu") as group:
-        manifest = open_source(recipe.data, "val")
-        state = State(recipe, group, 10, {})
-        state.distiller.student.fc.bias.data[3] = torch.inf
-        loader = make_loader(manifest, recipe.data, 100, seed=0, train=False)
-        rows = len(manifest.target)
-        with pytest.raises(Diverged, match=f"student: the outputs for {rows} of {rows} images"):
-            evaluate_state(state, loader, group)
+    group = join("cpu")
+    manifest = open_source(recipe.data, "val")
+    state = State(recipe, group, 10, {})
+    state.distiller.student.fc.bias.data[3] = torch.inf
+    loader = make_loader(manifest, recipe.data, 100, seed=0, train=False)
+    rows = len(manifest.target)
+    with pytest.raises(Diverged, match=f"student: the outputs for {rows} of {rows} images"):
+        evaluate_state(state, loader, group)
 
 
 def test_cuda_is_refused_without_cuda(digits, tmp_path, monkeypatch):

@@ -30,7 +30,7 @@ KDFUSE_HD DkdRow<R> dkd(const DkdParams& p, const Stats<R>& zs, const Split<R>& 
   const R gap = z.label - t.label;
   const R spread = zs.sum > R(0) ? R(1) / zs.sum : R(0);
   return {square * tckd, square * others.value, step * (R(p.beta) * others.a - R(p.alpha) * gap * spread),
-          -step * R(p.beta) * others.b, step * R(p.alpha) * gap};
+          -(step * (R(p.beta) * others.b)), step * R(p.alpha) * gap};
 }
 
 }  // namespace kdfuse

@@ -20,7 +20,7 @@ struct NkdRow {
   R a, b;
 };
 
-// weighted: the sum over j != y of e_t,j z_j; weight: V_y.
+// weighted: the sum over j != y of e_t,j u_z,j; weight: V_y.
 template <class R>
 KDFUSE_HD NkdRow<R> nkd(const NkdParams& p, const Stats<R>& z, R log_label, const Stats<R>& t, R weight, R weighted) {
   const R step = R(p.gamma * p.square / p.temperature);
@@ -28,7 +28,7 @@ KDFUSE_HD NkdRow<R> nkd(const NkdParams& p, const Stats<R>& z, R log_label, cons
   if (t.sum == R(0)) return {target, R(0), weight, R(0), R(0)};
   const R b = R(1) / t.sum;
   if (z.sum == R(0)) return {target, R(INFINITY), weight, R(0), -step * b};
-  return {target, R(p.square) * (lse_rest(z) - weighted * b * z.scale), weight, step / z.sum, -step * b};
+  return {target, R(p.square) * (lse_rest(z) - weighted * b), weight, step / z.sum, -step * b};
 }
 
 }  // namespace kdfuse

@@ -1,0 +1,43 @@
+# Each target makes .venv and installs what it needs; a second call changes nothing.
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/.kdfuse-installed
+SOURCES := $(wildcard csrc/* csrc/losses/*)
+PACKAGES := kernels engine kdfuse tests setup.py
+
+.PHONY: demo test lint format bench gpu clean install
+
+install: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml setup.py $(SOURCES)
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q "setuptools>=77" wheel pybind11 "torch>=2.11" torchvision
+	$(BIN)/python -m pip install -q --no-build-isolation -e ".[dev,dali,tensorboard]"
+	touch $(INSTALLED)
+
+demo: install
+	$(BIN)/kdfuse demo demo
+
+test: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+
+lint: install
+	$(BIN)/ruff check $(PACKAGES)
+	$(BIN)/ruff format --check $(PACKAGES)
+	$(BIN)/mypy -p kdfuse
+	$(BIN)/clang-format --dry-run -Werror $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu csrc/losses/*.h)
+
+format: install
+	$(BIN)/ruff check --fix $(PACKAGES)
+	$(BIN)/ruff format $(PACKAGES)
+	$(BIN)/clang-format -i $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu csrc/losses/*.h)
+
+# Appends to docs/results/cpu/losses.jsonl; takes about 15 minutes, most of them in torch.compile.
+bench: install
+	mkdir -p docs/results/cpu
+	$(BIN)/kdfuse bench losses --peers eager compiled \
+	    --out docs/results/cpu/losses.jsonl --plot docs/results/cpu/losses.svg
+
+clean:
+	rm -rf build dist *.egg-info kernels/_C*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path "./.venv/*" -prune -exec rm -rf {} +

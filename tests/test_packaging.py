@@ -1,0 +1,66 @@
+"""The sdist and the wheel built from it hold everything, and the wheel works on its own."""
+
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PARTS = ["kdfuse", "kernels", "engine", "recipes", "csrc"]
+FILES = ["setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "CHANGELOG.md"]
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """A copy of the sources without anything built, and the sdist and wheel made from it."""
+    copy = tmp_path_factory.mktemp("checkout")
+    leave = shutil.ignore_patterns("*.so", "__pycache__", "*.egg-info")
+    for part in PARTS:
+        shutil.copytree(ROOT / part, copy / part, symlinks=True, ignore=leave)
+    for name in FILES:
+        shutil.copy2(ROOT / name, copy / name)
+    environment = {**os.environ, "KDFUSE_CUDA": "0", "KDFUSE_REQUIRE_BUILD": "1"}
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(copy / "dist")]
+    done = subprocess.run(
+        command, cwd=copy, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    (sdist,), (wheel,) = (copy / "dist").glob("*.tar.gz"), (copy / "dist").glob("*.whl")
+    return sdist, wheel
+
+
+def test_sdist_holds_the_sources(built):
+    with tarfile.open(built[0]) as file:
+        names = {name.split("/", 1)[1] for name in file.getnames() if "/" in name}
+    for path in ("csrc/rows_cpu.cpp", "csrc/losses/kd.h", "engine/templates/report.html"):
+        assert path in names
+    assert "recipes/digits/kd.yaml" in names and "LICENSE" in names
+
+
+def test_wheel_works_away_from_the_checkout(built, tmp_path):
+    with zipfile.ZipFile(built[1]) as file:
+        file.extractall(tmp_path)
+    assert not (tmp_path / "engine").exists() and not (tmp_path / "kernels").exists()
+    code = (
+        "import kdfuse, torch; assert kdfuse.backends()['cpu'] == '', kdfuse.backends();"
+        "z = torch.randn(4, 5, requires_grad=True);"
+        "kdfuse.kd_loss(z, torch.randn(4, 5), backend='cpu').backward();"
+        "from kdfuse.engine.recipe import Recipe, recipes;"
+        "assert Recipe.load(recipes()[0]);"
+        "import kdfuse.engine.report; print(kdfuse.__file__)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(str(tmp_path))
