@@ -1,6 +1,22 @@
 """Training: `Recipe.load` reads a recipe and `train` runs it."""
 
-from .recipe import Recipe
-from .train import train
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .loop import train
+    from .recipe import Recipe
 
 __all__ = ["Recipe", "train"]
+
+
+def __getattr__(name: str) -> Any:
+    # On first use: torchvision and DALI take seconds, and the command line should answer at once.
+    if name == "Recipe":
+        from .recipe import Recipe
+
+        return Recipe
+    if name == "train":
+        from .loop import train
+
+        return train
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

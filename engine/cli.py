@@ -81,7 +81,7 @@ def train(
     words = list(words or [])
     resume = _take_resume(words)
     loaded = Recipe.load(recipe, words)
-    from .train import train as run  # torchvision and DALI: not before the recipe is known good
+    from .loop import train as run  # torchvision and DALI: not before the recipe is known good
 
     folder = run(loaded, out=out or _default_out(loaded, resume), resume=resume)
     _print_published(folder)

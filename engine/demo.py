@@ -8,10 +8,10 @@ import shutil
 import statistics
 from pathlib import Path
 
+from .loop import train
 from .pastruns import read_run
 from .recipe import Recipe
 from .report import report
-from .train import train
 
 SEEDS = 3
 FEW = ["data.subset=5", "run.batch=25", "run.epochs=100", "run.eval_every=25", "run.log_every=20"]

@@ -6,6 +6,7 @@ reads and writes as many bytes as the loss has to.
 """
 
 import argparse
+import functools
 import json
 import os
 import platform
@@ -54,12 +55,12 @@ def cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def gradients(loss: Callable[..., Tensor], trained: list[Tensor], arguments: list[Tensor]) -> Any:
+def gradients(loss: Callable[..., Any], trained: list[Tensor], arguments: list[Tensor]) -> Any:
     value = loss(*arguments)
     return value, torch.autograd.grad(value, trained)
 
 
-def error(loss: Callable[..., Tensor], case: Case, arguments: list[Tensor]) -> float:
+def error(loss: Callable[..., Any], case: Case, arguments: list[Tensor]) -> float:
     """Largest gradient error against the eager form in float64, over the largest gradient."""
     exact = [a.detach().double() if a.is_floating_point() else a for a in arguments]
     exact = [a.requires_grad_() if k < case.trained else a for k, a in enumerate(exact)]
@@ -85,12 +86,12 @@ def measure(
     traffic = case.elements * rows * classes * dtype.itemsize
     source = torch.randn(traffic // 8)
     sink = torch.empty_like(source)
-    losses: dict[str, Callable[..., Tensor]] = {"fused": case.fused, "eager": case.eager}
+    losses: dict[str, Callable[..., Any]] = {"fused": case.fused, "eager": case.eager}
     if "compiled" in peers:
         torch._dynamo.reset()
         losses["compiled"] = torch.compile(case.eager, dynamic=False)
     calls: dict[str, Callable[[], Any]] = {
-        p: (lambda loss=losses[p]: gradients(loss, trained, arguments))
+        p: functools.partial(gradients, losses[p], trained, arguments)
         for p in PROVIDERS
         if p in losses and (p in peers or p == "fused")
     }

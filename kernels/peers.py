@@ -14,6 +14,7 @@ from torch import Tensor
 from .dkd import dkd_loss
 from .kd import kd_loss
 from .nkd import nkd_loss
+from .op import Loss
 from .slkd import slkd_loss
 from .tf_nkd import tf_nkd_loss
 from .uskd import uskd_loss
@@ -89,7 +90,7 @@ def slkd(z: Tensor, s1: Tensor, s2: Tensor, t: Tensor, y: Tensor) -> Tensor:
 class Case:
     """One benchmark: the fused call, its eager form on the same arguments, and its traffic."""
 
-    fused: Callable[..., Tensor]
+    fused: Callable[..., Loss]
     eager: Callable[..., Tensor]
     trained: int  # sets of logits with a gradient
     frozen: int  # sets of logits without

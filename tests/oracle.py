@@ -169,7 +169,9 @@ def dkd(
     tckd, nckd = square * kl(pair_t, pair_z), square * kl(log_q, log_p)
     gap = (np.exp(pair_z[:, 0]) - np.exp(pair_t[:, 0]))[:, None]
     p, q = np.exp(log_p), np.exp(log_q)
-    mass = q.sum(1, keepdims=True) > 0  # without any of the teacher's NCKD is 0, and so is its gradient
+    mass = (
+        q.sum(1, keepdims=True) > 0
+    )  # without any of the teacher's NCKD is 0, and so is its gradient
     mass |= np.isnan(q).any(1, keepdims=True)
     step = square / temperature
     ce, ce_step = cross_entropy(z, y)

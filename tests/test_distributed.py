@@ -17,9 +17,9 @@ from kdfuse.engine.distiller import build
 from kdfuse.engine.distributed import Group, join
 from kdfuse.engine.evaluate import evaluate
 from kdfuse.engine.log import read
+from kdfuse.engine.loop import train
 from kdfuse.engine.meters import Meters
 from kdfuse.engine.step import Step
-from kdfuse.engine.train import train
 
 CLOCK = ("time", "images_per_s", "data_wait")
 

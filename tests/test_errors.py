@@ -186,7 +186,11 @@ def test_denominator(name, backend):
 def test_teachers_and_their_weights(backend):
     with pytest.raises(ValueError, match="teacher must hold at least one .* empty sequence"):
         kdfuse.kd_loss(Z, [], Y, backend=backend)
-    for wrong, text in (([1.0], "2 weights.*got 1"), ([0.5, -0.5], "-0.5"), ([1, torch.nan], "nan")):
+    for wrong, text in (
+        ([1.0], "2 weights.*got 1"),
+        ([0.5, -0.5], "-0.5"),
+        ([1, torch.nan], "nan"),
+    ):
         with pytest.raises(ValueError, match=f"teacher_weights must .*{text}"):
             kdfuse.kd_loss(Z, [Z, Z], Y, teacher_weights=wrong, backend=backend)
     with pytest.raises(ValueError, match="ce_weight=0.5 needs a target"):

@@ -10,8 +10,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 LIBRARY = {"kernels": set(), "engine": {"kernels"}}
-# train.py, evaluate.py and cli.py join the engine's parts; recipe.py joins schema and methods.
-JOINERS = {"train", "evaluate", "cli", "demo", "state", "report", "rundir", "__init__"}
+# loop.py, evaluate.py and cli.py join the engine's parts; recipe.py joins schema and methods.
+JOINERS = {"loop", "evaluate", "cli", "demo", "state", "report", "rundir", "__init__"}
 SHARED = {"schema", "problems", "yamlfile"}
 OPS = {"kd", "dkd", "nkd", "tf_nkd", "uskd", "slkd"}
 

@@ -252,9 +252,7 @@ def test_reductions_and_terms(name, backend, ignored, reduction):
 @pytest.mark.parametrize("name", NAMES)
 def test_denominator(name, backend):
     case = cast(make(name, 10, 33), torch.float32)
-    total, of_total = loss_and_gradients(
-        name, case, reduction="sum", backend=backend, **FULL[name]
-    )
+    total, of_total = loss_and_gradients(name, case, reduction="sum", backend=backend, **FULL[name])
     for denominator in (4, 4.0, torch.tensor(4), torch.tensor(4.0, dtype=torch.float64)):
         settings = {**FULL[name], "backend": backend, "denominator": denominator}
         loss, gradients = loss_and_gradients(name, case, **settings)

@@ -15,13 +15,13 @@ from tiny import tiny
 from kdfuse.engine.checkpoint import load, save
 from kdfuse.engine.data import write_digits
 from kdfuse.engine.log import read
+from kdfuse.engine.loop import train
 from kdfuse.engine.models import create
-from kdfuse.engine.train import train
 
 STEPS = 30
 CLOCK = ("time", "images_per_s", "data_wait")
 CHILDREN = multiprocessing.get_context("forkserver")  # imports once, not in every child
-CHILDREN.set_forkserver_preload(["kdfuse.engine.train"])
+CHILDREN.set_forkserver_preload(["kdfuse.engine.loop"])
 LOADERS = [
     "torchvision",
     pytest.param(

@@ -17,9 +17,9 @@ from kdfuse.engine.data import make_loader, open_source, write_digits
 from kdfuse.engine.distributed import join
 from kdfuse.engine.evaluate import evaluate, evaluate_state, hits
 from kdfuse.engine.log import read
+from kdfuse.engine.loop import train
 from kdfuse.engine.meters import Diverged
 from kdfuse.engine.state import State
-from kdfuse.engine.train import train
 
 LAST = "step-00000010"
 
