@@ -59,31 +59,55 @@ RowPasses passes() {
 
 // An op of the table: its row passes, and the terms that it reports.
 struct Kd {
+  static bool fits(size_t students, size_t teachers, size_t params) {
+    return students == 1 && teachers >= 1 && params == 4 + teachers;
+  }
+  static constexpr bool needs_target = false;
   static RowPass pass() { return passes().kd; }
   static int terms(int) { return 4; }
   static bool counts(int k) { return k >= 2; }
 };
 struct Dkd {
+  static bool fits(size_t students, size_t teachers, size_t params) {
+    return students == 1 && teachers == 1 && params == 5;
+  }
+  static constexpr bool needs_target = true;
   static RowPass pass() { return passes().dkd; }
   static int terms(int) { return 5; }
   static bool counts(int k) { return k >= 3; }
 };
 struct Nkd {
+  static bool fits(size_t students, size_t teachers, size_t params) {
+    return students == 1 && teachers == 1 && params == 4;
+  }
+  static constexpr bool needs_target = true;
   static RowPass pass() { return passes().nkd; }
   static int terms(int) { return 5; }
   static bool counts(int k) { return k >= 3; }
 };
 struct TfNkd {
+  static bool fits(size_t students, size_t teachers, size_t params) {
+    return students == 1 && teachers == 0 && params == 2;
+  }
+  static constexpr bool needs_target = true;
   static RowPass pass() { return passes().tf_nkd; }
   static int terms(int) { return 4; }
   static bool counts(int k) { return k >= 2; }
 };
 struct Uskd {
+  static bool fits(size_t students, size_t teachers, size_t params) {
+    return students == 2 && teachers == 0 && params == 5;
+  }
+  static constexpr bool needs_target = true;
   static RowPass pass() { return passes().uskd; }
   static int terms(int) { return 6; }
   static bool counts(int k) { return k >= 4; }
 };
 struct Slkd {
+  static bool fits(size_t students, size_t teachers, size_t params) {
+    return students >= 2 && teachers == 1 && params == 6 + students;
+  }
+  static constexpr bool needs_target = true;
   static RowPass pass() { return passes().slkd; }
   static int terms(int students) { return 5 + 4 * (students - 1); }
   static bool counts(int k) { return k < 5 ? k >= 3 : (k - 5) % 4 >= 2; }
@@ -188,6 +212,10 @@ Result loss(std::vector<Tensor> students, std::vector<Tensor> teachers, std::opt
             int64_t reduction, int64_t ignore_index, bool with_gradient) {
   if (students.empty() || students[0].dim() != 2) refuse("student must have shape (N, C)");
   if (students.size() + teachers.size() + 4 > kMaxStreams) refuse("too many teachers or SL-Ts");
+  if (!Op::fits(students.size(), teachers.size(), params.size())) {
+    refuse("this op does not take " + std::to_string(students.size()) + " students, " +
+           std::to_string(teachers.size()) + " teachers and " + std::to_string(params.size()) + " params");
+  }
   const Tensor& student = students[0];
   const int64_t rows = student.size(0), classes = student.size(1);
 
@@ -204,14 +232,18 @@ Result loss(std::vector<Tensor> students, std::vector<Tensor> teachers, std::opt
   p.params = params.data();
 
   std::vector<int64_t> labels;
+  if (!target && Op::needs_target) refuse("target is needed");
   if (target) labels = read_labels(*target, rows, classes, ignore_index);
   if (!labels.empty()) p.labels = labels.data();
-  if (target && target->dim() == 2) p.soft = matrix(*target, rows, classes, "target");
   int64_t valid = rows;
   for (int64_t y : labels) valid -= y == ignore_index;
 
   for (const auto& list : {student_rows, teacher_rows}) {
     for (const Matrix& m : list) p.wide |= m.type == DType::f64;
+  }
+  if (target && target->dim() == 2) {
+    p.soft = matrix(*target, rows, classes, "target");
+    if (p.soft.type == DType::f64 && !p.wide) refuse("target in float64 needs logits in float64");
   }
   const auto real = p.wide ? ScalarType::Double : ScalarType::Float;
 

@@ -30,11 +30,13 @@ void kd_row(const Problem& p, int64_t row, Scratch<T>& scratch) {
   Gradient<T> g;
   KdRow<double> kd;
   for (int k = 0; k < p.num_teachers; ++k) {
+    if (q.weights[k] == 0) continue;  // whatever it holds
     T* const x = base + (4 + k) * length;
     auto t = read_teacher(p, p.teachers[k], row, target, x, q.temperature);
     const double crossed = teach(p, t, z, q.temperature, x);
     const auto pair = kl(z.stats, z.at, t.stats, t.at, crossed);
-    g.add(x, kd_add(kd, pair, q.weights[k], q.kd_weight, q.square, q.temperature));
+    const double scale = kd_add(kd, pair, q.weights[k], q.kd_weight, q.square, q.temperature);
+    if (scale != 0) g.add(x, scale);
   }
   g.a = kd.a;
   g.label[0] = kd.label;

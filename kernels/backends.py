@@ -1,6 +1,5 @@
 """Which backends this machine can run, why not the others, and which one a call takes."""
 
-import functools
 import importlib
 from types import ModuleType
 
@@ -10,9 +9,7 @@ from torch import Tensor
 NAMES = ("reference", "cpu", "cuda", "triton")
 
 
-@functools.cache
-def compiled() -> tuple[ModuleType | None, str]:
-    """The compiled module (loading it registers the ops), or None and the reason."""
+def _load() -> tuple[ModuleType | None, str]:
     try:
         return importlib.import_module("kdfuse.kernels._C"), ""
     except ImportError as error:
@@ -20,6 +17,15 @@ def compiled() -> tuple[ModuleType | None, str]:
             f"kdfuse.kernels._C cannot be loaded ({error}); install a C++17 compiler and reinstall "
             "kdfuse, or run `python setup.py build_ext --inplace` in a checkout"
         )
+
+
+# Loaded here, not on the first call: torch.compile can trace neither an import nor a cache.
+_LOADED = _load()
+
+
+def compiled() -> tuple[ModuleType | None, str]:
+    """The compiled module (loading it registers the ops), or None and the reason."""
+    return _LOADED
 
 
 def backends() -> dict[str, str]:

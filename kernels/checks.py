@@ -7,14 +7,19 @@ import torch
 from torch import Tensor
 
 
+def finite(value: float) -> bool:
+    """`math.isfinite` in comparisons, which torch.compile traces for a weight that varies too."""
+    return -math.inf < value < math.inf
+
+
 def positive(name: str, value: float) -> float:
-    if not (value > 0 and math.isfinite(value)):
+    if not (value > 0 and finite(value)):
         raise ValueError(f"{name} must be a positive number, got {value}")
     return float(value)
 
 
 def weight(name: str, value: float) -> float:
-    if not math.isfinite(value):
+    if not finite(value):
         raise ValueError(f"{name} must be a finite number, got {value}")
     return float(value)
 
@@ -40,7 +45,7 @@ def check_weights(name: str, weights: Sequence[float] | None, count: int) -> lis
         raise ValueError(
             f"{name} must hold {count} weights, one for each set of logits, got {len(values)}"
         )
-    if any(not (w >= 0 and math.isfinite(w)) for w in values):
+    if any(not (w >= 0 and finite(w)) for w in values):
         raise ValueError(f"{name} must be finite and not negative, got {values}")
     return values
 
@@ -70,7 +75,7 @@ def check_teacher(name: str, x: Tensor, student: Tensor) -> None:
         )
 
 
-def check_target(target: Tensor, student: Tensor, probabilities: bool, op: str) -> None:
+def check_target(target: Tensor | None, student: Tensor, probabilities: bool, op: str) -> None:
     if not isinstance(target, Tensor):
         raise TypeError(f"target must be a tensor, got {type(target).__name__}")
     if target.device != student.device:

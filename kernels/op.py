@@ -32,6 +32,7 @@ class Op:
     rows: Rows
     terms: Callable[[int], tuple[str, ...]]  # of the number of students
     labels: int = 1  # labels taken from class probabilities; 0: only class indices
+    needs_target: bool = True
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ def run(
         check_logits("every SL-T and weak head", x, students[0])
     for x in teachers:
         check_teacher("teacher", x, students[0])
-    if target is not None:
+    if target is not None or op.needs_target:
         check_target(target, students[0], op.labels > 0, op.name)
     if options.reduction not in REDUCTIONS:
         raise ValueError(
@@ -188,12 +189,7 @@ class Fused(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, upstream, _):
-        # The stored gradient is a constant: a second derivative through it would be silently 0.
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            raise RuntimeError(
-                "the fused losses have no second derivative; "
-                "use backend='reference' for create_graph=True"
-            )
+        refuse_second_derivative()
         if ctx.stored:
             gradients = [
                 scaled(g, upstream, t) for g, t in zip(ctx.saved_tensors, ctx.types, strict=True)
@@ -206,6 +202,15 @@ class Fused(torch.autograd.Function):
             )
             gradients = [g.to(t) for g, t in zip(made, ctx.types, strict=True)]
         return (None,) * 6 + tuple(gradients) + (None,) * (ctx.inputs - ctx.count)
+
+
+def refuse_second_derivative(wanted: bool = False) -> None:
+    """In a backward pass: the gradient is a constant, its own derivative would be silently 0."""
+    if wanted or (torch.is_grad_enabled() and not torch.compiler.is_compiling()):
+        raise RuntimeError(
+            "the fused losses have no second derivative; "
+            "use backend='reference' for create_graph=True"
+        )
 
 
 def scaled(gradient: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
@@ -250,8 +255,12 @@ def register(op: Op) -> None:
         students, teachers, target, denominator, _, *static, _ = inputs
         ctx.static, ctx.counts = static, (len(students), len(teachers))
         ctx.save_for_backward(target, denominator, *students, *teachers)
+        ctx.set_materialize_grads(False)
 
-    def backward(ctx, upstream, _terms, _gradients):
+    def backward(ctx, upstream, _terms, of_gradients):
+        refuse_second_derivative(wanted=any(g is not None for g in of_gradients or []))
+        if upstream is None:  # the terms are constants
+            return [None] * ctx.counts[0], [None] * ctx.counts[1], *[None] * 7
         target, denominator, *logits = ctx.saved_tensors
         count, others = ctx.counts
         call = getattr(torch.ops.kdfuse, op.name).default

@@ -23,9 +23,7 @@ RANKS = {"released": 0.0, "paper": 1.0}
 
 def zipf(keys: Tensor, drop: Tensor) -> Tensor:
     """(N, C) weights 1 / rank by falling keys, 0 where `drop`, rows summing to 1."""
-    order = keys.argsort(dim=1, descending=True, stable=True)
-    rank = torch.empty_like(order)
-    rank.scatter_(1, order, torch.arange(1, keys.shape[1] + 1, device=keys.device).expand_as(order))
+    rank = keys.argsort(dim=1, descending=True, stable=True).argsort(dim=1) + 1
     weights = (1.0 / rank.to(keys.dtype)).masked_fill(drop, 0.0)
     return weights / weights.sum(1, keepdim=True)
 

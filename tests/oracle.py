@@ -138,7 +138,8 @@ def kd(
     log_p = log_softmax(z / temperature)
     log_q = [log_softmax(t / temperature) for t in teachers]
     pairs = [(square * w, kl(q, log_p)) for w, q in zip(weights, log_q, strict=True)]
-    steps = [(square / temperature * w, np.exp(log_p) - np.exp(q)) for w, q in zip(weights, log_q)]
+    step = square / temperature
+    steps = [(step * w, np.exp(log_p) - np.exp(q)) for w, q in zip(weights, log_q, strict=True)]
     value, (ce, ce_step) = gated(*pairs), cross_entropy(z, y)
     loss = gated((kd_weight, value), (ce_weight, ce))
     gradient = gated((kd_weight, gated(*steps)), (ce_weight, ce_step))
@@ -202,7 +203,7 @@ def nkd(students, teachers, target, *, gamma=1.5, temperature=1.0, ce_weight=0.0
 
 
 def smoothed(z: Array, y: Labels, squared: bool) -> tuple[Array, Array]:
-    """sum_t -w_t log S_t with w_t = S_t (or its square) + V_t - batch mean, constant; its gradient."""
+    """sum_t -w_t log S_t, constant w_t = S_t (or its square) + V_t - batch mean; its gradient."""
     log_s = log_softmax(z)
     value, gradient = np.zeros_like(z[:, 0]), np.zeros_like(z)
     for k in range(y.index.shape[1]):

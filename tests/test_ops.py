@@ -29,10 +29,10 @@ from kdfuse.kernels.table import OPS
 BACKENDS = [name for name in ("reference", "cpu") if not backends.backends()[name]]
 INF = float("inf")
 
-# Classes: the smallest two; around the vector lengths 4, 8 and 16, alone and doubled; two common data
-# sets, one class more than a multiple of every length, and one longer than a block of sums (1024).
+# Classes: the smallest two; around the vector lengths 4, 8 and 16, alone and doubled; two common
+# data sets, and one class more than a multiple of every length.
 SHAPES = [(70, c) for c in (2, 3, 5, 16, 17, 31, 33, 100, 1000, 1001)]
-# Rows: none, one, an odd few, and more than one task a thread.
+# Rows: none, one, an odd few, more than one task a thread; then 21841 classes, many blocks of sums.
 SHAPES += [(0, 33), (1, 33), (3, 1001), (4096, 33), (5, 21841)]
 
 
@@ -174,16 +174,20 @@ def ties(x):
 PATTERNS = (leading, some, saturated, shifted, constant, ties, all_but_two)
 
 
-@pytest.mark.parametrize("who", ("student", "teacher", "both"))
-@pytest.mark.parametrize("pattern", PATTERNS, ids=lambda f: f.__name__)
+HARD = [
+    (name, p, who) for name in NAMES for p in PATTERNS for who in ("student", "teacher", "both")
+]
+WHO = ("student", "teacher", "both")
+HARD = [(name, p, who) for name in NAMES for p in PATTERNS for who in WHO]
+HARD = [(name, p, who) for name, p, who in HARD if name in WITH_TEACHER or who == "student"]
+# Equal rank keys: their order would be the type's.
+HARD = [(name, p, who) for name, p, who in HARD if name != "uskd" or p in (shifted, leading)]
+
+
+@pytest.mark.parametrize("name, pattern, who", HARD)
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float64), ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", NAMES)
 def test_hard_logits(name, backend, dtype, pattern, who):
-    if name not in WITH_TEACHER and who != "student":
-        pytest.skip("no teacher")
-    if name == "uskd" and pattern not in (shifted, leading):
-        pytest.skip("equal rank keys: the order is the type's")
     case = make(name, 24, 33)
     case.target[2:8] = torch.tensor([0, 32, 5, 19, 20, 1])
     for x in (case.students if who != "teacher" else []) + (
@@ -285,6 +289,24 @@ def test_layouts(name, backend):
         torch.testing.assert_close(got, expected, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_rows_further_apart_than_32_bits(name):
+    """Two rows, 2^31 elements apart; what lies between is never touched, and takes no memory."""
+    case = cast(make(name, 2, 33), torch.bfloat16)
+    apart = 2**31 + 64
+
+    def far(x):
+        room = torch.empty(apart + 64, dtype=x.dtype).as_strided((2, 33), (apart, 1))
+        return room.copy_(x)
+
+    expected = loss_and_gradients(name, case, **FULL[name])
+    moved = Case([far(x) for x in case.students], case.teachers, case.target)
+    torch.testing.assert_close(loss_and_gradients(name, moved, **FULL[name]), expected)
+    if case.teachers:
+        moved = Case(case.students, [far(x) for x in case.teachers], case.target)
+        torch.testing.assert_close(loss_and_gradients(name, moved, **FULL[name]), expected)
+
+
 @pytest.mark.parametrize("stored", (True, False))
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", NAMES)
@@ -307,7 +329,7 @@ def test_second_use_and_second_backward(name, backend, stored):
 @pytest.mark.parametrize("stored", (True, False))
 @pytest.mark.parametrize("name", NAMES)
 def test_a_changed_gradient_is_never_used_again(name, stored):
-    """A caller who clips in place between two backward calls gets an error or the right gradient."""
+    """Clipped in place between two backward calls: an error, or the right gradient."""
     case = cast(make(name, 12, 33), torch.float32)
     z = case.students[0].requires_grad_()
     loss = call(name, case, **FULL[name], stored_gradient=stored)

@@ -9,7 +9,7 @@ struct KdParams {
   double temperature, square, kd_weight, ce_weight;  // square: T^2, or 1
   const double* weights;  // K teacher weights follow in the op's list
 
-  explicit KdParams(const double* p)
+  KDFUSE_MEMBER explicit KdParams(const double* p)
       : temperature(p[0]), square(p[1]), kd_weight(p[2]), ce_weight(p[3]), weights(p + 4) {}
 };
 
@@ -24,9 +24,9 @@ template <class R>
 KDFUSE_HD R kd_add(KdRow<R>& row, const Kl<R>& pair, R teacher_weight, R kd_weight, R square, R temperature) {
   const R step = kd_weight * teacher_weight * square / temperature;
   row.value += gated(teacher_weight * square, pair.value);
-  row.a += step * pair.a;
-  row.label += step * pair.label;
-  return -step * pair.b;
+  row.a += gated(step, pair.a);
+  row.label += gated(step, pair.label);
+  return -gated(step, pair.b);
 }
 
 }  // namespace kdfuse

@@ -10,7 +10,7 @@ namespace kdfuse {
 struct NkdParams {
   double temperature, square, gamma, ce_weight;
 
-  explicit NkdParams(const double* p) : temperature(p[0]), square(p[1]), gamma(p[2]), ce_weight(p[3]) {}
+  KDFUSE_MEMBER explicit NkdParams(const double* p) : temperature(p[0]), square(p[1]), gamma(p[2]), ce_weight(p[3]) {}
 };
 
 template <class R>

@@ -14,7 +14,7 @@ struct SlkdParams {
   bool detach;
   const double* fusion;  // K fusion weights follow in the op's list
 
-  explicit SlkdParams(const double* p)
+  KDFUSE_MEMBER explicit SlkdParams(const double* p)
       : temperature(p[0]),
         square(p[1]),
         kd_weight(p[2]),

@@ -10,7 +10,7 @@ namespace kdfuse {
 struct TfNkdParams {
   double weight, ce_weight;
 
-  explicit TfNkdParams(const double* p) : weight(p[0]), ce_weight(p[1]) {}
+  KDFUSE_MEMBER explicit TfNkdParams(const double* p) : weight(p[0]), ce_weight(p[1]) {}
 };
 
 template <class R>

@@ -1,0 +1,252 @@
+// Chunks of a row: how a team of threads divides it, reads it in any type and writes its gradient.
+//
+// A team is whoever works on one row together: a warp, a block, or, on the host, a thread. It has
+// rank(), size(), sum(), max(), sync() and memory(). A thread keeps to its own chunks, so that what
+// it leaves in the team's memory about a chunk needs no sync().
+#pragma once
+#include <cstdint>
+#include <cstring>
+
+#include "row.h"
+#include "task.h"
+
+namespace kdfuse {
+
+constexpr int kChunk = 8;  // classes
+constexpr int kNotes = 2 * kMaxStreams;  // numbers that a team keeps for the inputs of its row
+constexpr int kNowhere = -(1 << 30);  // a label that no chunk holds
+
+// Chunk i holds the classes from first(i) on. Chunks lie on 16-byte boundaries of the student's row,
+// so the first and the last may reach outside it.
+struct Span {
+  int classes, shift, chunks;
+
+  KDFUSE_MEMBER int first(int i) const { return i * kChunk - shift; }
+};
+
+// The most chunks that a row can have.
+KDFUSE_HD int max_chunks(int classes) { return (classes + 2 * kChunk - 2) / kChunk; }
+
+KDFUSE_HD int64_t bytes_of(DType type) { return type == DType::f64 ? 8 : type == DType::f32 ? 4 : 2; }
+
+// A row of the input: its padding and its labels read as `pad`.
+template <class T>
+struct Source {
+  const char* row;  // its class 0
+  DType type;
+  bool vectors;  // chunks of it lie on 16-byte boundaries
+  int held;  // where the team's memory keeps it, or -1
+  T pad;
+};
+
+template <class T>
+struct Sink {
+  char* row;
+  DType type;
+  bool vectors;
+};
+
+KDFUSE_HD float as_float(uint32_t bits) {
+#if defined(__CUDA_ARCH__)
+  return __uint_as_float(bits);
+#else
+  float x;
+  std::memcpy(&x, &bits, sizeof(x));
+  return x;
+#endif
+}
+
+KDFUSE_HD uint32_t as_bits(float x) {
+#if defined(__CUDA_ARCH__)
+  return __float_as_uint(x);
+#else
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof(x));
+  return bits;
+#endif
+}
+
+KDFUSE_HD float from_bf16(uint32_t bits) { return as_float(bits << 16); }
+
+KDFUSE_HD float from_f16(uint32_t bits) {
+#if defined(__CUDA_ARCH__)
+  float x;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(static_cast<uint16_t>(bits)));
+  return x;
+#else
+  const uint32_t sign = (bits & 0x8000u) << 16, body = (bits & 0x7fffu) << 13;
+  // The exponent's bias is moved by a multiplication, which turns subnormals right as well.
+  const uint32_t finite = as_bits(as_float(body) * 5.192296858534828e33f);
+  return as_float(sign | ((bits & 0x7c00u) == 0x7c00u ? body | 0x7f800000u : finite));
+#endif
+}
+
+// Two bfloat16 numbers, rounded to nearest even; NaN stays NaN.
+KDFUSE_HD uint32_t to_bf16(float low, float high) {
+#if defined(__CUDA_ARCH__)
+  uint32_t both;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+  return both;
+#else
+  const auto narrow = [](float x) {
+    const uint32_t w = as_bits(x);
+    return x != x ? 0x7fffu : (w + 0x7fffu + ((w >> 16) & 1u)) >> 16;
+  };
+  return narrow(high) << 16 | narrow(low);
+#endif
+}
+
+struct alignas(16) Words {
+  uint32_t w[4];
+};
+
+KDFUSE_HD Words load_words(const void* at) {
+#if defined(__CUDA_ARCH__)
+  const uint4 v = __ldg(static_cast<const uint4*>(at));
+  return {{v.x, v.y, v.z, v.w}};
+#else
+  Words words;
+  std::memcpy(&words, at, sizeof(words));
+  return words;
+#endif
+}
+
+KDFUSE_HD void store_words(void* at, const Words& words) {
+#if defined(__CUDA_ARCH__)
+  *static_cast<uint4*>(at) = make_uint4(words.w[0], words.w[1], words.w[2], words.w[3]);
+#else
+  std::memcpy(at, &words, sizeof(words));
+#endif
+}
+
+template <class T>
+KDFUSE_HD T element(const Source<T>& s, int64_t j) {
+  switch (s.type) {
+    case DType::f32:
+      return static_cast<T>(reinterpret_cast<const float*>(s.row)[j]);
+    case DType::bf16:
+      return static_cast<T>(from_bf16(reinterpret_cast<const uint16_t*>(s.row)[j]));
+    case DType::f16:
+      return static_cast<T>(from_f16(reinterpret_cast<const uint16_t*>(s.row)[j]));
+    default:
+      return static_cast<T>(reinterpret_cast<const double*>(s.row)[j]);
+  }
+}
+
+// A whole chunk in 16-byte loads.
+KDFUSE_HD void read_vectors(const Source<float>& s, int64_t j, float (&x)[kChunk]) {
+  if (s.type == DType::f32) {
+    const Words a = load_words(s.row + 4 * j), b = load_words(s.row + 4 * j + 16);
+    for (int v = 0; v < 4; ++v) {
+      x[v] = as_float(a.w[v]);
+      x[4 + v] = as_float(b.w[v]);
+    }
+    return;
+  }
+  const Words both = load_words(s.row + 2 * j);
+  if (s.type == DType::bf16) {
+    for (int v = 0; v < 4; ++v) {
+      x[2 * v] = from_bf16(both.w[v]);
+      x[2 * v + 1] = as_float(both.w[v] & 0xffff0000u);
+    }
+  } else {
+    for (int v = 0; v < 4; ++v) {
+      x[2 * v] = from_f16(both.w[v] & 0xffffu);
+      x[2 * v + 1] = from_f16(both.w[v] >> 16);
+    }
+  }
+}
+
+KDFUSE_HD void read_vectors(const Source<double>&, int64_t, double (&)[kChunk]) {}
+
+// Chunk i as it stands in the input, its labels included.
+template <class T>
+KDFUSE_HD void read_input(const Source<T>& s, const Span& span, int i, T (&x)[kChunk]) {
+  const int j = span.first(i);
+  if (s.vectors && j >= 0 && j + kChunk <= span.classes) return read_vectors(s, j, x);
+#pragma unroll
+  for (int v = 0; v < kChunk; ++v) x[v] = j + v >= 0 && j + v < span.classes ? element(s, j + v) : s.pad;
+}
+
+// The numbers that a team keeps for one of the inputs of its row.
+template <class T, class Team>
+KDFUSE_HD T* notes(const Team& team, int k) {
+  return static_cast<T*>(team.memory()) + 2 * k;
+}
+
+// A held row. It stands in two halves, so that the threads of a warp meet no bank conflicts.
+template <class T, class Team>
+KDFUSE_HD T* held_row(const Team& team, const Task& p, int which) {
+  return static_cast<T*>(team.memory()) + kNotes + which * int64_t{kChunk} * max_chunks(p.classes);
+}
+
+KDFUSE_HD void get_half(const float* from, float* x) {
+#if defined(__CUDA_ARCH__)
+  const float4 v = *reinterpret_cast<const float4*>(from);
+  x[0] = v.x, x[1] = v.y, x[2] = v.z, x[3] = v.w;
+#else
+  std::memcpy(x, from, sizeof(float) * kChunk / 2);
+#endif
+}
+
+KDFUSE_HD void get_half(const double* from, double* x) {
+  for (int v = 0; v < kChunk / 2; ++v) x[v] = from[v];
+}
+
+KDFUSE_HD void put_half(float* to, const float* x) {
+  store_words(to, {{as_bits(x[0]), as_bits(x[1]), as_bits(x[2]), as_bits(x[3])}});
+}
+
+KDFUSE_HD void put_half(double* to, const double* x) {
+  for (int v = 0; v < kChunk / 2; ++v) to[v] = x[v];
+}
+
+template <class T, class Team>
+KDFUSE_HD void hold(const Team& team, const Task& p, int which, const Span& span, int i, const T (&x)[kChunk]) {
+  T* const row = held_row<T>(team, p, which);
+  put_half(row + i * (kChunk / 2), x);
+  put_half(row + (span.chunks + i) * (kChunk / 2), x + kChunk / 2);
+}
+
+template <class T, class Team>
+KDFUSE_HD void get_held(const Team& team, const Task& p, int which, const Span& span, int i, T (&x)[kChunk]) {
+  const T* const row = held_row<T>(team, p, which);
+  get_half(row + i * (kChunk / 2), x);
+  get_half(row + (span.chunks + i) * (kChunk / 2), x + kChunk / 2);
+}
+
+template <class T>
+KDFUSE_HD void write_vectors(const Sink<T>& s, int64_t j, const T (&g)[kChunk]) {
+  if (s.type == DType::f32) {
+    store_words(s.row + 4 * j, {{as_bits(g[0]), as_bits(g[1]), as_bits(g[2]), as_bits(g[3])}});
+    store_words(s.row + 4 * j + 16, {{as_bits(g[4]), as_bits(g[5]), as_bits(g[6]), as_bits(g[7])}});
+  } else {
+    store_words(s.row + 2 * j,
+                {{to_bf16(g[0], g[1]), to_bf16(g[2], g[3]), to_bf16(g[4], g[5]), to_bf16(g[6], g[7])}});
+  }
+}
+
+template <class T>
+KDFUSE_HD void write_element(const Sink<T>& s, int64_t j, T g) {
+  if (s.type == DType::f32) {
+    reinterpret_cast<float*>(s.row)[j] = static_cast<float>(g);
+  } else if (s.type == DType::bf16) {
+    reinterpret_cast<uint16_t*>(s.row)[j] = static_cast<uint16_t>(to_bf16(static_cast<float>(g), 0.f));
+  } else if (sizeof(T) == sizeof(double)) {
+    reinterpret_cast<double*>(s.row)[j] = static_cast<double>(g);
+  }
+}
+
+template <class T>
+KDFUSE_HD void write_output(const Sink<T>& s, const Span& span, int i, const T (&g)[kChunk]) {
+  const int j = span.first(i);
+  if constexpr (sizeof(T) == sizeof(float)) {
+    if (s.vectors && j >= 0 && j + kChunk <= span.classes) return write_vectors(s, j, g);
+  }
+#pragma unroll
+  for (int v = 0; v < kChunk; ++v) {
+    if (j + v >= 0 && j + v < span.classes) write_element(s, j + v, g[v]);
+  }
+}
+
+}  // namespace kdfuse
