@@ -294,7 +294,7 @@ def test_threads_end_with_the_loader(few, name):
     assert tasks() > before or name == "resident"
     next(loader.epoch(1))  # abandoned at once
     loader.close()
-    assert tasks() == before
+    assert tasks() <= before  # a thread of an earlier test may have ended meanwhile
     assert not [t for t in threading.enumerate() if t.name.startswith("kdfuse")]
 
 
