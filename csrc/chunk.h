@@ -22,12 +22,15 @@ struct Span {
   int classes, shift, chunks;
 
   KDFUSE_MEMBER int first(int i) const { return i * kChunk - shift; }
+  KDFUSE_MEMBER bool whole(int i) const { return first(i) >= 0 && first(i) + kChunk <= classes; }
+  KDFUSE_MEMBER int chunk_of(int label) const { return label < 0 ? -1 : (label + shift) / kChunk; }
 };
 
 // The most chunks that a row can have.
 KDFUSE_HD int max_chunks(int classes) { return (classes + 2 * kChunk - 2) / kChunk; }
 
-KDFUSE_HD int64_t bytes_of(DType type) { return type == DType::f64 ? 8 : type == DType::f32 ? 4 : 2; }
+KDFUSE_HD int log_bytes(DType type) { return type == DType::f64 ? 3 : type == DType::f32 ? 2 : 1; }
+KDFUSE_HD int64_t bytes_of(DType type) { return int64_t{1} << log_bytes(type); }
 
 // A row of the input: its padding and its labels read as `pad`.
 template <class T>
@@ -119,51 +122,72 @@ KDFUSE_HD void store_words(void* at, const Words& words) {
 #endif
 }
 
+// One logit. Rows of doubles are computed in double only.
 template <class T>
 KDFUSE_HD T element(const Source<T>& s, int64_t j) {
-  switch (s.type) {
-    case DType::f32:
-      return static_cast<T>(reinterpret_cast<const float*>(s.row)[j]);
-    case DType::bf16:
-      return static_cast<T>(from_bf16(reinterpret_cast<const uint16_t*>(s.row)[j]));
-    case DType::f16:
-      return static_cast<T>(from_f16(reinterpret_cast<const uint16_t*>(s.row)[j]));
-    default:
-      return static_cast<T>(reinterpret_cast<const double*>(s.row)[j]);
+  if (sizeof(T) == sizeof(double) && s.type == DType::f64) {
+    return static_cast<T>(reinterpret_cast<const double*>(s.row)[j]);
   }
+  if (s.type == DType::f32) return static_cast<T>(reinterpret_cast<const float*>(s.row)[j]);
+  const uint32_t bits = reinterpret_cast<const uint16_t*>(s.row)[j];
+  return static_cast<T>(s.type == DType::bf16 ? from_bf16(bits) : from_f16(bits));
 }
 
-// A whole chunk in 16-byte loads.
-KDFUSE_HD void read_vectors(const Source<float>& s, int64_t j, float (&x)[kChunk]) {
-  if (s.type == DType::f32) {
-    const Words a = load_words(s.row + 4 * j), b = load_words(s.row + 4 * j + 16);
-    for (int v = 0; v < 4; ++v) {
-      x[v] = as_float(a.w[v]);
-      x[4 + v] = as_float(b.w[v]);
+// A chunk as it comes: eight words, or four of two 16-bit numbers each.
+struct Raw {
+  uint32_t w[kChunk];
+};
+
+KDFUSE_HD Raw fetch_vectors(const char* row, bool wide, int64_t j) {
+  const Words a = load_words(row + (wide ? 4 : 2) * j);
+  const Words b = wide ? load_words(row + 4 * j + 16) : a;
+  return {{a.w[0], a.w[1], a.w[2], a.w[3], b.w[0], b.w[1], b.w[2], b.w[3]}};
+}
+
+// Element by element, those outside the row left out.
+KDFUSE_HD Raw fetch_elements(const char* row, bool wide, int j, int classes) {
+  Raw raw = {};
+#pragma unroll
+  for (int v = 0; v < kChunk; ++v) {
+    if (static_cast<unsigned>(j + v) >= static_cast<unsigned>(classes)) continue;
+    if (wide) {
+      raw.w[v] = reinterpret_cast<const uint32_t*>(row)[j + v];
+    } else {
+      const uint32_t bits = reinterpret_cast<const uint16_t*>(row)[j + v];
+      raw.w[v / 2] |= v % 2 ? bits << 16 : bits;
     }
-    return;
   }
-  const Words both = load_words(s.row + 2 * j);
-  if (s.type == DType::bf16) {
-    for (int v = 0; v < 4; ++v) {
-      x[2 * v] = from_bf16(both.w[v]);
-      x[2 * v + 1] = as_float(both.w[v] & 0xffff0000u);
-    }
-  } else {
-    for (int v = 0; v < 4; ++v) {
-      x[2 * v] = from_f16(both.w[v] & 0xffffu);
-      x[2 * v + 1] = from_f16(both.w[v] >> 16);
+  return raw;
+}
+
+KDFUSE_HD void decode(DType type, const Raw& raw, float (&x)[kChunk]) {
+#pragma unroll
+  for (int v = 0; v < kChunk; ++v) {
+    const uint32_t two = raw.w[v / 2];
+    if (type == DType::f32) {
+      x[v] = as_float(raw.w[v]);
+    } else if (type == DType::bf16) {
+      x[v] = as_float(v % 2 ? two & 0xffff0000u : two << 16);
+    } else {
+      x[v] = from_f16(v % 2 ? two >> 16 : two & 0xffffu);
     }
   }
 }
-
-KDFUSE_HD void read_vectors(const Source<double>&, int64_t, double (&)[kChunk]) {}
 
 // Chunk i as it stands in the input, its labels included.
-template <class T>
-KDFUSE_HD void read_input(const Source<T>& s, const Span& span, int i, T (&x)[kChunk]) {
+KDFUSE_HD void read_input(const Source<float>& s, const Span& span, int i, float (&x)[kChunk]) {
   const int j = span.first(i);
-  if (s.vectors && j >= 0 && j + kChunk <= span.classes) return read_vectors(s, j, x);
+  const bool wide = s.type == DType::f32;
+  if (s.vectors && span.whole(i)) return decode(s.type, fetch_vectors(s.row, wide, j), x);
+  decode(s.type, fetch_elements(s.row, wide, j, span.classes), x);
+#pragma unroll
+  for (int v = 0; v < kChunk; ++v) {
+    if (static_cast<unsigned>(j + v) >= static_cast<unsigned>(span.classes)) x[v] = s.pad;
+  }
+}
+
+KDFUSE_HD void read_input(const Source<double>& s, const Span& span, int i, double (&x)[kChunk]) {
+  const int j = span.first(i);
 #pragma unroll
   for (int v = 0; v < kChunk; ++v) x[v] = j + v >= 0 && j + v < span.classes ? element(s, j + v) : s.pad;
 }
@@ -241,7 +265,7 @@ template <class T>
 KDFUSE_HD void write_output(const Sink<T>& s, const Span& span, int i, const T (&g)[kChunk]) {
   const int j = span.first(i);
   if constexpr (sizeof(T) == sizeof(float)) {
-    if (s.vectors && j >= 0 && j + kChunk <= span.classes) return write_vectors(s, j, g);
+    if (s.vectors && span.whole(i)) return write_vectors(s, j, g);
   }
 #pragma unroll
   for (int v = 0; v < kChunk; ++v) {

@@ -72,9 +72,8 @@ struct Logits {
 
 KDFUSE_HD Span span_of(const Task& p, int64_t row, bool vectors) {
   const Matrix& m = p.logits[0];
-  const int64_t size = bytes_of(m.type);
-  const auto at = reinterpret_cast<uintptr_t>(m.data) + static_cast<uintptr_t>(row * m.stride * size);
-  const int shift = vectors ? static_cast<int>(at / size % kChunk) : 0;
+  const auto at = reinterpret_cast<uintptr_t>(m.data) + static_cast<uintptr_t>(row * m.stride * bytes_of(m.type));
+  const int shift = vectors ? static_cast<int>(at >> log_bytes(m.type)) & (kChunk - 1) : 0;
   return {p.classes, shift, (p.classes + shift + kChunk - 1) / kChunk};
 }
 
@@ -114,12 +113,55 @@ KDFUSE_HD void read(const Team& team, const Task& p, const Source<T>& s, const T
   set_labels(y, span, i, s.pad, s.pad, x);
 }
 
+// The whole chunks of the first read that hold no label: kAhead loads of a thread are under way at once.
+template <DType type, class Team>
+KDFUSE_HD float read_plain(const Team& team, const Task& p, const Source<float>& s, const Span& span, int a, int b) {
+  constexpr int kAhead = 4;
+  float peak = -INFINITY;
+#pragma unroll 1
+  for (int i = team.rank(); i < span.chunks; i += kAhead * team.size()) {
+    Raw raw[kAhead];
+    bool there[kAhead];
+#pragma unroll
+    for (int u = 0; u < kAhead; ++u) {
+      const int k = i + u * team.size();
+      there[u] = span.whole(k) && k != a && k != b;
+      if (there[u]) raw[u] = fetch_vectors(s.row, type == DType::f32, span.first(k));
+    }
+#pragma unroll
+    for (int u = 0; u < kAhead; ++u) {
+      if (!there[u]) continue;
+      float x[kChunk];
+      decode(type, raw[u], x);
+#pragma unroll
+      for (int v = 0; v < kChunk; ++v) peak = x[v] > peak ? x[v] : peak;
+      if (s.held >= 0) hold(team, p, s.held, span, i + u * team.size(), x);
+    }
+  }
+  return peak;
+}
+
+template <class Team>
+KDFUSE_HD float read_plain(const Team& team, const Task& p, const Source<float>& s, const Span& span, int a, int b) {
+  if (!s.vectors) return -INFINITY;
+  if (s.type == DType::f32) return read_plain<DType::f32>(team, p, s, span, a, b);
+  if (s.type == DType::bf16) return read_plain<DType::bf16>(team, p, s, span, a, b);
+  return read_plain<DType::f16>(team, p, s, span, a, b);
+}
+
+template <class Team>
+KDFUSE_HD double read_plain(const Team&, const Task&, const Source<double>&, const Span&, int, int) {
+  return -INFINITY;
+}
+
 // The first read: keeps the row where it is to be held; returns the largest number but the labels'.
 template <class T, class Team>
 KDFUSE_HD T read_first(const Team& team, const Task& p, const Source<T>& s, const Target<T>& y, const Span& span) {
-  T peak = -INFINITY;
-#pragma unroll 4
+  const int a = span.chunk_of(y.labels[0]), b = span.chunk_of(y.labels[1]);
+  T peak = read_plain(team, p, s, span, a, b);
+#pragma unroll 1
   for (int i = team.rank(); i < span.chunks; i += team.size()) {
+    if (s.vectors && span.whole(i) && i != a && i != b) continue;
     T x[kChunk];
     read_input(s, span, i, x);
     set_labels(y, span, i, s.pad, s.pad, x);
@@ -130,21 +172,27 @@ KDFUSE_HD T read_first(const Team& team, const Task& p, const Source<T>& s, cons
   return team.max(peak);
 }
 
-// The first class with the largest of the probabilities that are not labels yet.
+// The first class with the largest of the probabilities that are not labels yet, and their sum.
 template <class T, class Team>
-KDFUSE_HD int find_label(const Team& team, const Task& p, const Target<T>& y, const Span& span, T largest) {
+KDFUSE_HD int find_label(const Team& team, const Task& p, const Target<T>& y, const Span& span, T& sum) {
+  T largest = -INFINITY, sums[1] = {0};
   int found = p.classes;
+#pragma unroll 1
   for (int i = team.rank(); i < span.chunks; i += team.size()) {
     T x[kChunk];
     read_input(y.source, span, i, x);
-    set_labels(y, span, i, T(-1), T(-1), x);
+    set_labels(y, span, i, T(-INFINITY), T(-INFINITY), x);
 #pragma unroll
     for (int v = 0; v < kChunk; ++v) {
       const int j = span.first(i) + v;
-      if (x[v] == largest && j >= 0 && j < found) found = j;
+      if (j < 0 || j >= span.classes) continue;
+      sums[0] += x[v];
+      if (x[v] > largest) largest = x[v], found = j;
     }
   }
-  found = -team.max(-found);
+  team.sum(sums);
+  sum = sums[0];
+  found = -team.max(team.max(largest) == largest ? -found : -p.classes);
   return found < p.classes ? found : 0;  // NaN everywhere: any label does
 }
 
@@ -160,26 +208,15 @@ KDFUSE_HD Target<T> read_target(const Team& team, const Task& p, int64_t row, co
   if (!p.soft.data) return y;
   y.soft = true;
   y.source = open<T>(p, p.soft, row, span, p.num_students + p.num_teachers, T(0));
-  T sums[1] = {0};
-  for (int i = team.rank(); i < span.chunks; i += team.size()) {
-    T x[kChunk];
-    read_input(y.source, span, i, x);
-#pragma unroll
-    for (int v = 0; v < kChunk; ++v) sums[0] += x[v];
+  for (; y.count < wanted; ++y.count) {
+    T sum = 0;
+    const int label = find_label(team, p, y, span, sum);
+    const T value = element(y.source, label);
+    if (y.count == 0) y.mass = sum;
+    if (y.count == 1 && !(value > T(0))) break;  // a mixed label of one class has one target
+    y.labels[y.count] = label;
+    y.values[y.count] = value;
   }
-  team.sum(sums);
-  y.mass = sums[0];
-#pragma unroll
-  for (int k = 0; k < 2; ++k) {
-    if (k >= wanted) break;
-    const T largest = read_first(team, p, y.source, y, span);
-    if (k > 0 && !(largest > T(0))) break;  // a mixed label of one class has one target
-    const int label = find_label(team, p, y, span, largest);
-    y.labels[k] = label;
-    y.values[k] = element(y.source, label);
-    y.count = k + 1;
-  }
-  // Once more, now that its labels are known.
   read_first(team, p, y.source, y, span);
   return y;
 }
@@ -227,6 +264,7 @@ template <int n, class T, class S, class Team, class F>
 KDFUSE_HD void exponentiate(const Team& team, const Task& p, const Target<T>& y, const Span& span, Logits<T, S>& z,
                             bool at_one, T (&more)[n], F add) {
   T sums[n + 2] = {};
+#pragma unroll 1
   for (int i = team.rank(); i < span.chunks; i += team.size()) {
     T x[kChunk], e[kChunk];
     read(team, p, z.source, y, span, i, x);
@@ -364,6 +402,7 @@ KDFUSE_HD void write_gradient(const Team& team, const Task& p, int which, int64_
                               const Span& span, const Logits<T>& z, const Gradient<T>& g, T weight, F add) {
   const Sink<T> sink = open<T>(p, p.gradients[which], row, span);
   const T a = weight * g.a, c = weight * g.c, soft = weight * g.soft;
+#pragma unroll 1
   for (int i = team.rank(); i < span.chunks; i += team.size()) {
     T x[kChunk], out[kChunk];
     read(team, p, z.source, y, span, i, x);
@@ -391,6 +430,7 @@ KDFUSE_HD void write_nothing(const Team& team, const Task& p, int64_t row, const
   const T zeros[kChunk] = {};
   for (int s = 0; s < p.num_students; ++s) {
     const Sink<T> sink = open<T>(p, p.gradients[s], row, span);
+#pragma unroll 1
     for (int i = team.rank(); i < span.chunks; i += team.size()) write_output(sink, span, i, zeros);
   }
 }

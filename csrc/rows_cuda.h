@@ -18,6 +18,7 @@ KDFUSE_HD void kd_row(const Team& team, const Task& p, int64_t row, const Span& 
   const auto seen = see(team, p, y, span, z, y.count > 0);
 
   KdRow<T> kd;
+#pragma unroll 1
   for (int k = 0; k < p.num_teachers; ++k) {
     T peak = 0, scale = 0;
     if (q.weights[k] != 0) {  // else whatever it holds
@@ -37,6 +38,7 @@ KDFUSE_HD void kd_row(const Team& team, const Task& p, int64_t row, const Span& 
   if (!p.with_gradient) return;
   team.sync();
   write_gradient(team, p, 0, row, y, span, z, g, weight, [&](int i, const T(&)[kChunk], T(&out)[kChunk]) {
+#pragma unroll 1
     for (int k = 0; k < p.num_teachers; ++k) {
       const T* const note = notes<T>(team, k);
       if (note[1] == T(0)) continue;
@@ -112,8 +114,8 @@ KDFUSE_HD void join_labels(Logits<T>& z, const Target<T>& y) {
   z.at1.unit = std::exp(-lse);
 }
 
-template <bool squared, class T, class Team>
-KDFUSE_HD void label_scores(const Team& team, const Task& p, int64_t row, const Span& span) {
+template <class T, class Team>
+KDFUSE_HD void label_scores(const Team& team, const Task& p, int64_t row, const Span& span, bool squared) {
   const auto y = read_target<T>(team, p, row, span, 2);
   auto z = read_logits<T>(team, p, 0, row, y, span, T(1));
   T none[1];
@@ -125,6 +127,16 @@ KDFUSE_HD void label_scores(const Team& team, const Task& p, int64_t row, const 
     const T score = k < y.count ? std::exp(z.log_label(k)) : T(0);
     p.scores[2 * row + k] = squared ? score * score : score;
   }
+}
+
+template <class T, class Team>
+KDFUSE_HD void tf_nkd_score(const Team& team, const Task& p, int64_t row, const Span& span) {
+  label_scores<T>(team, p, row, span, false);
+}
+
+template <class T, class Team>
+KDFUSE_HD void uskd_score(const Team& team, const Task& p, int64_t row, const Span& span) {
+  label_scores<T>(team, p, row, span, true);
 }
 
 // Adds weight * sum_t -w_t log S_t to the gradient; returns the sum.
@@ -179,6 +191,7 @@ KDFUSE_HD void fuse(const Team& team, const Task& p, const Fused<T>& f, const Ta
                     T (&x)[kChunk]) {
 #pragma unroll
   for (int v = 0; v < kChunk; ++v) x[v] = 0;
+#pragma unroll 1
   for (int k = 1; k < p.num_students; ++k) {
     const T weight = T(f.fusion[k - 1]);
     if (weight == T(0)) continue;
@@ -204,11 +217,13 @@ KDFUSE_HD Logits<T, Fused<T>> read_fused(const Team& team, const Task& p, const 
   Logits<T, Fused<T>> f = {};
   f.source = {row, q.fusion, place < p.held ? place : -1};
   f.labelled = true;
+#pragma unroll 1
   for (int k = 1; k < p.num_students; ++k) {
     const auto s = open<T>(p, p.logits[k], row, span, k, T(-INFINITY));
     f.label[0] += gated(T(q.fusion[k - 1]), element(s, y.labels[0]));
   }
   T peak = -INFINITY;
+#pragma unroll 1
   for (int i = team.rank(); i < span.chunks; i += team.size()) {
     T x[kChunk];
     fuse(team, p, f.source, y, span, i, x);
@@ -243,6 +258,7 @@ KDFUSE_HD void slkd_row(const Team& team, const Task& p, int64_t row, const Span
   const auto y = read_target<T>(team, p, row, span, 1);
   auto z = read_logits<T>(team, p, 0, row, y, span, temperature);
   auto t = read_logits<T>(team, p, p.num_students, row, y, span, temperature);
+#pragma unroll 1
   for (int k = 1; k < p.num_students; ++k) {
     const T peak = read_first(team, p, open_logits<T>(p, k, row, y, span).source, y, span);
     if (team.rank() == 0) notes<T>(team, k)[0] = peak;
@@ -272,6 +288,7 @@ KDFUSE_HD void slkd_row(const Team& team, const Task& p, int64_t row, const Span
   write_values(team, p, row, 1, {kd_value, fused_value, ce, seen.top1, seen.top5});
 
   team.sync();
+#pragma unroll 1
   for (int k = 1; k < p.num_students; ++k) {
     auto s = open_logits<T>(p, k, row, y, span);
     set_peak(s, y, temperature, notes<T>(team, k)[0]);

@@ -41,9 +41,12 @@ KDFUSE_HD bool comes_after(const Ranked<T>& a, const Ranked<T>& b) {
 // Sorts n entries, n a power of 2.
 template <class T, class Team>
 KDFUSE_HD void bitonic_sort(const Team& team, Ranked<T>* x, int n) {
+#pragma unroll 1
   for (int size = 2; size <= n; size *= 2) {
+#pragma unroll 1
     for (int stride = size / 2; stride > 0; stride /= 2) {
       team.sync();
+#pragma unroll 1
       for (int k = team.rank(); k < n / 2; k += team.size()) {
         const int i = 2 * k - (k & (stride - 1)), j = i + stride;
         const Ranked<T> a = x[i], b = x[j];
@@ -76,6 +79,7 @@ KDFUSE_HD void rank_classes(const Team& team, const Task& p, const Target<T>& y,
   const T weak_unit = scale.weak * w.at1.unit;
   const T first = of_weak[0] * scale.weak + of_student[0] * scale.student;
   const T second = of_weak[1] * scale.weak + of_student[1] * scale.student;
+#pragma unroll 1
   for (int i = team.rank(); i < span.chunks; i += team.size()) {
     T xz[kChunk], xw[kChunk], key[kChunk];
     read(team, p, z.source, y, span, i, xz);
@@ -92,10 +96,12 @@ KDFUSE_HD void rank_classes(const Team& team, const Task& p, const Target<T>& y,
       if (j >= 0 && j < p.classes) order[j] = {falling(key[v]), static_cast<uint32_t>(j)};
     }
   }
+#pragma unroll 1
   for (int j = p.classes + team.rank(); j < p.sorted; j += team.size()) {
     order[j] = {static_cast<decltype(order->key)>(-1), static_cast<uint32_t>(j)};
   }
   bitonic_sort(team, order, p.sorted);
+#pragma unroll 1
   for (int r = team.rank(); r < p.classes; r += team.size()) order[order[r].index].key = r;
   team.sync();
 }
@@ -144,6 +150,7 @@ KDFUSE_HD void uskd_row(const Team& team, const Task& p, int64_t row, const Span
   Ranked<T>* const order = sort_space<T>(team, p);
   rank_classes(team, p, y, span, z, w, q.paper_rank != 0, order);
   T sums[2] = {0, 0};  // of the Zipf weights, and of them times u_j
+#pragma unroll 1
   for (int i = team.rank(); i < span.chunks; i += team.size()) {
     T share_of[kChunk], x[kChunk];
     zipf(order, y, span, i, share_of);

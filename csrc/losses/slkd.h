@@ -28,7 +28,7 @@ struct SlkdParams {
 // The factor of exp((f_j - peak) / T) * ((f_j - z_j) / T - D) in the SL-Ts' extra gradient, per fusion weight.
 template <class R>
 KDFUSE_HD R slkd_extra(const SlkdParams& p, const Kl<R>& fused) {
-  return R(p.fused_kd_weight * p.square / p.temperature) * fused.b;
+  return R(p.fused_kd_weight) * R(p.square) / R(p.temperature) * fused.b;
 }
 
 }  // namespace kdfuse
