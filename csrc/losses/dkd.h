@@ -8,7 +8,8 @@ namespace kdfuse {
 struct DkdParams {
   double temperature, square, alpha, beta, ce_weight;
 
-  KDFUSE_MEMBER explicit DkdParams(const double* p) : temperature(p[0]), square(p[1]), alpha(p[2]), beta(p[3]), ce_weight(p[4]) {}
+  KDFUSE_MEMBER explicit DkdParams(const double* p)
+      : temperature(p[0]), square(p[1]), alpha(p[2]), beta(p[3]), ce_weight(p[4]) {}
 };
 
 template <class R>

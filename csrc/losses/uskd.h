@@ -11,7 +11,8 @@ namespace kdfuse {
 struct UskdParams {
   double alpha, beta, mu, paper_rank, ce_weight;
 
-  KDFUSE_MEMBER explicit UskdParams(const double* p) : alpha(p[0]), beta(p[1]), mu(p[2]), paper_rank(p[3]), ce_weight(p[4]) {}
+  KDFUSE_MEMBER explicit UskdParams(const double* p)
+      : alpha(p[0]), beta(p[1]), mu(p[2]), paper_rank(p[3]), ce_weight(p[4]) {}
 };
 
 // The divisors of the two scores in the ranking: w_j / weak + s_j / student.
