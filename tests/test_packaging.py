@@ -15,15 +15,20 @@ PARTS = ["kdfuse", "kernels", "engine", "recipes", "csrc"]
 FILES = ["setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "CHANGELOG.md"]
 
 
-@pytest.fixture(scope="module")
-def built(tmp_path_factory):
-    """A copy of the sources without anything built, and the sdist and wheel made from it."""
-    copy = tmp_path_factory.mktemp("checkout")
+def copied(copy: Path) -> Path:
+    """The sources without anything built."""
     leave = shutil.ignore_patterns("*.so", "__pycache__", "*.egg-info")
     for part in PARTS:
         shutil.copytree(ROOT / part, copy / part, symlinks=True, ignore=leave)
     for name in FILES:
         shutil.copy2(ROOT / name, copy / name)
+    return copy
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """The sdist made from the sources, and the wheel made from that."""
+    copy = copied(tmp_path_factory.mktemp("checkout"))
     environment = {**os.environ, "KDFUSE_CUDA": "0", "KDFUSE_REQUIRE_BUILD": "1"}
     command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(copy / "dist")]
     done = subprocess.run(
@@ -64,3 +69,36 @@ def test_wheel_works_away_from_the_checkout(built, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(str(tmp_path))
+
+
+def test_without_a_compiler_it_installs_and_says_so(tmp_path):
+    copy = copied(tmp_path)
+    absent = {"CC": "/nonexistent/cc", "CXX": "/nonexistent/c++", "KDFUSE_CUDA": "0"}
+    done = subprocess.run(
+        [sys.executable, "setup.py", "-q", "build_ext", "--inplace"],
+        cwd=copy,
+        env={**os.environ, **absent},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "no compiled losses" in done.stderr
+    code = (
+        "import kdfuse, torch;"
+        "reason = kdfuse.backends()['cpu']; assert 'C++17 compiler' in reason, reason;"
+        "z = torch.randn(4, 5, requires_grad=True);"
+        "kdfuse.kd_loss(z, torch.randn(4, 5)).backward(); assert z.grad is not None;"
+        "from kdfuse.engine.doctor import doctor;"
+        "print([f for f in doctor() if f.what == 'compiled module'])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code],
+        cwd=copy,
+        env={**os.environ, "PYTHONPATH": str(copy)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "ok" not in done.stdout.split("detail")[0], done.stdout
