@@ -83,20 +83,31 @@ def train(
     loaded = Recipe.load(recipe, words)
     from .loop import train as run  # torchvision and DALI: not before the recipe is known good
 
-    folder = run(loaded, out=out or _default_out(loaded, resume), resume=resume)
+    folder = out or _default_out(loaded, resume)
+    try:
+        run(loaded, out=folder, resume=resume)
+    except KeyboardInterrupt:
+        print(f"stopped; resume=true goes on from the last checkpoint of {folder}", file=sys.stderr)
+        raise typer.Exit(130) from None
     _print_published(folder)
     if os.environ.get("RANK", "0") == "0":
         print(f"{folder}: see {folder / 'report.html'}")
 
 
 def _print_published(run: Path) -> None:
-    """The published number, below the ones of the run."""
-    from .pastruns import read_run
+    """The published number, below the ones of the run, and what of the recipe was changed."""
+    from .recipe import Recipe, recipes
+    from .rundir import changes, plain
 
-    expect = read_run(run).recipe.get("expect")
-    if expect and os.environ.get("RANK", "0") == "0":
-        top1 = "no number" if expect["top1"] is None else f"top1 {expect['top1']:.2f}"
-        print(f"published: {top1} ({expect['source']})")
+    recipe = Recipe.load(run / "recipe.yaml")
+    if recipe.expect is None or os.environ.get("RANK", "0") != "0":
+        return
+    top1 = "no number" if recipe.expect.top1 is None else f"top1 {recipe.expect.top1:.2f}"
+    print(f"published: {top1} ({recipe.expect.source})")
+    shipped = plain(Recipe.load(recipe.name)) if recipe.name in recipes() else plain(recipe)
+    drift = changes(shipped, plain(recipe))
+    if drift:
+        print(f"but this run is not that recipe: {'; '.join(drift)}")
 
 
 def _take_resume(words: list[str]) -> bool:

@@ -55,9 +55,14 @@ def accuracy(
     for name, row in zip(networks, group.sum(counts).tolist(), strict=True):
         top1, top5, rows, broken = row
         if broken:
+            cure = (
+                "its checkpoint is damaged or for other inputs"
+                if name == "teacher"
+                else "lower optim.lr or look at the data"
+            )
             raise Diverged(
                 f"{name}: the outputs for {int(broken)} of {int(rows)} images are not "
-                "finite; lower optim.lr or look at the data"
+                f"finite; {cure}"
             )
         found[name] = {"top1": 100 * top1 / rows, "top5": 100 * top5 / rows}
     return found
@@ -115,6 +120,8 @@ def checkpoints_of(run: Path) -> dict[str, tuple[dict[str, Any], dict[str, Any]]
     last = checkpoint.latest(run / "checkpoints")
     if last is None:
         raise checkpoint.CheckpointError(f"{run}: no checkpoint yet")
+    for reason in last.skipped:
+        print(f"skipped a damaged checkpoint: {reason}", flush=True)
     found = {"last": (last.state, last.facts)}
     if "best" in last.facts["results"]:
         found["best"] = checkpoint.load(run / "checkpoints" / "best")

@@ -1,6 +1,6 @@
 """Training: the loop, from a recipe to the folder of a run."""
 
-from contextlib import closing
+from contextlib import closing, nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from .meters import Clock
 from .optim import lr_at, set_lr
 from .recipe import Recipe
 from .report import report
-from .rundir import check_folder, create_folder, default_folder
+from .rundir import check_folder, create_folder, default_folder, held
 from .state import State
 from .step import Step
 
@@ -97,14 +97,18 @@ class Training:
         teacher = self.check_teacher() if state.done == 0 else {}
         if self.group.first:
             create_folder(self.folder, self.recipe, self.group.world)
-        with RunLog(
-            self.folder,
-            epochs * self.epoch_steps,
-            epochs,
-            resume_step=state.done if resume else None,
-            rank=self.group.rank,
-            facts={"loader": self.loader.name, **teacher},
-        ) as log:
+        lock = held(self.folder) if self.group.first else nullcontext()
+        with (
+            lock,
+            RunLog(
+                self.folder,
+                epochs * self.epoch_steps,
+                epochs,
+                resume_step=state.done if resume else None,
+                rank=self.group.rank,
+                facts={"loader": self.loader.name, **teacher},
+            ) as log,
+        ):
             for note in notes:
                 log.note(note)
             for epoch in range(state.done // self.epoch_steps, epochs):

@@ -1,9 +1,11 @@
 """The folder of a run: created once, and continued only by the recipe that started it."""
 
+import fcntl
 import json
 import os
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +60,27 @@ def create_folder(folder: Path, recipe: Recipe, world: int) -> None:
     if not (folder / RECIPE).exists():
         _write(folder / ENVIRONMENT, json.dumps(environment(world), indent=2) + "\n")
         _write(folder / RECIPE, recipe.explain())
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Keep other processes out of a run's folder; the system lets go when this one ends.
+
+    Raises ValueError when another process trains there.
+    """
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(handle)
+        raise ValueError(
+            f"out = {folder}: another process is training there; stop it first, or choose another "
+            "folder"
+        ) from error
+    try:
+        yield
+    finally:
+        os.close(handle)
 
 
 def refuse(drift: list[str], problem: str) -> None:

@@ -49,6 +49,7 @@ class State:
             "processes": group.world,
             "device": group.device.type,
             "torch": str(torch.__version__),
+            "threads": torch.get_num_threads(),
         }
         seed(recipe.run.seed + group.rank)  # dropout differs between processes
 

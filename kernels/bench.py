@@ -25,6 +25,7 @@ from .peers import CASES, Case
 SIZES = ["256x1000", "1024x1000", "4096x1000", "1024x21841"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PROVIDERS = ("fused", "eager", "compiled", "copy")
+LEAST = 15  # samples: a median of fewer does not outlive a stall of the machine
 
 
 def facts() -> dict[str, Any]:
@@ -101,7 +102,7 @@ def measure(
         call()
     times: dict[str, list[float]] = {p: [] for p in calls}
     start = time.perf_counter()
-    while len(times["copy"]) < 7 or time.perf_counter() - start < budget:
+    while len(times["copy"]) < LEAST or time.perf_counter() - start < budget:
         for provider, call in calls.items():
             began = time.perf_counter()
             call()

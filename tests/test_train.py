@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from kdfuse.engine.evaluate import evaluate, evaluate_state, hits
 from kdfuse.engine.log import read
 from kdfuse.engine.loop import train
 from kdfuse.engine.meters import Diverged
+from kdfuse.engine.rundir import held
 from kdfuse.engine.state import State
 
 LAST = "step-00000010"
@@ -246,3 +248,15 @@ def test_hits_give_ties_and_nans_no_credit():
     )
     target = torch.tensor([2, 0, 6, 0])
     assert hits(logits, target).tolist() == [1.0, 2.0, 4.0, 1.0]
+
+
+def test_a_folder_in_use_is_not_shared(tmp_path):
+    code = (
+        "import pathlib, sys; from kdfuse.engine.rundir import held\n"
+        "with held(pathlib.Path(sys.argv[1])): pass"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    with held(tmp_path):
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and "another process is training there" in done.stderr
+    assert subprocess.run(command, check=False).returncode == 0
