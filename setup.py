@@ -1,18 +1,25 @@
 """Builds kdfuse.kernels._C: the losses in C++, each file of row passes once for each SIMD level.
 
-KDFUSE_CUDA=0|1|auto chooses the CUDA part (auto: where nvcc and a CUDA build of torch are there).
 Without a C++ compiler or without torch the package installs all the same and runs on the reference.
+Environment:
+    KDFUSE_CUDA=0|1|auto     the CUDA part: never; or fail; or where nvcc and a CUDA build of torch
+                             are there, else the reason is printed and the CPU part stands alone
+    KDFUSE_CUDA_ARCHS        "80,90,100" (the default) or "native"; PTX of the first is added
+    KDFUSE_REQUIRE_BUILD=1   any failure is fatal
 """
 
 import os
 import platform
+import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CCompilerError, CompileError, ExecError, LinkError, PlatformError
+from setuptools.modified import newer_group
 
 ROOT = Path(__file__).parent
 FLAGS = [
@@ -34,11 +41,124 @@ if platform.machine() in ("x86_64", "AMD64"):
     LEVELS["avx512"] = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"]
 
 
+NVCC_FLAGS = [
+    "-std=c++17",
+    "-O3",
+    # student == teacher must give exactly 0, as above
+    "-fmad=false",
+    # 2 ulp instead of calls, which would spill
+    "-prec-div=false",
+    "--threads=2",
+    "-Xfatbin=-compress-all",
+    # the device's loop pragmas are none of the host compiler's
+    "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra,-Wno-unknown-pragmas",
+]
+CUDA_SOURCE = "csrc/rows_cuda.cu"
+FAILURES = (CCompilerError, CompileError, ExecError, LinkError, PlatformError)
+
+
+class NoCuda(Exception):
+    """Why the CUDA part cannot be built."""
+
+
+def _required() -> bool:
+    return os.environ.get("KDFUSE_REQUIRE_BUILD") == "1"
+
+
+def _cuda_wish() -> str:
+    wish = os.environ.get("KDFUSE_CUDA", "auto")
+    if wish not in ("0", "1", "auto"):
+        raise SystemExit(f"KDFUSE_CUDA={wish!r} is unknown; choose 0, 1 or auto")
+    return wish
+
+
+def _archs() -> list[str]:
+    """Compute capabilities without their point, lowest first: ["80", "90", "100"]."""
+    text = os.environ.get("KDFUSE_CUDA_ARCHS", "80,90,100")
+    if text == "native":
+        import torch
+
+        if not torch.cuda.is_available():
+            raise NoCuda("KDFUSE_CUDA_ARCHS=native, but torch sees no CUDA device")
+        return ["{}{}".format(*torch.cuda.get_device_capability())]
+    archs = re.split(r"[,; ]+", text.strip())
+    if not all(re.fullmatch(r"\d{2,3}", arch) and int(arch) >= 80 for arch in archs):
+        raise SystemExit(
+            f"KDFUSE_CUDA_ARCHS={text!r}: give compute capabilities from 80 on as in '80,90', or "
+            "'native'"
+        )
+    return sorted(archs, key=int)
+
+
+def _nvcc() -> str:
+    for home in ("CUDA_HOME", "CUDA_PATH"):
+        if os.environ.get(home):
+            path = Path(os.environ[home]) / "bin" / "nvcc"
+            if not path.is_file():
+                raise NoCuda(f"{home}={os.environ[home]} holds no bin/nvcc")
+            return str(path)
+    found = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+    if not found:
+        raise NoCuda("nvcc is neither under CUDA_HOME nor on PATH; install the CUDA toolkit")
+    return found
+
+
+def _runtime_folder(nvcc: str) -> str:
+    """Where nvcc has the static CUDA runtime."""
+    command = [nvcc, "--dryrun", "-x", "cu", os.devnull, "-o", os.devnull]
+    told = subprocess.run(command, capture_output=True, text=True, check=False).stderr
+    folders = re.findall(r'"-L([^"]+)"', told)
+    for top in re.findall(r"^#\$ TOP=(.+)$", told, re.MULTILINE):
+        folders += [f"{top}/lib64", f"{top}/lib"]
+    for folder in folders:
+        if (Path(folder) / "libcudart_static.a").is_file():
+            return folder
+    raise NoCuda(f"libcudart_static.a is not beside {nvcc}")
+
+
+class Cuda:
+    """The compilation of the CUDA kernels, under way beside that of the CPU part."""
+
+    def __init__(self, folder: str) -> None:
+        import torch
+
+        if not torch.version.cuda:
+            raise NoCuda(f"torch {torch.__version__} is built without CUDA")
+        archs, nvcc = _archs(), _nvcc()
+        self.runtime = _runtime_folder(nvcc)
+        self.names = " ".join([*(f"sm_{arch}" for arch in archs), f"compute_{archs[0]}"])
+        target = Path(folder) / "cuda" / "-".join(archs)
+        target.mkdir(parents=True, exist_ok=True)
+        self.object = str(target / "rows_cuda.o")
+        codes = ",".join(self.names.split())
+        used = [*(ROOT / "csrc").glob("losses/*.h"), *(ROOT / "csrc").glob("*_cuda.h")]
+        used += [ROOT / "csrc" / name for name in ("row.h", "rows.h", "task.h", "chunk.h")]
+        self.process = None
+        if newer_group([CUDA_SOURCE, "setup.py", *map(str, used)], self.object):
+            gencode = f"-gencode=arch=compute_{archs[0]},code=[{codes}]"
+            command = [nvcc, "-c", CUDA_SOURCE, "-o", self.object, *NVCC_FLAGS, gencode]
+            print(" ".join(command), flush=True)
+            self.process = subprocess.Popen(command)
+
+    def join(self, ext: Extension) -> None:
+        """Waits for the kernels and adds them to the extension."""
+        if self.process and self.process.wait() != 0:
+            Path(self.object).unlink(missing_ok=True)
+            raise NoCuda(f"nvcc failed with exit status {self.process.returncode}, see above")
+        ext.sources.append("csrc/ops_cuda.cpp")
+        ext.extra_objects.append(self.object)
+        ext.define_macros.append(("KDFUSE_CUDA_ARCHS", f'"{self.names}"'))
+        ext.library_dirs.append(self.runtime)
+        ext.libraries += ["torch_cuda", "cudart_static", "dl", "rt", "pthread"]
+
+
 def _extension() -> Extension | None:
     try:
         import pybind11
         import torch
     except ImportError as error:
+        if _required():
+            raise
         print(f"kdfuse: no compiled losses: {error}", file=sys.stderr)
         return None
     torch_root = Path(torch.__file__).parent
@@ -56,9 +176,10 @@ def _extension() -> Extension | None:
 
 
 class BuildLevels(build_ext):
-    """Adds the row passes of every SIMD level; a failed build leaves the package without them."""
+    """Adds the row passes of every SIMD level and of CUDA; a failed part is left out."""
 
     def build_extension(self, ext: Extension) -> None:
+        cuda = self.start_cuda()
         try:
             for level, flags in LEVELS.items():
                 ext.extra_objects += self.compiler.compile(
@@ -68,14 +189,43 @@ class BuildLevels(build_ext):
                     extra_postargs=FLAGS + flags,
                     depends=ext.depends,
                 )
-            super().build_extension(ext)
-        except (CCompilerError, CompileError, ExecError, LinkError, PlatformError) as error:
-            if os.environ.get("KDFUSE_REQUIRE_BUILD") == "1":
+            if not (cuda and self.build_with(cuda, ext)):
+                super().build_extension(ext)
+        except FAILURES as error:
+            if _required():
                 raise
             print(f"kdfuse: no compiled losses: {error}", file=sys.stderr)
             ext.extra_objects.clear()
             ext.optional = True
             shutil.rmtree(self.build_temp, ignore_errors=True)
+
+    def start_cuda(self) -> Cuda | None:
+        wish = _cuda_wish()
+        if wish == "0":
+            return None
+        try:
+            return Cuda(self.build_temp)
+        except NoCuda as error:
+            self.without_cuda(str(error), missing=True)
+            return None
+
+    def build_with(self, cuda: Cuda, ext: Extension) -> bool:
+        """Builds the extension with its CUDA part; False, and as it was, where that fails."""
+        kept = {k: list(v) for k, v in vars(ext).items() if isinstance(v, list)}
+        try:
+            cuda.join(ext)
+            super().build_extension(ext)
+            return True
+        except (NoCuda, *FAILURES) as error:
+            vars(ext).update(kept)
+            self.without_cuda(str(error), missing=False)
+            return False
+
+    def without_cuda(self, why: str, *, missing: bool) -> None:
+        """missing: something that the machine lacks, which only KDFUSE_CUDA=1 minds."""
+        if _cuda_wish() == "1" or (_required() and not missing):
+            raise SystemExit(f"kdfuse: the CUDA part cannot be built: {why}")
+        print(f"kdfuse: no CUDA kernels: {why}", file=sys.stderr)
 
 
 extension = _extension()
@@ -89,12 +239,7 @@ setup(
         "kdfuse.engine.methods",
         "kdfuse.recipes",
     ],
-    package_dir={
-        "kdfuse": "kdfuse",
-        "kdfuse.kernels": "kernels",
-        "kdfuse.engine": "engine",
-        "kdfuse.recipes": "recipes",
-    },
+    # The links make kdfuse/ whole, so that an editable install is one line on sys.path.
     package_data={
         "kdfuse.kernels": ["*.pyi"],
         "kdfuse.engine": ["templates/*"],

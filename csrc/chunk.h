@@ -13,7 +13,7 @@
 namespace kdfuse {
 
 constexpr int kChunk = 8;  // classes
-constexpr int kNotes = 2 * kMaxStreams;  // numbers that a team keeps for the inputs of its row
+constexpr int kNotes = 4 * kMaxStreams;  // numbers that a team keeps for the inputs of its row
 constexpr int kNowhere = -(1 << 30);  // a label that no chunk holds
 
 // Chunk i holds the classes from first(i) on. Chunks lie on 16-byte boundaries of the student's row,
@@ -192,10 +192,10 @@ KDFUSE_HD void read_input(const Source<double>& s, const Span& span, int i, doub
   for (int v = 0; v < kChunk; ++v) x[v] = j + v >= 0 && j + v < span.classes ? element(s, j + v) : s.pad;
 }
 
-// The numbers that a team keeps for one of the inputs of its row.
+// The four numbers that a team keeps for one of the inputs of its row.
 template <class T, class Team>
 KDFUSE_HD T* notes(const Team& team, int k) {
-  return static_cast<T*>(team.memory()) + 2 * k;
+  return static_cast<T*>(team.memory()) + 4 * k;
 }
 
 // A held row. It stands in two halves, so that the threads of a warp meet no bank conflicts.
@@ -245,8 +245,7 @@ KDFUSE_HD void write_vectors(const Sink<T>& s, int64_t j, const T (&g)[kChunk]) 
     store_words(s.row + 4 * j, {{as_bits(g[0]), as_bits(g[1]), as_bits(g[2]), as_bits(g[3])}});
     store_words(s.row + 4 * j + 16, {{as_bits(g[4]), as_bits(g[5]), as_bits(g[6]), as_bits(g[7])}});
   } else {
-    store_words(s.row + 2 * j,
-                {{to_bf16(g[0], g[1]), to_bf16(g[2], g[3]), to_bf16(g[4], g[5]), to_bf16(g[6], g[7])}});
+    store_words(s.row + 2 * j, {{to_bf16(g[0], g[1]), to_bf16(g[2], g[3]), to_bf16(g[4], g[5]), to_bf16(g[6], g[7])}});
   }
 }
 

@@ -6,19 +6,16 @@
 #include <pybind11/stl.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
 #include <atomic>
 #include <optional>
-#include <stdexcept>
+#include <sstream>
 #include <string>
 #include <tuple>
 #include <vector>
 
-#include "row_limits.h"
-#include "rows.h"
+#include "op_inputs.h"
 
 namespace kdfuse {
 namespace {
@@ -57,94 +54,25 @@ RowPasses passes() {
   }
 }
 
-// An op of the table: its row passes, and the terms that it reports.
-struct Kd {
-  static bool fits(size_t students, size_t teachers, size_t params) {
-    return students == 1 && teachers >= 1 && params == 4 + teachers;
-  }
-  static constexpr bool needs_target = false;
+// An op of the table: its row passes beside its facts.
+struct Kd : KdFacts {
   static RowPass pass() { return passes().kd; }
-  static int terms(int) { return 4; }
-  static bool counts(int k) { return k >= 2; }
 };
-struct Dkd {
-  static bool fits(size_t students, size_t teachers, size_t params) {
-    return students == 1 && teachers == 1 && params == 5;
-  }
-  static constexpr bool needs_target = true;
+struct Dkd : DkdFacts {
   static RowPass pass() { return passes().dkd; }
-  static int terms(int) { return 5; }
-  static bool counts(int k) { return k >= 3; }
 };
-struct Nkd {
-  static bool fits(size_t students, size_t teachers, size_t params) {
-    return students == 1 && teachers == 1 && params == 4;
-  }
-  static constexpr bool needs_target = true;
+struct Nkd : NkdFacts {
   static RowPass pass() { return passes().nkd; }
-  static int terms(int) { return 5; }
-  static bool counts(int k) { return k >= 3; }
 };
-struct TfNkd {
-  static bool fits(size_t students, size_t teachers, size_t params) {
-    return students == 1 && teachers == 0 && params == 2;
-  }
-  static constexpr bool needs_target = true;
+struct TfNkd : TfNkdFacts {
   static RowPass pass() { return passes().tf_nkd; }
-  static int terms(int) { return 4; }
-  static bool counts(int k) { return k >= 2; }
 };
-struct Uskd {
-  static bool fits(size_t students, size_t teachers, size_t params) {
-    return students == 2 && teachers == 0 && params == 5;
-  }
-  static constexpr bool needs_target = true;
+struct Uskd : UskdFacts {
   static RowPass pass() { return passes().uskd; }
-  static int terms(int) { return 6; }
-  static bool counts(int k) { return k >= 4; }
 };
-struct Slkd {
-  static bool fits(size_t students, size_t teachers, size_t params) {
-    return students >= 2 && teachers == 1 && params == 6 + students;
-  }
-  static constexpr bool needs_target = true;
+struct Slkd : SlkdFacts {
   static RowPass pass() { return passes().slkd; }
-  static int terms(int students) { return 5 + 4 * (students - 1); }
-  static bool counts(int k) { return k < 5 ? k >= 3 : (k - 5) % 4 >= 2; }
 };
-
-[[noreturn]] void refuse(const std::string& what) { throw std::invalid_argument("kdfuse: " + what); }
-
-DType type_of(const Tensor& x) {
-  switch (x.scalar_type()) {
-    case ScalarType::Float:
-      return DType::f32;
-    case ScalarType::Double:
-      return DType::f64;
-    case ScalarType::BFloat16:
-      return DType::bf16;
-    case ScalarType::Half:
-      return DType::f16;
-    default:
-      refuse("logits must have a floating type (float16, bfloat16, float32 or float64)");
-  }
-}
-
-Matrix matrix(const Tensor& x, int64_t rows, int64_t classes, const char* name) {
-  if (x.dim() != 2 || x.size(0) != rows || x.size(1) != classes) {
-    refuse(std::string(name) + " must have shape (" + std::to_string(rows) + ", " + std::to_string(classes) + ")");
-  }
-  if (classes > 1 && rows > 0 && x.stride(1) != 1) {
-    refuse(std::string(name) + " must have unit stride along the classes; call .contiguous()");
-  }
-  return {x.data_ptr(), x.stride(0), type_of(x)};
-}
-
-std::vector<Matrix> matrices(const std::vector<Tensor>& xs, int64_t rows, int64_t classes, const char* name) {
-  std::vector<Matrix> out;
-  for (const Tensor& x : xs) out.push_back(matrix(x, rows, classes, name));
-  return out;
-}
 
 std::vector<double> numbers(const Tensor& x, const char* name) {
   if (x.dim() > 1 || (x.scalar_type() != ScalarType::Float && x.scalar_type() != ScalarType::Double)) {
@@ -178,8 +106,6 @@ std::vector<int64_t> read_labels(const Tensor& target, int64_t rows, int64_t cla
   return labels;
 }
 
-enum Reduction { kNone, kMean, kSum };
-
 using Result = std::tuple<Tensor, Tensor, std::vector<Tensor>>;
 
 // Means of the label scores over the valid rows, summed in row order.
@@ -210,12 +136,7 @@ template <class Op>
 Result loss(std::vector<Tensor> students, std::vector<Tensor> teachers, std::optional<Tensor> target,
             std::optional<Tensor> denominator, std::optional<Tensor> upstream, std::vector<double> params,
             int64_t reduction, int64_t ignore_index, bool with_gradient) {
-  if (students.empty() || students[0].dim() != 2) refuse("student must have shape (N, C)");
-  if (students.size() + teachers.size() + 4 > kMaxStreams) refuse("too many teachers or SL-Ts");
-  if (!Op::fits(students.size(), teachers.size(), params.size())) {
-    refuse("this op does not take " + std::to_string(students.size()) + " students, " +
-           std::to_string(teachers.size()) + " teachers and " + std::to_string(params.size()) + " params");
-  }
+  check_call<Op>(students, teachers, target.has_value(), params);
   const Tensor& student = students[0];
   const int64_t rows = student.size(0), classes = student.size(1);
 
@@ -232,7 +153,6 @@ Result loss(std::vector<Tensor> students, std::vector<Tensor> teachers, std::opt
   p.params = params.data();
 
   std::vector<int64_t> labels;
-  if (!target && Op::needs_target) refuse("target is needed");
   if (target) labels = read_labels(*target, rows, classes, ignore_index);
   if (!labels.empty()) p.labels = labels.data();
   int64_t valid = rows;
@@ -313,6 +233,16 @@ std::vector<std::string> levels() {
   return names;
 }
 
+// Of the CUDA kernels, as in "sm_90"; none where the CUDA part was not built.
+std::vector<std::string> cuda_archs() {
+  std::vector<std::string> names;
+#if defined(KDFUSE_CUDA_ARCHS)
+  std::istringstream all(KDFUSE_CUDA_ARCHS);
+  for (std::string name; all >> name;) names.push_back(name);
+#endif
+  return names;
+}
+
 void set_level(const std::string& name) {
   for (int k = best_level(); k >= 0; --k) {
     if (name == kLevelNames[k]) {
@@ -351,6 +281,7 @@ STABLE_TORCH_LIBRARY_IMPL(kdfuse, CPU, m) {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Facts of the compiled part; loading it registers torch.ops.kdfuse.";
   m.attr("compiler") = __VERSION__;
+  m.attr("cuda_archs") = cuda_archs();
   m.def("levels", &levels, "SIMD levels that this machine runs, best first.");
   m.def("level", [] { return std::string(kLevelNames[current_level.load()]); }, "The SIMD level in use.");
   m.def("set_level", &set_level, pybind11::arg("name"), "Use another of levels().");

@@ -31,7 +31,7 @@ __device__ __forceinline__ void row_or_nothing(const Team& team, const Task& p, 
 }
 
 template <void (*Row)(const Warp&, const Task&, int64_t, const Span&)>
-__global__ void __launch_bounds__(kRowsOfWarps* kWarp) warp_rows(const __grid_constant__ Task p, int bytes) {
+__global__ void __launch_bounds__(kRowsOfWarps* kWarp, 4) warp_rows(const __grid_constant__ Task p, int bytes) {
   const int64_t row = int64_t{blockIdx.x} * kRowsOfWarps + threadIdx.x / kWarp;
   if (row < p.rows) row_or_nothing<float>(Warp(bytes), p, row, Row);
 }
@@ -51,10 +51,12 @@ __global__ void __launch_bounds__(kMaxBlock) after_scores(const __grid_constant_
   average_scores(Block(), p);
 }
 
-__global__ void __launch_bounds__(kMaxBlock) after_rows(const __grid_constant__ Task p,
-                                                        const __grid_constant__ Totals totals) {
+__global__ void __launch_bounds__(kMaxBlock)
+    after_rows(const __grid_constant__ Task p, const __grid_constant__ Totals totals) {
   total(Block(), p, totals, blockIdx.x);
 }
+
+static_assert(sizeof(Task) + sizeof(Totals) < 4096, "a kernel's arguments are limited to 4 KB");
 
 using Kernel = void (*)(Task, int);
 
@@ -65,27 +67,26 @@ struct Pass {
 
 struct Passes {
   Pass score, run;  // score: of the ops that need their batch mean
-  bool sorts;
 };
 
 #define KDFUSE_PASS(row) \
-  { warp_rows<row<float, Warp>>, block_rows<float, row<float, Block>>, block_rows<double, row<double, Block>> }
+  {warp_rows<row<float, Warp>>, block_rows<float, row<float, Block>>, block_rows<double, row<double, Block>>}
 
 Passes passes_of(Loss loss) {
   const Pass none = {nullptr, nullptr, nullptr};
   switch (loss) {
     case Loss::kd:
-      return {none, KDFUSE_PASS(kd_row), false};
+      return {none, KDFUSE_PASS(kd_row)};
     case Loss::dkd:
-      return {none, KDFUSE_PASS(dkd_row), false};
+      return {none, KDFUSE_PASS(dkd_row)};
     case Loss::nkd:
-      return {none, KDFUSE_PASS(nkd_row), false};
+      return {none, KDFUSE_PASS(nkd_row)};
     case Loss::tf_nkd:
-      return {KDFUSE_PASS(tf_nkd_score), KDFUSE_PASS(tf_nkd_row), false};
+      return {KDFUSE_PASS(tf_nkd_score), KDFUSE_PASS(tf_nkd_row)};
     case Loss::uskd:
-      return {KDFUSE_PASS(uskd_score), KDFUSE_PASS(uskd_row), true};
+      return {KDFUSE_PASS(uskd_score), KDFUSE_PASS(uskd_row)};
     default:
-      return {none, KDFUSE_PASS(slkd_row), false};
+      return {none, KDFUSE_PASS(slkd_row)};
   }
 }
 
@@ -95,13 +96,13 @@ struct Shape {
   int threads, bytes;  // bytes of one team
 };
 
-std::string shape_of(Task& p, bool wide, bool sorts, int device, Shape& shape) {
+std::string shape_of(Task& p, Loss loss, bool wide, int device, Shape& shape) {
   int most = 0;
   cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   const int64_t number = wide ? sizeof(double) : sizeof(float), entry = wide ? 16 : 8;
   const int64_t row = number * kChunk * max_chunks(p.classes), own = number * kNotes;
   int64_t sorted = 0;
-  if (sorts) {
+  if (loss == Loss::uskd) {
     for (sorted = 2; sorted < p.classes;) sorted *= 2;
   }
   shape.warps = !wide && p.classes <= kWarpClasses;
@@ -111,8 +112,8 @@ std::string shape_of(Task& p, bool wide, bool sorts, int device, Shape& shape) {
     return "rows of " + std::to_string(p.classes) +
            " classes are too long for the sort in uskd's CUDA kernel on this device; use backend='reference'";
   }
-  // Student, teachers, class probabilities and the fused SL-Ts, in this order.
-  const int inputs = p.num_students + p.num_teachers + 2;
+  // Students, teachers, class probabilities and the fused SL-Ts, in this order.
+  const int inputs = p.num_students + p.num_teachers + (p.soft.data != nullptr) + (loss == Loss::slkd);
   p.held = static_cast<int>(std::min<int64_t>(inputs, space / row));
   p.sorted = static_cast<int>(sorted);
   shape.bytes = static_cast<int>((reserved + p.held * row + 15) / 16 * 16);
@@ -137,7 +138,7 @@ std::string launch(Loss loss, Task p, const Totals& totals, bool wide, int devic
   Shape shape;
   // The runtime inside this module keeps its own current device.
   if (const cudaError_t error = cudaSetDevice(device)) return cudaGetErrorString(error);
-  const std::string refused = shape_of(p, wide, passes.sorts, device, shape);
+  const std::string refused = shape_of(p, loss, wide, device, shape);
   if (!refused.empty()) return refused;
 
   before_rows<<<1, kMaxBlock, 0, stream>>>(p);

@@ -15,24 +15,34 @@ KDFUSE_HD void kd_row(const Team& team, const Task& p, int64_t row, const Span& 
   const T temperature = T(q.temperature), weight = row_weight<T>(p, row);
   const auto y = read_target<T>(team, p, row, span, 1);
   auto z = read_logits<T>(team, p, 0, row, y, span, temperature);
+#pragma unroll 1
+  for (int k = 0; k < p.num_teachers; ++k) {
+    if (q.weights[k] == 0) continue;  // whatever it holds
+    const T peak = read_first(team, p, open_logits<T>(p, 1 + k, row, y, span).source, y, span);
+    if (team.rank() == 0) notes<T>(team, k)[0] = peak;
+  }
   const auto seen = see(team, p, y, span, z, y.count > 0);
+  Gradient<T> g = {};
+  const T ce = y.count > 0 ? add_cross_entropy(z, y, seen.dot, T(q.ce_weight), g) : T(0);
 
+  team.sync();
   KdRow<T> kd;
 #pragma unroll 1
   for (int k = 0; k < p.num_teachers; ++k) {
-    T peak = 0, scale = 0;
-    if (q.weights[k] != 0) {  // else whatever it holds
-      auto t = read_logits<T>(team, p, 1 + k, row, y, span, temperature);
+    T* const note = notes<T>(team, k);
+    T scale = 0, peak = 0;
+    if (q.weights[k] != 0) {
+      auto t = open_logits<T>(p, 1 + k, row, y, span);
+      set_peak(t, y, temperature, note[0]);
       const T crossed = teach(team, p, y, span, t, z);
       const auto pair = kl(z.stats, z.at, t.stats, t.at, crossed);
       scale = kd_add(kd, pair, T(q.weights[k]), T(q.kd_weight), T(q.square), temperature);
       peak = t.units.peak;
     }
-    T* const note = notes<T>(team, k);
-    if (team.rank() == 0) note[0] = peak, note[1] = weight * scale;
+    if (team.rank() == 0) note[1] = peak, note[2] = weight * scale;
   }
-  Gradient<T> g = {kd.a, 0, 0, {kd.label, 0}};
-  const T ce = y.count > 0 ? add_cross_entropy(z, y, seen.dot, T(q.ce_weight), g) : T(0);
+  g.a = kd.a;
+  g.label[0] += kd.label;
   const T loss = gated(T(q.kd_weight), kd.value) + gated(T(q.ce_weight), ce);
   write_values(team, p, row, 0, {loss, kd.value, ce, seen.top1, seen.top5});
   if (!p.with_gradient) return;
@@ -41,10 +51,10 @@ KDFUSE_HD void kd_row(const Team& team, const Task& p, int64_t row, const Span& 
 #pragma unroll 1
     for (int k = 0; k < p.num_teachers; ++k) {
       const T* const note = notes<T>(team, k);
-      if (note[1] == T(0)) continue;
+      if (note[2] == T(0)) continue;
       T x[kChunk];
       read(team, p, open<T>(p, p.logits[1 + k], row, span, 1 + k, T(-INFINITY)), y, span, i, x);
-      add_exponentials(out, note[1], Units<T>{note[0], z.units.step}, x);
+      add_exponentials(out, note[2], Units<T>{note[1], z.units.step}, x);
     }
   });
 }
@@ -174,8 +184,7 @@ KDFUSE_HD void tf_nkd_row(const Team& team, const Task& p, int64_t row, const Sp
   const T loss = gated(T(q.weight), value) + gated(T(q.ce_weight), ce);
   write_values(team, p, row, 0, {loss, value, ce, seen.top1, seen.top5});
   if (!p.with_gradient) return;
-  write_gradient(team, p, 0, row, y, span, z, g, row_weight<T>(p, row),
-                 [](int, const T(&)[kChunk], T(&)[kChunk]) {});
+  write_gradient(team, p, 0, row, y, span, z, g, row_weight<T>(p, row), [](int, const T(&)[kChunk], T(&)[kChunk]) {});
 }
 
 // The fused teacher f = sum_k fusion_k s_k; a weight of 0 leaves its SL-T out, whatever it holds.
@@ -213,7 +222,7 @@ KDFUSE_HD void read(const Team& team, const Task& p, const Fused<T>& f, const Ta
 template <class T, class Team>
 KDFUSE_HD Logits<T, Fused<T>> read_fused(const Team& team, const Task& p, const SlkdParams& q, int64_t row,
                                          const Target<T>& y, const Span& span) {
-  const int place = p.num_students + p.num_teachers + 1;
+  const int place = p.num_students + p.num_teachers + (p.soft.data != nullptr);
   Logits<T, Fused<T>> f = {};
   f.source = {row, q.fusion, place < p.held ? place : -1};
   f.labelled = true;
@@ -269,12 +278,14 @@ KDFUSE_HD void slkd_row(const Team& team, const Task& p, int64_t row, const Span
   const auto pair = kl(z.stats, z.at, t.stats, t.at, crossed);
   const auto fused = kl(z.stats, z.at, f.stats, f.at, fused_crossed);
 
-  Gradient<T> g = {step * (kd_weight * pair.a + fused_weight * fused.a), 0, 0,
+  Gradient<T> g = {step * (kd_weight * pair.a + fused_weight * fused.a),
+                   0,
+                   0,
                    {step * (kd_weight * pair.label + fused_weight * fused.label), 0}};
   const T ce_weight = T(q.ce_weight + q.fused_ce_weight);
   const T ce = add_cross_entropy(z, y, seen.dot, ce_weight, g);
   if (p.with_gradient) {
-    const T b = -weight * step * kd_weight * pair.b, of_f = -weight * step * fused_weight * fused.b;
+    const T b = weight * (-step * kd_weight * pair.b), of_f = weight * (-step * fused_weight * fused.b);
     write_gradient(team, p, 0, row, y, span, z, g, weight, [&](int i, const T(&)[kChunk], T(&out)[kChunk]) {
       T x[kChunk];
       read(team, p, t.source, y, span, i, x);
@@ -300,7 +311,7 @@ KDFUSE_HD void slkd_row(const Team& team, const Task& p, int64_t row, const Span
     gs.label[0] += gated(reach * fused_weight * step * f.at.label, f.stats.label - z.stats.label - fused.drift);
     const T slt_ce = add_cross_entropy(s, y, of_s.dot, T(q.ce_weight), gs);
     if (p.with_gradient) {
-      const T b = -weight * step * kd_weight * own.b, pull = weight * reach * slkd_extra(q, fused);
+      const T b = weight * (-step * kd_weight * own.b), pull = weight * reach * slkd_extra(q, fused);
       write_gradient(team, p, k, row, y, span, s, gs, weight, [&](int i, const T(&)[kChunk], T(&out)[kChunk]) {
         T x[kChunk];
         read(team, p, t.source, y, span, i, x);

@@ -1,6 +1,7 @@
 """Facts of the compiled part; loading it registers torch.ops.kdfuse."""
 
 compiler: str
+cuda_archs: list[str]  # of the CUDA kernels, as in "sm_90"; empty where they were not built
 
 def levels() -> list[str]: ...
 def level() -> str: ...

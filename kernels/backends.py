@@ -1,4 +1,8 @@
-"""Which backends this machine can run, why not the others, and which one a call takes."""
+"""Which backends this machine can run, why not the others, and which one a call takes.
+
+The CUDA kernels are experimental: backend="cuda" takes them; on a GPU backend=None takes the
+reference.
+"""
 
 import importlib
 from types import ModuleType
@@ -30,16 +34,25 @@ def compiled() -> tuple[ModuleType | None, str]:
 
 def backends() -> dict[str, str]:
     """Every backend's name with "" where this machine can run it, else the reason why not."""
-    gpu = "" if torch.cuda.is_available() else "; torch sees no CUDA device either"
-    missing = (
-        f"this version of kdfuse has no {{}} kernels yet{gpu}; use backend='reference' on a GPU"
-    )
     return {
         "reference": "",
         "cpu": compiled()[1],
-        "cuda": missing.format("CUDA"),
-        "triton": missing.format("Triton"),
+        "cuda": _cuda(),
+        "triton": "this version of kdfuse has no Triton kernels yet; "
+        "use backend='cuda' or 'reference' on a GPU",
     }
+
+
+def _cuda() -> str:
+    module, reason = compiled()
+    if module is None:
+        return reason
+    if not module.cuda_archs:
+        return (
+            "kdfuse was built without its CUDA kernels; install nvcc and a CUDA build of torch and "
+            "reinstall kdfuse with KDFUSE_CUDA=1, which says what is missing"
+        )
+    return "" if torch.cuda.is_available() else "torch sees no CUDA device"
 
 
 def in_functorch() -> bool:
@@ -53,9 +66,9 @@ def is_tracing() -> bool:
 
 
 def choose(backend: str | None, student: Tensor) -> str:
-    """The backend of a call on `student`; None takes the fused one of its device.
+    """The backend of a call on `student`; None takes the fused one on a CPU.
 
-    Without a fused one, and under torch.func transforms, None takes the reference.
+    Elsewhere, without a fused one, and under torch.func transforms, None takes the reference.
 
     Raises:
         ValueError: an unknown name, or a backend for another device.
@@ -72,9 +85,10 @@ def choose(backend: str | None, student: Tensor) -> str:
     reason = backends()[backend]
     if reason:
         raise RuntimeError(f"backend={backend!r} cannot run here: {reason}")
-    if backend == "cpu" and device != "cpu":
+    if backend in ("cpu", "cuda") and device != backend:
         raise ValueError(
-            f"backend='cpu' cannot take logits on {student.device}; move them or use backend=None"
+            f"backend={backend!r} cannot take logits on {student.device}; "
+            "move them or use backend=None"
         )
     if backend != "reference" and in_functorch():
         raise RuntimeError(

@@ -42,9 +42,9 @@ def built(tmp_path_factory):
 def test_sdist_holds_the_sources(built):
     with tarfile.open(built[0]) as file:
         names = {name.split("/", 1)[1] for name in file.getnames() if "/" in name}
-    for path in ("csrc/rows_cpu.cpp", "csrc/losses/kd.h", "engine/templates/report.html"):
+    for path in ("csrc/rows_cpu.cpp", "csrc/losses/kd.h", "kdfuse/engine/templates/report.html"):
         assert path in names
-    assert "recipes/digits/kd.yaml" in names and "LICENSE" in names
+    assert "kdfuse/recipes/digits/kd.yaml" in names and "LICENSE" in names
 
 
 def test_wheel_works_away_from_the_checkout(built, tmp_path):

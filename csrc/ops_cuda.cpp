@@ -1,0 +1,144 @@
+// The ops on CUDA tensors: checks, allocation and one launch of the kernels on torch's current stream.
+//
+// Only torch's stable ABI is used. Nothing waits for the device: what depends on the values of tensors
+// (the range of labels, the denominator, the number of valid rows) is found there.
+#define USE_CUDA  // for the declaration of torch's current CUDA stream
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <limits>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "launch_cuda.h"
+#include "op_inputs.h"
+
+namespace kdfuse {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Result = std::tuple<Tensor, Tensor, std::vector<Tensor>>;
+
+Numbers numbers(const std::optional<Tensor>& x, int64_t rows, const char* name) {
+  if (!x) return {nullptr, DType::f64, 0};
+  if (x->dim() > 1 || (x->numel() != 1 && x->numel() != rows)) {
+    refuse(std::string(name) + " must have 1 or N numbers in at most one dimension");
+  }
+  const DType type = type_of(*x);
+  if (type != DType::f32 && type != DType::f64) refuse(std::string(name) + " must be float32 or float64");
+  return {x->data_ptr(), type, x->numel() == 1 ? 0 : x->stride(0)};
+}
+
+void check_device(const Tensor& x, int device, const char* name) {
+  if (!x.is_cuda() || x.get_device_index() != device) {
+    refuse(std::string(name) + " must be on the student's device, cuda:" + std::to_string(device));
+  }
+}
+
+void set_target(Task& p, const Tensor& target) {
+  if (target.dim() == 2) {
+    p.soft = matrix(target, p.rows, p.classes, "target");
+    return;
+  }
+  if (target.scalar_type() != ScalarType::Long || target.dim() != 1 || target.size(0) != p.rows) {
+    refuse("target must be int64 class indices of shape (" + std::to_string(p.rows) + ",) or class probabilities");
+  }
+  p.labels = static_cast<const int64_t*>(target.data_ptr());
+  p.label_stride = target.stride(0);
+}
+
+template <class Facts>
+void set_terms(Task& p, Totals& totals) {
+  p.num_terms = Facts::terms(p.num_students);
+  for (int k = 0; k < p.num_terms; ++k) {
+    if (Facts::counts(k)) totals.counts[k / 64] |= uint64_t{1} << (k % 64);
+  }
+}
+
+template <Loss loss, class Facts>
+Result run(std::vector<Tensor> students, std::vector<Tensor> teachers, std::optional<Tensor> target,
+           std::optional<Tensor> denominator, std::optional<Tensor> upstream, std::vector<double> params,
+           int64_t reduction, int64_t ignore_index, bool with_gradient) {
+  check_call<Facts>(students, teachers, target.has_value(), params);
+  const Tensor& student = students[0];
+  const int device = student.get_device_index();
+  const int64_t rows = student.size(0), classes = student.size(1);
+  if (classes > std::numeric_limits<int>::max() / 16) refuse("too many classes: " + std::to_string(classes));
+  for (const Tensor& x : students) check_device(x, device, "student and SL-Ts");
+  for (const Tensor& x : teachers) check_device(x, device, "teacher");
+  if (target) check_device(*target, device, "target");
+  if (denominator) check_device(*denominator, device, "denominator");
+  if (upstream) check_device(*upstream, device, "upstream");
+  const torch::stable::accelerator::DeviceGuard guard(device);
+
+  Task p = {};
+  Totals totals = {};
+  p.rows = rows;
+  p.classes = static_cast<int>(classes);
+  p.num_students = static_cast<int>(students.size());
+  p.num_teachers = static_cast<int>(teachers.size());
+  const auto student_rows = matrices(students, rows, classes, "student and SL-Ts");
+  const auto teacher_rows = matrices(teachers, rows, classes, "teacher");
+  std::copy(student_rows.begin(), student_rows.end(), p.logits);
+  std::copy(teacher_rows.begin(), teacher_rows.end(), p.logits + students.size());
+  bool wide = false;
+  for (int k = 0; k < p.num_students + p.num_teachers; ++k) wide |= p.logits[k].type == DType::f64;
+  if (target) set_target(p, *target);
+  if (!wide && p.soft.data && p.soft.type == DType::f64) refuse("target in float64 needs logits in float64");
+  p.ignore_index = ignore_index;
+  std::copy(params.begin(), params.end(), p.params);
+  p.mean = reduction == kMean;
+  p.denominator = numbers(denominator, 1, "denominator");
+  p.upstream = numbers(upstream, rows, "upstream");
+  set_terms<Facts>(p, totals);
+
+  std::vector<Tensor> gradients;
+  p.with_gradient = with_gradient;
+  for (size_t k = 0; with_gradient && k < students.size(); ++k) {
+    // float16 would lose what lies below 6e-8 before a loss scaler could lift it.
+    const auto type = student_rows[k].type == DType::f16 ? ScalarType::Float : students[k].scalar_type();
+    gradients.push_back(torch::stable::new_empty(student, {rows, classes}, type));
+    p.gradients[k] = {gradients.back().data_ptr(), type_of(gradients.back())};
+  }
+  const auto real = wide ? ScalarType::Double : ScalarType::Float;
+  const std::vector<int64_t> shape(reduction == kNone ? 1 : 0, rows);
+  Tensor value = torch::stable::new_empty(student, shape, real);
+  Tensor terms = torch::stable::new_empty(student, {p.num_terms + 1}, real);
+  totals.loss = value.data_ptr();
+  totals.terms = terms.data_ptr();
+  totals.type = wide ? DType::f64 : DType::f32;
+  totals.each_row = reduction == kNone;
+
+  // The batch's numbers, the rows' losses and terms, and their label scores.
+  constexpr int64_t kBatch = sizeof(Batch) / sizeof(double);
+  Tensor scratch = torch::stable::new_empty(student, {kBatch + rows * (p.num_terms + 3)}, ScalarType::Double);
+  p.batch = static_cast<Batch*>(scratch.data_ptr());
+  p.out = static_cast<double*>(scratch.data_ptr()) + kBatch;
+  p.scores = p.out + rows * (p.num_terms + 1);
+
+  void* stream = nullptr;
+  if (aoti_torch_get_current_cuda_stream(device, &stream)) refuse("torch has no current CUDA stream");
+  const std::string failed = launch(loss, p, totals, wide, device, stream);
+  if (!failed.empty()) throw std::runtime_error("kdfuse: " + failed);
+  return {value, terms, gradients};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(kdfuse, CUDA, m) {
+  m.impl("kd", TORCH_BOX((&run<Loss::kd, KdFacts>)));
+  m.impl("dkd", TORCH_BOX((&run<Loss::dkd, DkdFacts>)));
+  m.impl("nkd", TORCH_BOX((&run<Loss::nkd, NkdFacts>)));
+  m.impl("tf_nkd", TORCH_BOX((&run<Loss::tf_nkd, TfNkdFacts>)));
+  m.impl("uskd", TORCH_BOX((&run<Loss::uskd, UskdFacts>)));
+  m.impl("slkd", TORCH_BOX((&run<Loss::slkd, SlkdFacts>)));
+}
+
+}  // namespace kdfuse
