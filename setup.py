@@ -180,6 +180,10 @@ class BuildLevels(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         cuda = self.start_cuda()
+        # Sources that did not change may have been built with other parts.
+        marker, parts = Path(self.build_temp) / "parts", cuda.names if cuda else "cpu"
+        if not (marker.is_file() and marker.read_text() == parts):
+            self.force = True
         try:
             for level, flags in LEVELS.items():
                 ext.extra_objects += self.compiler.compile(
@@ -191,6 +195,7 @@ class BuildLevels(build_ext):
                 )
             if not (cuda and self.build_with(cuda, ext)):
                 super().build_extension(ext)
+            marker.write_text(parts)
         except FAILURES as error:
             if _required():
                 raise
