@@ -6,6 +6,9 @@
 #include <pybind11/stl.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 #include <algorithm>
 #include <atomic>
@@ -132,6 +135,21 @@ void put(const Tensor& to, int64_t i, double value) {
   }
 }
 
+// The system hands out a large tensor's memory as it is first written; in 4 KiB pages that takes
+// longer than the loss.
+void ask_for_large_pages(const Tensor& x) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t page = uintptr_t(1) << 21, least = 4 * page;
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(x.data_ptr());
+  const uintptr_t end = begin + x.numel() * x.element_size();
+  if (end - begin < least) return;
+  const uintptr_t first = (begin + page - 1) / page * page;
+  madvise(reinterpret_cast<void*>(first), end / page * page - first, MADV_HUGEPAGE);
+#else
+  (void)x;
+#endif
+}
+
 template <class Op>
 Result loss(std::vector<Tensor> students, std::vector<Tensor> teachers, std::optional<Tensor> target,
             std::optional<Tensor> denominator, std::optional<Tensor> upstream, std::vector<double> params,
@@ -188,6 +206,7 @@ Result loss(std::vector<Tensor> students, std::vector<Tensor> teachers, std::opt
       // float16 would lose what lies below 6e-8 before a loss scaler could lift it.
       const auto type = x.scalar_type() == ScalarType::Half ? ScalarType::Float : x.scalar_type();
       gradients.push_back(torch::stable::empty({rows, classes}, type));
+      ask_for_large_pages(gradients.back());
       outputs.push_back({gradients.back().data_ptr(), type_of(gradients.back())});
     }
     p.gradients = outputs.data();
