@@ -5,12 +5,11 @@ reference.
 """
 
 import importlib
+import warnings
 from types import ModuleType
 
 import torch
 from torch import Tensor
-
-NAMES = ("reference", "cpu", "cuda", "triton")
 
 
 def _load() -> tuple[ModuleType | None, str]:
@@ -34,13 +33,7 @@ def compiled() -> tuple[ModuleType | None, str]:
 
 def backends() -> dict[str, str]:
     """Every backend's name with "" where this machine can run it, else the reason why not."""
-    return {
-        "reference": "",
-        "cpu": compiled()[1],
-        "cuda": _cuda(),
-        "triton": "this version of kdfuse has no Triton kernels yet; "
-        "use backend='cuda' or 'reference' on a GPU",
-    }
+    return {name: reason() for name, reason in REASONS.items()}
 
 
 def _cuda() -> str:
@@ -53,6 +46,22 @@ def _cuda() -> str:
             "reinstall kdfuse with KDFUSE_CUDA=1, which says what is missing"
         )
     return "" if torch.cuda.is_available() else "torch sees no CUDA device"
+
+
+def _triton() -> str:
+    return (
+        "this version of kdfuse has no Triton kernels yet; "
+        "use backend='cuda' or 'reference' on a GPU"
+    )
+
+
+# Why a backend cannot run here; "" where it can. Asked for one at a time on the way of a call.
+REASONS = {
+    "reference": lambda: "",
+    "cpu": lambda: compiled()[1],
+    "cuda": _cuda,
+    "triton": _triton,
+}
 
 
 def in_functorch() -> bool:
@@ -77,12 +86,18 @@ def choose(backend: str | None, student: Tensor) -> str:
     device = student.device.type
     if backend is None:
         usable = device == "cpu" and compiled()[0] is not None and not in_functorch()
+        if device == "cuda" and not is_tracing():
+            warnings.warn(
+                "logits on a GPU take the plain-PyTorch reference; backend='cuda' names the "
+                "experimental fused kernels, backend='reference' ends this warning",
+                stacklevel=5,
+            )
         return "cpu" if usable else "reference"
-    if backend not in NAMES:
+    if backend not in REASONS:
         raise ValueError(
-            f"backend={backend!r} is unknown; choose one of {', '.join(NAMES)}, or None"
+            f"backend={backend!r} is unknown; choose one of {', '.join(REASONS)}, or None"
         )
-    reason = backends()[backend]
+    reason = REASONS[backend]()
     if reason:
         raise RuntimeError(f"backend={backend!r} cannot run here: {reason}")
     if backend in ("cpu", "cuda") and device != backend:

@@ -29,7 +29,7 @@ PROVIDERS = ("fused", "eager", "compiled", "copy")
 LEAST = 15  # samples: a median of fewer does not outlive a stall of the machine
 
 
-def facts() -> dict[str, Any]:
+def facts(device: str) -> dict[str, Any]:
     """What a number needs to be read: versions, machine, commit."""
     module, _ = backends.compiled()
     root = Path(__file__).resolve().parent.parent
@@ -41,6 +41,7 @@ def facts() -> dict[str, Any]:
         "torch": torch.__version__,
         "python": platform.python_version(),
         "cpu": cpu_name(),
+        "gpu": torch.cuda.get_device_name() if device == "cuda" else None,
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "simd": module.level() if module else None,
@@ -77,18 +78,26 @@ def quantile(times: list[float], q: float) -> float:
 
 
 def measure(
-    name: str, rows: int, classes: int, dtype: torch.dtype, peers: list[str], budget: float
+    name: str,
+    rows: int,
+    classes: int,
+    dtype: torch.dtype,
+    peers: list[str],
+    budget: float,
+    device: str = "cpu",
 ) -> list[dict[str, Any]]:
     """One row a provider: times in ms, GB/s by the byte model, share of the copy's speed."""
     case = CASES[name]
     torch.manual_seed(0)
-    logits = list(case.logits(rows, classes, dtype))
-    arguments = [*logits, torch.randint(classes, (rows,))]
+    logits = list(case.logits(rows, classes, dtype, device))
+    arguments = [*logits, torch.randint(classes, (rows,)).to(device)]
     trained = logits[: case.trained]
     traffic = case.elements * rows * classes * dtype.itemsize
-    source = torch.randn(traffic // 8)
+    source = torch.randn(traffic // 8, device=device)
     sink = torch.empty_like(source)
-    losses: dict[str, Callable[..., Any]] = {"fused": case.fused, "eager": case.eager}
+    fused_loss = functools.partial(case.fused, backend=device)
+    losses: dict[str, Callable[..., Any]] = {"fused": fused_loss, "eager": case.eager}
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
     if "compiled" in peers:
         torch._dynamo.reset()
         losses["compiled"] = torch.compile(case.eager, dynamic=False)
@@ -108,8 +117,10 @@ def measure(
             for _ in range(2):  # not counted: the last provider's data leaves the caches
                 call()
             for _ in range(4):
+                wait()
                 began = time.perf_counter()
                 call()
+                wait()
                 times[provider].append(time.perf_counter() - began)
         if len(times["copy"]) >= 400:
             break
@@ -118,7 +129,11 @@ def measure(
     for provider, seconds in times.items():
         median = quantile(seconds, 0.5)
         record = {"kind": "loss", "case": name, "rows": rows, "classes": classes}
-        record |= {"dtype": str(dtype).removeprefix("torch."), "provider": provider}
+        record |= {
+            "device": device,
+            "dtype": str(dtype).removeprefix("torch."),
+            "provider": provider,
+        }
         record |= {"median_ms": median * 1e3, "p20_ms": quantile(seconds, 0.2) * 1e3}
         record |= {"p80_ms": quantile(seconds, 0.8) * 1e3, "samples": len(seconds)}
         record |= {"model_bytes": traffic, "gb_per_s": traffic / median / 1e9}
@@ -206,25 +221,27 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--sizes", nargs="+", type=size, default=[size(s) for s in SIZES])
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["float32", "bfloat16"])
     parser.add_argument("--peers", nargs="*", choices=["eager", "compiled"], default=["eager"])
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--seconds", type=float, default=3.0, help="a case, size and type takes")
     parser.add_argument("--out", type=Path, help="append JSON lines to this file")
     parser.add_argument("--plot", type=Path, help="draw the ratios into this file (.svg, .png)")
     chosen = parser.parse_args(words)
-    module, reason = backends.compiled()
-    if module is None:
-        raise RuntimeError(f"there is nothing fused to time: {reason}")
+    reason = backends.backends()[chosen.device]
+    if reason:
+        raise RuntimeError(f"there is nothing fused to time on {chosen.device}: {reason}")
     torch.set_num_threads(chosen.threads)
     records = []
     for name in chosen.cases:
         for rows, classes in chosen.sizes:
             for dtype in chosen.dtypes:
-                records += measure(name, rows, classes, DTYPES[dtype], chosen.peers, chosen.seconds)
+                shape = (rows, classes, DTYPES[dtype])
+                records += measure(name, *shape, chosen.peers, chosen.seconds, chosen.device)
                 print(table(records[-len(chosen.peers) - 2 :]).splitlines()[1], flush=True)
     print("\n" + table(records))
     if chosen.out:
         with chosen.out.open("a") as file:
-            for record in (facts(), *records):
+            for record in (facts(chosen.device), *records):
                 file.write(json.dumps(record) + "\n")
     if chosen.plot:
         plot(records, chosen.plot)

@@ -149,8 +149,10 @@ def run_fused(
         if target.dtype == torch.float64 and not wide:
             target = target.float()
     denominator = options.denominator
-    if denominator is not None:
-        denominator = torch.as_tensor(denominator, dtype=torch.float64, device=students[0].device)
+    if isinstance(denominator, Tensor):
+        denominator = denominator.to(students[0].device, torch.float64)
+    elif denominator is not None:  # filled on the device: a copy from the host would wait for it
+        denominator = torch.full((), denominator, dtype=torch.float64, device=students[0].device)
     call = getattr(torch.ops.kdfuse, op.name).default
     static = (list(params), REDUCTIONS[options.reduction], options.ignore_index)
     if not (torch.is_grad_enabled() and any(x.requires_grad for x in students)):

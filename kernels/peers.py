@@ -96,18 +96,22 @@ class Case:
     frozen: int  # sets of logits without
     elements: int  # read or written a logit, forward and backward together: the byte model
 
-    def logits(self, rows: int, classes: int, dtype: torch.dtype) -> Sequence[Tensor]:
+    def logits(
+        self, rows: int, classes: int, dtype: torch.dtype, device: str = "cpu"
+    ) -> Sequence[Tensor]:
         """Peaked logits, as networks make them; the first `trained` require grad."""
         count = self.trained + self.frozen
-        xs = [(3.0 * torch.randn(rows, classes)).to(dtype) for _ in range(count)]
+        xs = [(3.0 * torch.randn(rows, classes)).to(device, dtype) for _ in range(count)]
         return [x.requires_grad_() if k < self.trained else x for k, x in enumerate(xs)]
 
 
 CASES: dict[str, Case] = {
-    "kd+ce": Case(lambda z, t, y: kd_loss(z, t, y, kd_weight=0.9, ce_weight=0.1), kd, 1, 1, 3),
-    "dkd+ce": Case(lambda z, t, y: dkd_loss(z, t, y, ce_weight=1.0), dkd, 1, 1, 3),
-    "nkd+ce": Case(lambda z, t, y: nkd_loss(z, t, y, ce_weight=1.0), nkd, 1, 1, 3),
-    "tf_nkd+ce": Case(lambda z, y: tf_nkd_loss(z, y, ce_weight=1.0), tf_nkd, 1, 0, 3),
-    "uskd+ce": Case(lambda z, w, y: uskd_loss(z, w, y, ce_weight=1.0), uskd, 2, 0, 6),
-    "slkd2": Case(lambda z, a, b, t, y: slkd_loss(z, t, [a, b], y), slkd, 3, 1, 7),
+    "kd+ce": Case(
+        lambda z, t, y, **k: kd_loss(z, t, y, kd_weight=0.9, ce_weight=0.1, **k), kd, 1, 1, 3
+    ),
+    "dkd+ce": Case(lambda z, t, y, **k: dkd_loss(z, t, y, ce_weight=1.0, **k), dkd, 1, 1, 3),
+    "nkd+ce": Case(lambda z, t, y, **k: nkd_loss(z, t, y, ce_weight=1.0, **k), nkd, 1, 1, 3),
+    "tf_nkd+ce": Case(lambda z, y, **k: tf_nkd_loss(z, y, ce_weight=1.0, **k), tf_nkd, 1, 0, 3),
+    "uskd+ce": Case(lambda z, w, y, **k: uskd_loss(z, w, y, ce_weight=1.0, **k), uskd, 2, 0, 6),
+    "slkd2": Case(lambda z, a, b, t, y, **k: slkd_loss(z, t, [a, b], y, **k), slkd, 3, 1, 7),
 }
