@@ -3,6 +3,7 @@
 A method is its options: adding one is one file with a subclass and one line in METHODS.
 """
 
+from abc import abstractmethod
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -40,13 +41,13 @@ class Method(Strict):
         """
         return nn.ModuleDict()
 
+    @abstractmethod
     def loss(self, out: Outputs, target: Tensor, epoch: float) -> tuple[Tensor, Terms]:
         """The loss of one batch (0-dim, float32) and its detached 0-dim terms.
 
         `target` is (N,) int64; `epoch` is 0-based and fractional. Terms whose names end in top1
         or top5, and rows, are counts over the batch; all others are means over its rows.
         """
-        raise NotImplementedError
 
 
 def with_terms(result: Tensor | tuple[Tensor, Terms]) -> tuple[Tensor, Terms]:
