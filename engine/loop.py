@@ -50,6 +50,12 @@ def train(recipe: Recipe, out: str | Path | None = None, resume: bool = False) -
                 "validation images": val_set.digest,
                 "loader": loader.name,  # what "auto" stands for may change
             }
+            if group.first:
+                print(
+                    f"{len(train_set.target)} training and {len(val_set.target)} validation images "
+                    f"of {len(train_set.classes)} classes, loader {loader.name}",
+                    flush=True,
+                )
             state = State(recipe, group, len(train_set.classes), sources)
             Training(recipe, folder, group, state, loader, val).run(resume)
         group.wait()
