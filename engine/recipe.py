@@ -59,10 +59,17 @@ class Recipe(Strict):
         path, file_name, row = _locate(str(name_or_path))
         raw, name = _pick_row(yamlfile.read(path), file_name, row)
         raw.setdefault("name", name)
-        found = _apply(raw, overrides)
+        written, words = _method(raw), list(overrides)
+        found = _apply(raw, words)
         try:
             recipe = cls.model_validate(raw)
         except ValidationError as error:
+            switched = any(word.startswith("method.name=") for word in words)
+            if switched and _method(raw) in METHODS and _method(raw) != written:
+                found.append(
+                    f"method.name: {name} is written for {written}, and its other options stay; "
+                    f"start from a recipe of {_method(raw)}"
+                )
             found += _explain(error, raw)
         if found:
             raise RecipeError("\n".join(dict.fromkeys(found)))
@@ -80,6 +87,11 @@ def recipes() -> list[str]:
         for file, path in _shipped().items()
         for row in yamlfile.read(path).get("rows") or [""]
     ]
+
+
+def _method(raw: dict[str, Any]) -> Any:
+    method = raw.get("method")
+    return method.get("name") if isinstance(method, dict) else None
 
 
 def _shipped() -> dict[str, Path]:

@@ -230,3 +230,8 @@ def test_optim_that_cannot_work(settings: dict, words: str) -> None:
     with pytest.raises(ValueError) as caught:
         Optim(**settings)
     assert words in str(caught.value)
+
+
+def test_another_method_over_a_recipe_names_the_cause():
+    with pytest.raises(RecipeError, match="is written for kd, and its other options stay"):
+        Recipe.load("cifar100/kd:resnet32x4-resnet8x4", ["method.name=dkd"])
