@@ -1,8 +1,9 @@
 """Times the fused losses against eager and compiled PyTorch, in one run, with a copy beside them.
 
 A measurement is one forward and backward through autograd. The providers take turns, so that a
-drift of the machine meets all of them; a turn is two calls that are not counted, since in training
-the logits have just been written, and four that are. Medians are reported, with the time of a copy
+drift of the machine meets all of them. A warm turn is two calls that are not counted, since in
+training the logits have just been written, and four that are; a cold one is a single call, which
+finds the caches as the provider before left them. Medians are reported, with the time of a copy
 that reads and writes as many bytes as the loss has to.
 """
 
@@ -26,6 +27,8 @@ from .peers import CASES, Case
 SIZES = ["256x1000", "1024x1000", "4096x1000", "1024x21841"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PROVIDERS = ("fused", "eager", "compiled", "copy")
+# Calls of a turn, not counted and counted: on the provider's own caches, or on those of the last.
+TURNS = {"warm": (2, 4), "cold": (0, 1)}
 LEAST = 15  # samples: a median of fewer does not outlive a stall of the machine
 
 
@@ -85,6 +88,7 @@ def measure(
     peers: list[str],
     budget: float,
     device: str = "cpu",
+    turn: str = "warm",
 ) -> list[dict[str, Any]]:
     """One row a provider: times in ms, GB/s by the byte model, share of the copy's speed."""
     case = CASES[name]
@@ -110,13 +114,14 @@ def measure(
     for call in calls.values():
         call()
         call()
+    uncounted, counted = TURNS[turn]
     times: dict[str, list[float]] = {p: [] for p in calls}
     start = time.perf_counter()
     while len(times["copy"]) < LEAST or time.perf_counter() - start < budget:
         for provider, call in calls.items():
-            for _ in range(2):  # not counted: the last provider's data leaves the caches
+            for _ in range(uncounted):  # the last provider's data leaves the caches
                 call()
-            for _ in range(4):
+            for _ in range(counted):
                 wait()
                 began = time.perf_counter()
                 call()
@@ -131,6 +136,7 @@ def measure(
         record = {"kind": "loss", "case": name, "rows": rows, "classes": classes}
         record |= {
             "device": device,
+            "turn": turn,
             "dtype": str(dtype).removeprefix("torch."),
             "provider": provider,
         }
@@ -222,6 +228,7 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["float32", "bfloat16"])
     parser.add_argument("--peers", nargs="*", choices=["eager", "compiled"], default=["eager"])
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--turn", choices=TURNS, default="warm", help="whose caches a call finds")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--seconds", type=float, default=3.0, help="a case, size and type takes")
     parser.add_argument("--out", type=Path, help="append JSON lines to this file")
@@ -236,7 +243,8 @@ def main(words: list[str] | None = None) -> None:
         for rows, classes in chosen.sizes:
             for dtype in chosen.dtypes:
                 shape = (rows, classes, DTYPES[dtype])
-                records += measure(name, *shape, chosen.peers, chosen.seconds, chosen.device)
+                options = (chosen.peers, chosen.seconds, chosen.device, chosen.turn)
+                records += measure(name, *shape, *options)
                 print(table(records[-len(chosen.peers) - 2 :]).splitlines()[1], flush=True)
     print("\n" + table(records))
     if chosen.out:
