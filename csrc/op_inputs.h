@@ -113,6 +113,12 @@ void check_call(const std::vector<torch::stable::Tensor>& students, const std::v
   if (Facts::needs_target && !has_target) refuse("target is needed");
 }
 
+// Top-k teachers, for the ops that do not take them.
+inline void refuse_sparse(const std::vector<torch::stable::Tensor>& indices,
+                          const std::vector<torch::stable::Tensor>& masses) {
+  if (!indices.empty() || !masses.empty()) refuse("this op takes whole teacher logits only");
+}
+
 enum Reduction { kNone, kMean, kSum };
 
 }  // namespace kdfuse

@@ -151,10 +151,12 @@ void ask_for_large_pages(const Tensor& x) {
 }
 
 template <class Op>
-Result loss(std::vector<Tensor> students, std::vector<Tensor> teachers, std::optional<Tensor> target,
-            std::optional<Tensor> denominator, std::optional<Tensor> upstream, std::vector<double> params,
-            int64_t reduction, int64_t ignore_index, bool with_gradient) {
+Result loss(std::vector<Tensor> students, std::vector<Tensor> teachers, std::vector<Tensor> indices,
+            std::vector<Tensor> masses, std::optional<Tensor> target, std::optional<Tensor> denominator,
+            std::optional<Tensor> upstream, std::vector<double> params, int64_t reduction, int64_t ignore_index,
+            bool with_gradient) {
   check_call<Op>(students, teachers, target.has_value(), params);
+  refuse_sparse(indices, masses);
   const Tensor& student = students[0];
   const int64_t rows = student.size(0), classes = student.size(1);
 
@@ -274,9 +276,10 @@ void set_level(const std::string& name) {
 
 }  // namespace
 
-#define KDFUSE_SCHEMA                                                                              \
-  "(Tensor[] students, Tensor[] teachers, Tensor? target, Tensor? denominator, Tensor? upstream, " \
-  "float[] params, int reduction, int ignore_index, bool with_gradient) "                          \
+#define KDFUSE_SCHEMA                                                                          \
+  "(Tensor[] students, Tensor[] teachers, Tensor[] indices, Tensor[] masses, Tensor? target, " \
+  "Tensor? denominator, Tensor? upstream, float[] params, int reduction, int ignore_index, "   \
+  "bool with_gradient) "                                                                       \
   "-> (Tensor loss, Tensor terms, Tensor[] gradients)"
 
 STABLE_TORCH_LIBRARY(kdfuse, m) {

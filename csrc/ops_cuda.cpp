@@ -63,10 +63,12 @@ void set_terms(Task& p, Totals& totals) {
 }
 
 template <Loss loss, class Facts>
-Result run(std::vector<Tensor> students, std::vector<Tensor> teachers, std::optional<Tensor> target,
-           std::optional<Tensor> denominator, std::optional<Tensor> upstream, std::vector<double> params,
-           int64_t reduction, int64_t ignore_index, bool with_gradient) {
+Result run(std::vector<Tensor> students, std::vector<Tensor> teachers, std::vector<Tensor> indices,
+           std::vector<Tensor> masses, std::optional<Tensor> target, std::optional<Tensor> denominator,
+           std::optional<Tensor> upstream, std::vector<double> params, int64_t reduction, int64_t ignore_index,
+           bool with_gradient) {
   check_call<Facts>(students, teachers, target.has_value(), params);
+  refuse_sparse(indices, masses);
   const Tensor& student = students[0];
   const int device = student.get_device_index();
   const int64_t rows = student.size(0), classes = student.size(1);

@@ -156,7 +156,7 @@ def run_fused(
     call = getattr(torch.ops.kdfuse, op.name).default
     static = (list(params), REDUCTIONS[options.reduction], options.ignore_index)
     if not (torch.is_grad_enabled() and any(x.requires_grad for x in students)):
-        loss, terms, _ = call(students, teachers, target, denominator, None, *static, False)
+        loss, terms, _ = call(students, teachers, [], [], target, denominator, None, *static, False)
         return loss, terms
     return Fused.apply(
         call,
@@ -177,7 +177,7 @@ class Fused(torch.autograd.Function):
     def forward(ctx, call, static, stored, count, target, denominator, *logits):
         students, teachers = list(logits[:count]), list(logits[count:])
         loss, terms, gradients = call(
-            students, teachers, target, denominator, None, *static, stored
+            students, teachers, [], [], target, denominator, None, *static, stored
         )
         ctx.call, ctx.static, ctx.stored, ctx.count = call, static, stored, count
         ctx.types = [x.dtype for x in students]
@@ -200,7 +200,7 @@ class Fused(torch.autograd.Function):
             target, denominator, *logits = ctx.saved_tensors
             students, teachers = logits[: ctx.count], logits[ctx.count :]
             _, _, made = ctx.call(
-                students, teachers, target, denominator, upstream, *ctx.static, True
+                students, teachers, [], [], target, denominator, upstream, *ctx.static, True
             )
             gradients = [g.to(t) for g, t in zip(made, ctx.types, strict=True)]
         return (None,) * 6 + tuple(gradients) + (None,) * (ctx.inputs - ctx.count)
@@ -231,6 +231,8 @@ def register(op: Op) -> None:
     def shapes(
         students,
         teachers,
+        indices,
+        masses,
         target,
         denominator,
         upstream,
@@ -254,7 +256,7 @@ def register(op: Op) -> None:
         )
 
     def setup(ctx, inputs, output):
-        students, teachers, target, denominator, _, *static, _ = inputs
+        students, teachers, _, _, target, denominator, _, *static, _ = inputs
         ctx.static, ctx.counts = static, (len(students), len(teachers))
         ctx.save_for_backward(target, denominator, *students, *teachers)
         ctx.set_materialize_grads(False)
@@ -262,15 +264,15 @@ def register(op: Op) -> None:
     def backward(ctx, upstream, _terms, of_gradients):
         refuse_second_derivative(wanted=any(g is not None for g in of_gradients or []))
         if upstream is None:  # the terms are constants
-            return [None] * ctx.counts[0], [None] * ctx.counts[1], *[None] * 7
+            return [None] * ctx.counts[0], [None] * ctx.counts[1], [], [], *[None] * 7
         target, denominator, *logits = ctx.saved_tensors
         count, others = ctx.counts
         call = getattr(torch.ops.kdfuse, op.name).default
         made = call(
-            logits[:count], logits[count:], target, denominator, upstream, *ctx.static, True
+            logits[:count], logits[count:], [], [], target, denominator, upstream, *ctx.static, True
         )[2]
         gradients = [g.to(x.dtype) for g, x in zip(made, logits, strict=False)]
-        return gradients, [None] * others, None, None, None, None, None, None, None
+        return gradients, [None] * others, [], [], None, None, None, None, None, None, None
 
     torch.library.register_fake(name, shapes)
     torch.library.register_autograd(name, backward, setup_context=setup)

@@ -294,7 +294,19 @@ def test_opcheck(name, monkeypatch):
     op = getattr(torch.ops.kdfuse, name).default
     for grad in (False, True):
         students = [x.detach().requires_grad_(grad) for x in on_gpu.students]
-        inputs = (students, on_gpu.teachers, on_gpu.target, None, None, params, 1, -100, False)
+        inputs = (
+            students,
+            on_gpu.teachers,
+            [],
+            [],
+            on_gpu.target,
+            None,
+            None,
+            params,
+            1,
+            -100,
+            False,
+        )
         torch.library.opcheck(op, inputs)
 
 

@@ -32,7 +32,7 @@ def check(library, monkeypatch, name, case, settings, *, upstream=None, reductio
         upstream = upstream.to(torch.float64)
     divisor = torch.tensor(7.5, dtype=torch.float64) if reduction == 1 else None
     op = getattr(torch.ops.kdfuse, name).default
-    true = op(students, teachers, target, divisor, upstream, params, reduction, -100, True)
+    true = op(students, teachers, [], [], target, divisor, upstream, params, reduction, -100, True)
     got = host_rows.run(
         library,
         name,
