@@ -4,7 +4,7 @@ Without a C++ compiler or without torch the package installs all the same and ru
 Environment:
     KDFUSE_CUDA=0|1|auto     the CUDA part: never; or fail; or where nvcc and a CUDA build of torch
                              are there, else the reason is printed and the CPU part stands alone
-    KDFUSE_CUDA_ARCHS        "80,90,100" (the default) or "native"; PTX of the first is added
+    KDFUSE_CUDA_ARCHS        "80,90,100" (the default) or "native"; PTX of the last is added
     KDFUSE_REQUIRE_BUILD=1   any failure is fatal
 """
 
@@ -14,6 +14,7 @@ import re
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -48,12 +49,10 @@ NVCC_FLAGS = [
     "-fmad=false",
     # 2 ulp instead of calls, which would spill
     "-prec-div=false",
-    "--threads=2",
     "-Xfatbin=-compress-all",
     # the device's loop pragmas are none of the host compiler's
     "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra,-Wno-unknown-pragmas",
 ]
-CUDA_SOURCE = "csrc/rows_cuda.cu"
 FAILURES = (CCompilerError, CompileError, ExecError, LinkError, PlatformError)
 
 
@@ -124,29 +123,41 @@ class Cuda:
 
         if not torch.version.cuda:
             raise NoCuda(f"torch {torch.__version__} is built without CUDA")
-        archs, nvcc = _archs(), _nvcc()
-        self.runtime = _runtime_folder(nvcc)
-        self.names = " ".join([*(f"sm_{arch}" for arch in archs), f"compute_{archs[0]}"])
+        archs, self.nvcc = _archs(), _nvcc()
+        self.runtime = _runtime_folder(self.nvcc)
+        self.names = " ".join([*(f"sm_{arch}" for arch in archs), f"compute_{archs[-1]}"])
+        # Each from its own PTX: clusters and packed comparisons are not in that of 80.
+        self.gencodes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs[:-1]]
+        last = archs[-1]
+        self.gencodes += [f"-gencode=arch=compute_{last},code=[sm_{last},compute_{last}]"]
         target = Path(folder) / "cuda" / "-".join(archs)
         target.mkdir(parents=True, exist_ok=True)
-        self.object = str(target / "rows_cuda.o")
-        codes = ",".join(self.names.split())
-        used = [*(ROOT / "csrc").glob("losses/*.h"), *(ROOT / "csrc").glob("*_cuda.h")]
-        used += [ROOT / "csrc" / name for name in ("row.h", "rows.h", "task.h", "chunk.h")]
-        self.process = None
-        if newer_group([CUDA_SOURCE, "setup.py", *map(str, used)], self.object):
-            gencode = f"-gencode=arch=compute_{archs[0]},code=[{codes}]"
-            command = [nvcc, "-c", CUDA_SOURCE, "-o", self.object, *NVCC_FLAGS, gencode]
-            print(" ".join(command), flush=True)
-            self.process = subprocess.Popen(command)
+        used = [str(p.relative_to(ROOT)) for p in sorted((ROOT / "csrc").rglob("*.h"))]
+        self.objects, self.stale = [], []
+        for source in sorted((ROOT / "csrc").glob("*.cu")):
+            made = target / f"{source.stem}.o"
+            self.objects.append(str(made))
+            name = str(source.relative_to(ROOT))
+            if newer_group([name, "setup.py", *used], str(made)):
+                self.stale.append((name, str(made)))
+        self.pool = ThreadPoolExecutor(os.cpu_count() or 1)
+        self.running = [self.pool.submit(self.compile, *pair) for pair in self.stale]
+
+    def compile(self, source: str, made: str) -> int:
+        command = [self.nvcc, "-c", source, "-o", made, *NVCC_FLAGS, *self.gencodes]
+        print(" ".join(command), flush=True)
+        status = subprocess.run(command, check=False).returncode
+        if status:
+            Path(made).unlink(missing_ok=True)
+        return status
 
     def join(self, ext: Extension) -> None:
         """Waits for the kernels and adds them to the extension."""
-        if self.process and self.process.wait() != 0:
-            Path(self.object).unlink(missing_ok=True)
-            raise NoCuda(f"nvcc failed with exit status {self.process.returncode}, see above")
+        failed = [s for s in (r.result() for r in self.running) if s]
+        if failed:
+            raise NoCuda(f"nvcc failed with exit status {failed[0]}, see above")
         ext.sources.append("csrc/ops_cuda.cpp")
-        ext.extra_objects.append(self.object)
+        ext.extra_objects += self.objects
         ext.define_macros.append(("KDFUSE_CUDA_ARCHS", f'"{self.names}"'))
         ext.library_dirs.append(self.runtime)
         ext.libraries += ["torch_cuda", "cudart_static", "dl", "rt", "pthread"]

@@ -2,14 +2,18 @@
 #pragma once
 #include <string>
 
-#include "task.h"
+#include "kernel_table.h"
 
 namespace kdfuse {
 
-enum class Loss { kd, dkd, nkd, tf_nkd, uskd, slkd };
+constexpr int kMaxBlocks = 4096;  // of a grid: each leaves its sums in Call::partial
 
-// Runs one op on a stream of a device: the rows' losses and gradients, then the totals. Nothing waits
-// for the device. wide: compute in double. Returns "" or what went wrong.
-std::string launch(Loss loss, Task task, const Totals& totals, bool wide, int device, void* stream);
+// Runs one op on a stream of a device, in one launch (two for more than kCountedApart rows with labels).
+// Nothing waits for the device. wide: compute in double. Returns "" or what went wrong.
+std::string launch(Loss loss, Task task, bool wide, int device, void* stream);
+
+// Multiplies gradients by one number for all rows, or one for each; a factor that is 1 costs no traffic.
+std::string launch_scale(const Output* gradients, int count, int64_t rows, int64_t classes, const Numbers& factor,
+                         int device, void* stream);
 
 }  // namespace kdfuse

@@ -289,6 +289,7 @@ STABLE_TORCH_LIBRARY(kdfuse, m) {
   m.def("tf_nkd" KDFUSE_SCHEMA);
   m.def("uskd" KDFUSE_SCHEMA);
   m.def("slkd" KDFUSE_SCHEMA);
+  m.def("scale_(Tensor(a!)[] gradients, Tensor factor) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(kdfuse, CPU, m) {

@@ -55,10 +55,10 @@ void set_target(Task& p, const Tensor& target) {
 }
 
 template <class Facts>
-void set_terms(Task& p, Totals& totals) {
+void set_terms(Task& p) {
   p.num_terms = Facts::terms(p.num_students);
   for (int k = 0; k < p.num_terms; ++k) {
-    if (Facts::counts(k)) totals.counts[k / 64] |= uint64_t{1} << (k % 64);
+    if (Facts::counts(k)) p.counts[k / 64] |= uint64_t{1} << (k % 64);
   }
 }
 
@@ -81,7 +81,6 @@ Result run(std::vector<Tensor> students, std::vector<Tensor> teachers, std::vect
   const torch::stable::accelerator::DeviceGuard guard(device);
 
   Task p = {};
-  Totals totals = {};
   p.rows = rows;
   p.classes = static_cast<int>(classes);
   p.num_students = static_cast<int>(students.size());
@@ -99,7 +98,7 @@ Result run(std::vector<Tensor> students, std::vector<Tensor> teachers, std::vect
   p.mean = reduction == kMean;
   p.denominator = numbers(denominator, 1, "denominator");
   p.upstream = numbers(upstream, rows, "upstream");
-  set_terms<Facts>(p, totals);
+  set_terms<Facts>(p);
 
   std::vector<Tensor> gradients;
   p.with_gradient = with_gradient;
@@ -113,28 +112,51 @@ Result run(std::vector<Tensor> students, std::vector<Tensor> teachers, std::vect
   const std::vector<int64_t> shape(reduction == kNone ? 1 : 0, rows);
   Tensor value = torch::stable::new_empty(student, shape, real);
   Tensor terms = torch::stable::new_empty(student, {p.num_terms + 1}, real);
-  totals.loss = value.data_ptr();
-  totals.terms = terms.data_ptr();
-  totals.type = wide ? DType::f64 : DType::f32;
-  totals.each_row = reduction == kNone;
+  p.loss = value.data_ptr();
+  p.terms = terms.data_ptr();
+  p.type = wide ? DType::f64 : DType::f32;
+  p.each_row = reduction == kNone;
 
-  // The batch's numbers, the rows' losses and terms, and their label scores.
-  constexpr int64_t kBatch = sizeof(Batch) / sizeof(double);
-  Tensor scratch = torch::stable::new_empty(student, {kBatch + rows * (p.num_terms + 3)}, ScalarType::Double);
-  p.batch = static_cast<Batch*>(scratch.data_ptr());
-  p.out = static_cast<double*>(scratch.data_ptr()) + kBatch;
-  p.scores = p.out + rows * (p.num_terms + 1);
+  // The blocks' sums, the count of a large batch, and the rows' label scores.
+  const int64_t sums = int64_t{kMaxBlocks} * p.columns() + 1;
+  Tensor scratch = torch::stable::new_empty(student, {sums + (Facts::scored ? 2 * rows : 0)}, ScalarType::Double);
+  p.partial = static_cast<double*>(scratch.data_ptr());
+  p.scores = p.partial + sums;
 
   void* stream = nullptr;
   if (aoti_torch_get_current_cuda_stream(device, &stream)) refuse("torch has no current CUDA stream");
-  const std::string failed = launch(loss, p, totals, wide, device, stream);
+  const std::string failed = launch(loss, p, wide, device, stream);
   if (!failed.empty()) throw std::runtime_error("kdfuse: " + failed);
   return {value, terms, gradients};
+}
+
+// In place: gradients (N, C) that nobody else has seen.
+void scale(std::vector<Tensor> gradients, Tensor factor) {
+  if (gradients.empty()) return;
+  const Tensor& first = gradients[0];
+  const int device = first.get_device_index();
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  check_device(factor, device, "factor");
+  std::vector<Output> outputs;
+  for (const Tensor& g : gradients) {
+    check_device(g, device, "gradients");
+    if (g.dim() != 2 || g.size(0) != first.size(0) || g.size(1) != first.size(1) || !g.is_contiguous()) {
+      refuse("gradients must be contiguous and of one shape (N, C)");
+    }
+    if (g.scalar_type() == ScalarType::Half) refuse("gradients must be float32, bfloat16 or float64");
+    outputs.push_back({g.data_ptr(), type_of(g)});
+  }
+  void* stream = nullptr;
+  if (aoti_torch_get_current_cuda_stream(device, &stream)) refuse("torch has no current CUDA stream");
+  const std::string failed = launch_scale(outputs.data(), static_cast<int>(outputs.size()), first.size(0), first.size(1),
+                                          numbers(factor, first.size(0), "factor"), device, stream);
+  if (!failed.empty()) throw std::runtime_error("kdfuse: " + failed);
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(kdfuse, CUDA, m) {
+  m.impl("scale_", TORCH_BOX(&scale));
   m.impl("kd", TORCH_BOX((&run<Loss::kd, KdFacts>)));
   m.impl("dkd", TORCH_BOX((&run<Loss::dkd, DkdFacts>)));
   m.impl("nkd", TORCH_BOX((&run<Loss::nkd, NkdFacts>)));

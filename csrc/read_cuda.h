@@ -4,6 +4,7 @@
 // from the input each time.
 #pragma once
 #include "chunk.h"
+#include "findings.h"
 
 namespace kdfuse {
 
@@ -19,16 +20,6 @@ template <>
 struct Base<double> {
   static constexpr double log = 1;
 };
-
-KDFUSE_HD float power(float x) {
-#if defined(__CUDA_ARCH__)
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-#else
-  return std::exp2(x);
-#endif
-}
 
 KDFUSE_HD double power(double x) { return std::exp(x); }
 
@@ -154,6 +145,13 @@ KDFUSE_HD double read_plain(const Team&, const Task&, const Source<double>&, con
   return -INFINITY;
 }
 
+template <class T, class Team>
+KDFUSE_HD T highest(const Team& team, T x) {
+  T all[1] = {x};
+  team.max(all);
+  return all[0];
+}
+
 // The first read: keeps the row where it is to be held; returns the largest number but the labels'.
 template <class T, class Team>
 KDFUSE_HD T read_first(const Team& team, const Task& p, const Source<T>& s, const Target<T>& y, const Span& span) {
@@ -169,7 +167,7 @@ KDFUSE_HD T read_first(const Team& team, const Task& p, const Source<T>& s, cons
     for (int v = 0; v < kChunk; ++v) peak = x[v] > peak ? x[v] : peak;
     if (s.held >= 0) hold(team, p, s.held, span, i, x);
   }
-  return team.max(peak);
+  return highest(team, peak);
 }
 
 // The first class with the largest of the probabilities that are not labels yet, and their sum.
@@ -192,7 +190,7 @@ KDFUSE_HD int find_label(const Team& team, const Task& p, const Target<T>& y, co
   }
   team.sum(sums);
   sum = sums[0];
-  found = -team.max(team.max(largest) == largest ? -found : -p.classes);
+  found = -highest(team, highest(team, largest) == largest ? -found : -p.classes);
   return found < p.classes ? found : 0;  // NaN everywhere: any label does
 }
 
@@ -220,10 +218,6 @@ KDFUSE_HD Target<T> read_target(const Team& team, const Task& p, int64_t row, co
   }
   read_first(team, p, y.source, y, span);
   return y;
-}
-
-KDFUSE_HD bool ignored(const Task& p, int64_t row) {
-  return p.labels && p.labels[row * p.label_stride] == p.ignore_index;
 }
 
 // What a row holds where its labels are -inf: where nothing else is finite the highest label stands

@@ -4,7 +4,8 @@
 // that it keeps its precision beside a label that holds all the probability, and log(1 - p_y) is a
 // difference of log-sum-exps, never 1 - p_y. A row without a label is all rest.
 //
-// R is the type of the row's scalars: double on the host, float on the device.
+// R is the type of the row's scalars: double on the host, float on the device. N, in losses/<op>.h, is
+// the type in which an op's params come.
 #pragma once
 #include <cmath>
 
@@ -38,16 +39,17 @@ struct Split {
   R unit;  // p_j = unit * e_j
 };
 
-// One exponential and one logarithm, relative to the larger of the label and the rest's maximum.
+// One exponential, one logarithm and one division, relative to the larger of the label and the rest's
+// maximum: total = 1 + more, where more is never the small difference of large numbers.
 template <class R>
 KDFUSE_HD Split<R> split(const Stats<R>& x) {
-  if (x.label > R(0)) {
-    const R unit = std::exp(-x.label), others = x.sum * unit, total = R(1) + others;
-    const R log_total = std::log1p(others) + (x.label - x.label);  // a label at +inf gives NaN
-    return {x.label + log_total, R(1) / total, others / total, -log_total, unit / total};
-  }
-  const R w = std::exp(x.label), total = x.sum + w, log_total = std::log(total);
-  return {log_total, w / total, x.sum / total, x.label - log_total, R(1) / total};
+  const bool above = x.label > R(0);
+  const R small = std::exp(above ? -x.label : x.label), others = above ? x.sum * small : x.sum;
+  const R more = above ? others : (x.sum - R(1)) + small, scale = R(1) / (R(1) + more);
+  const R log_total = std::log1p(more);
+  // A label at +inf gives NaN.
+  return {above ? x.label + log_total : log_total, above ? scale : small * scale, others * scale,
+          above ? (x.label - x.label) - log_total : x.label - log_total, above ? small * scale : scale};
 }
 
 // log sum over j != y of e_j.

@@ -123,17 +123,6 @@ KDFUSE_HD T add_cross_entropy(const Logits<T>& z, const Target<T>& y, T dot, T w
   return value;
 }
 
-KDFUSE_HD double number(const Numbers& n, int64_t row) {
-  return n.type == DType::f64 ? static_cast<const double*>(n.data)[row * n.stride]
-                              : static_cast<const float*>(n.data)[row * n.stride];
-}
-
-// What a row's loss counts for in what is differentiated.
-template <class T>
-KDFUSE_HD T row_weight(const Task& p, int64_t row) {
-  return static_cast<T>(p.upstream.data ? p.batch->scale * number(p.upstream, row) : p.batch->scale);
-}
-
 // out += scale * e, for a scale other than 0: whatever a row without weight holds.
 template <class T>
 KDFUSE_HD void add_exponentials(T (&out)[kChunk], T scale, const Units<T>& units, const T (&x)[kChunk]) {
@@ -172,7 +161,7 @@ KDFUSE_HD void write_gradient(const Team& team, const Task& p, int which, int64_
 // A row that takes no part: no loss, no gradient.
 template <class T, class Team>
 KDFUSE_HD void write_nothing(const Team& team, const Task& p, int64_t row, const Span& span) {
-  for (int k = team.rank(); k <= p.num_terms; k += team.size()) p.out[row * (1 + p.num_terms) + k] = 0;
+  write_no_values(team, p, row);
   if (!p.with_gradient) return;
   const T zeros[kChunk] = {};
   for (int s = 0; s < p.num_students; ++s) {
@@ -180,14 +169,6 @@ KDFUSE_HD void write_nothing(const Team& team, const Task& p, int64_t row, const
 #pragma unroll 1
     for (int i = team.rank(); i < span.chunks; i += team.size()) write_output(sink, span, i, zeros);
   }
-}
-
-// The row's loss and terms, from one of the team.
-template <int n, class T, class Team>
-KDFUSE_HD void write_values(const Team& team, const Task& p, int64_t row, int first, const T (&values)[n]) {
-  if (team.rank() != 0) return;
-#pragma unroll
-  for (int k = 0; k < n; ++k) p.out[row * (1 + p.num_terms) + first + k] = values[k];
 }
 
 }  // namespace kdfuse

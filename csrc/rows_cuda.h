@@ -12,7 +12,7 @@ namespace kdfuse {
 template <class T, class Team>
 KDFUSE_HD void kd_row(const Team& team, const Task& p, int64_t row, const Span& span) {
   const KdParams q(p.params);
-  const T temperature = T(q.temperature), weight = row_weight<T>(p, row);
+  const T temperature = T(q.temperature), weight = row_weight<T>(team, p, row);
   const auto y = read_target<T>(team, p, row, span, 1);
   auto z = read_logits<T>(team, p, 0, row, y, span, temperature);
 #pragma unroll 1
@@ -63,7 +63,7 @@ KDFUSE_HD void kd_row(const Team& team, const Task& p, int64_t row, const Span& 
 template <class T, class Team>
 KDFUSE_HD void write_taught(const Team& team, const Task& p, int64_t row, const Target<T>& y, const Span& span,
                             const Logits<T>& z, const Logits<T>& t, const Gradient<T>& g, T b) {
-  const T weight = row_weight<T>(p, row);
+  const T weight = row_weight<T>(team, p, row);
   write_gradient(team, p, 0, row, y, span, z, g, weight, [&](int i, const T(&)[kChunk], T(&out)[kChunk]) {
     T x[kChunk];
     read(team, p, t.source, y, span, i, x);
@@ -150,14 +150,14 @@ KDFUSE_HD void uskd_score(const Team& team, const Task& p, int64_t row, const Sp
 }
 
 // Adds weight * sum_t -w_t log S_t to the gradient; returns the sum.
-template <class T>
-KDFUSE_HD T add_smoothed_target(const Task& p, int64_t row, const Logits<T>& z, const Target<T>& y, T weight,
+template <class T, class Team>
+KDFUSE_HD T add_smoothed_target(const Team& team, const Task& p, int64_t row, const Logits<T>& z, const Target<T>& y, T weight,
                                 Gradient<T>& g) {
   T value = 0, total = 0;
 #pragma unroll
   for (int k = 0; k < 2; ++k) {
     if (k >= y.count) continue;
-    const T w = smoothed_weight(T(p.scores[2 * row + k]), y.values[k], T(p.batch->score_mean[k]));
+    const T w = smoothed_weight(T(p.scores[2 * row + k]), y.values[k], T(team.batch().score_mean[k]));
     value += gated(w, -z.log_label(k));
     total += w;
     g.label[k] -= weight * w;
@@ -179,12 +179,12 @@ KDFUSE_HD void tf_nkd_row(const Team& team, const Task& p, int64_t row, const Sp
   join_labels(z, y);
 
   Gradient<T> g = {};
-  const T value = add_smoothed_target(p, row, z, y, T(q.weight), g);
+  const T value = add_smoothed_target(team, p, row, z, y, T(q.weight), g);
   const T ce = add_cross_entropy(z, y, seen.dot, T(q.ce_weight), g);
   const T loss = gated(T(q.weight), value) + gated(T(q.ce_weight), ce);
   write_values(team, p, row, 0, {loss, value, ce, seen.top1, seen.top5});
   if (!p.with_gradient) return;
-  write_gradient(team, p, 0, row, y, span, z, g, row_weight<T>(p, row), [](int, const T(&)[kChunk], T(&)[kChunk]) {});
+  write_gradient(team, p, 0, row, y, span, z, g, row_weight<T>(team, p, row), [](int, const T(&)[kChunk], T(&)[kChunk]) {});
 }
 
 // The fused teacher f = sum_k fusion_k s_k; a weight of 0 leaves its SL-T out, whatever it holds.
@@ -220,7 +220,7 @@ KDFUSE_HD void read(const Team& team, const Task& p, const Fused<T>& f, const Ta
 
 // After the first read of every SL-T.
 template <class T, class Team>
-KDFUSE_HD Logits<T, Fused<T>> read_fused(const Team& team, const Task& p, const SlkdParams& q, int64_t row,
+KDFUSE_HD Logits<T, Fused<T>> read_fused(const Team& team, const Task& p, const SlkdParams<double>& q, int64_t row,
                                          const Target<T>& y, const Span& span) {
   const int place = p.num_students + p.num_teachers + (p.soft.data != nullptr);
   Logits<T, Fused<T>> f = {};
@@ -240,7 +240,7 @@ KDFUSE_HD Logits<T, Fused<T>> read_fused(const Team& team, const Task& p, const 
     for (int v = 0; v < kChunk; ++v) peak = x[v] > peak ? x[v] : peak;
     if (f.source.held >= 0) hold(team, p, f.source.held, span, i, x);
   }
-  set_peak(f, y, T(q.temperature), team.max(peak));
+  set_peak(f, y, T(q.temperature), highest(team, peak));
   return f;
 }
 
@@ -263,7 +263,7 @@ template <class T, class Team>
 KDFUSE_HD void slkd_row(const Team& team, const Task& p, int64_t row, const Span& span) {
   const SlkdParams q(p.params);
   const T temperature = T(q.temperature), square = T(q.square), kd_weight = T(q.kd_weight);
-  const T weight = row_weight<T>(p, row), step = square / temperature, fused_weight = T(q.fused_kd_weight);
+  const T weight = row_weight<T>(team, p, row), step = square / temperature, fused_weight = T(q.fused_kd_weight);
   const auto y = read_target<T>(team, p, row, span, 1);
   auto z = read_logits<T>(team, p, 0, row, y, span, temperature);
   auto t = read_logits<T>(team, p, p.num_students, row, y, span, temperature);

@@ -13,7 +13,7 @@ namespace {
 
 // The fused teacher f = sum_k fusion_k s_k; a weight of 0 leaves its SL-T out, whatever it holds.
 template <class T>
-Logits<T> fuse(const Problem& p, const SlkdParams& q, const Logits<T>* slts, int count, T* f) {
+Logits<T> fuse(const Problem& p, const SlkdParams<double>& q, const Logits<T>* slts, int count, T* f) {
   const int64_t length = padded(p.classes);
   std::fill(f, f + length, T(0));
   Logits<T> fused;

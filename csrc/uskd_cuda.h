@@ -120,7 +120,7 @@ KDFUSE_HD void zipf(const Ranked<T>* order, const Target<T>& y, const Span& span
 template <class T, class Team>
 KDFUSE_HD void uskd_row(const Team& team, const Task& p, int64_t row, const Span& span) {
   const UskdParams q(p.params);
-  const T weight = row_weight<T>(p, row), beta = T(q.beta);
+  const T weight = row_weight<T>(team, p, row), beta = T(q.beta);
   const auto y = read_target<T>(team, p, row, span, 2);
   auto z = read_logits<T>(team, p, 0, row, y, span, T(1));
   auto w = read_logits<T>(team, p, 1, row, y, span, T(1));
@@ -170,7 +170,7 @@ KDFUSE_HD void uskd_row(const Team& team, const Task& p, int64_t row, const Span
     if (k >= y.count) continue;
     gw.label[k] = T(q.mu) * (weak_mass * std::exp(w.log_label(k)) - keep * y.values[k] - share);
   }
-  const T smoothed = add_smoothed_target(p, row, z, y, T(q.alpha), g);
+  const T smoothed = add_smoothed_target(team, p, row, z, y, T(q.alpha), g);
   g.c += z.stats.sum > T(0) ? beta / z.stats.sum : T(0);
   const T ce = add_cross_entropy(z, y, seen.dot, T(q.ce_weight), g);
   const T loss = gated(T(q.alpha), smoothed) + gated(beta, others) + gated(T(q.mu), weak) + gated(T(q.ce_weight), ce);

@@ -15,6 +15,9 @@ from kdfuse.kernels.table import OPS
 SOURCE = Path(__file__).with_name("host_rows.cpp")
 FLAGS = ["-std=c++17", "-O1", "-ffp-contract=off", "-Wno-unknown-pragmas", "-shared", "-fPIC"]
 NAMES = ("kd", "dkd", "nkd", "tf_nkd", "uskd", "slkd")
+# Which rows of the kernels: their number in host_rows.cpp, and whether rows read twice are held.
+PATHS = {"general": (0, 0), "all": (1, 0), "at_t": (2, 0), "none": (3, 0)}
+PATHS |= {"streamed": (4, 0), "held": (4, 1)}
 TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
 
@@ -64,10 +67,11 @@ def run(
     upstream: Tensor | None = None,
     threads: int = 1,
     held: int = 8,
+    path: str = "general",
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Loss, terms and gradients, as torch.ops.kdfuse.<name> returns them.
 
-    threads: of the team. held: how many of a row's inputs the team's memory keeps.
+    threads: of the team. held: how many of a row's inputs the team's memory keeps. path: of PATHS.
     """
     rows, classes = students[0].shape
     wide = torch.float64 in [x.dtype for x in (*students, *teachers)]
@@ -87,6 +91,7 @@ def run(
     above = given(upstream) if upstream is not None else None
     library.host_rows(
         NAMES.index(name),
+        *PATHS[path],
         threads,
         held,
         int(wide),
@@ -109,3 +114,11 @@ def run(
         ctypes.c_void_p(terms.data_ptr()),
     )
     return loss, terms, gradients
+
+
+def scale(library: ctypes.CDLL, gradient: Tensor, factor: Tensor) -> None:
+    """In place, by one number or one for each row."""
+    rows, classes = gradient.shape
+    at = ctypes.c_void_p(gradient.data_ptr())
+    sizes = (ctypes.c_int64(rows), ctypes.c_int64(classes))
+    library.host_scale(at, TYPES[gradient.dtype], *sizes, ctypes.byref(given(factor)), 11)

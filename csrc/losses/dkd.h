@@ -5,10 +5,11 @@
 
 namespace kdfuse {
 
+template <class N>
 struct DkdParams {
-  double temperature, square, alpha, beta, ce_weight;
+  N temperature, square, alpha, beta, ce_weight;
 
-  KDFUSE_MEMBER explicit DkdParams(const double* p)
+  KDFUSE_MEMBER explicit DkdParams(const N* p)
       : temperature(p[0]), square(p[1]), alpha(p[2]), beta(p[3]), ce_weight(p[4]) {}
 };
 
@@ -19,8 +20,8 @@ struct DkdRow {
 };
 
 // crossed: the sum over j != y of e_t,j (t_j - z_j).
-template <class R>
-KDFUSE_HD DkdRow<R> dkd(const DkdParams& p, const Stats<R>& zs, const Split<R>& z, const Stats<R>& ts,
+template <class R, class N>
+KDFUSE_HD DkdRow<R> dkd(const DkdParams<N>& p, const Stats<R>& zs, const Split<R>& z, const Stats<R>& ts,
                         const Split<R>& t, R crossed) {
   const R square = R(p.square), step = square / R(p.temperature);
   // log((1 - q_y) / (1 - p_y)) as a difference of log-sum-exps.

@@ -5,11 +5,12 @@
 
 namespace kdfuse {
 
+template <class N>
 struct KdParams {
-  double temperature, square, kd_weight, ce_weight;  // square: T^2, or 1
-  const double* weights;  // K teacher weights follow in the op's list
+  N temperature, square, kd_weight, ce_weight;  // square: T^2, or 1
+  const N* weights;  // K teacher weights follow in the op's list
 
-  KDFUSE_MEMBER explicit KdParams(const double* p)
+  KDFUSE_MEMBER explicit KdParams(const N* p)
       : temperature(p[0]), square(p[1]), kd_weight(p[2]), ce_weight(p[3]), weights(p + 4) {}
 };
 

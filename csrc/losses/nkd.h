@@ -7,10 +7,11 @@
 
 namespace kdfuse {
 
+template <class N>
 struct NkdParams {
-  double temperature, square, gamma, ce_weight;
+  N temperature, square, gamma, ce_weight;
 
-  KDFUSE_MEMBER explicit NkdParams(const double* p) : temperature(p[0]), square(p[1]), gamma(p[2]), ce_weight(p[3]) {}
+  KDFUSE_MEMBER explicit NkdParams(const N* p) : temperature(p[0]), square(p[1]), gamma(p[2]), ce_weight(p[3]) {}
 };
 
 template <class R>
@@ -21,8 +22,8 @@ struct NkdRow {
 };
 
 // weighted: the sum over j != y of e_t,j u_z,j; weight: V_y.
-template <class R>
-KDFUSE_HD NkdRow<R> nkd(const NkdParams& p, const Stats<R>& z, R log_label, const Stats<R>& t, R weight, R weighted) {
+template <class R, class N>
+KDFUSE_HD NkdRow<R> nkd(const NkdParams<N>& p, const Stats<R>& z, R log_label, const Stats<R>& t, R weight, R weighted) {
   const R step = R(p.gamma) * R(p.square) / R(p.temperature);
   const R target = gated(weight, -log_label);
   if (t.sum == R(0)) return {target, R(0), weight, R(0), R(0)};

@@ -9,12 +9,13 @@
 
 namespace kdfuse {
 
+template <class N>
 struct SlkdParams {
-  double temperature, square, kd_weight, ce_weight, fused_kd_weight, fused_ce_weight;
+  N temperature, square, kd_weight, ce_weight, fused_kd_weight, fused_ce_weight;
   bool detach;
-  const double* fusion;  // K fusion weights follow in the op's list
+  const N* fusion;  // K fusion weights follow in the op's list
 
-  KDFUSE_MEMBER explicit SlkdParams(const double* p)
+  KDFUSE_MEMBER explicit SlkdParams(const N* p)
       : temperature(p[0]),
         square(p[1]),
         kd_weight(p[2]),
@@ -26,8 +27,8 @@ struct SlkdParams {
 };
 
 // The factor of exp((f_j - peak) / T) * ((f_j - z_j) / T - D) in the SL-Ts' extra gradient, per fusion weight.
-template <class R>
-KDFUSE_HD R slkd_extra(const SlkdParams& p, const Kl<R>& fused) {
+template <class R, class N>
+KDFUSE_HD R slkd_extra(const SlkdParams<N>& p, const Kl<R>& fused) {
   return R(p.fused_kd_weight) * R(p.square) / R(p.temperature) * fused.b;
 }
 

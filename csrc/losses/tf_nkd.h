@@ -7,10 +7,11 @@
 
 namespace kdfuse {
 
+template <class N>
 struct TfNkdParams {
-  double weight, ce_weight;
+  N weight, ce_weight;
 
-  KDFUSE_MEMBER explicit TfNkdParams(const double* p) : weight(p[0]), ce_weight(p[1]) {}
+  KDFUSE_MEMBER explicit TfNkdParams(const N* p) : weight(p[0]), ce_weight(p[1]) {}
 };
 
 template <class R>

@@ -8,10 +8,11 @@
 
 namespace kdfuse {
 
+template <class N>
 struct UskdParams {
-  double alpha, beta, mu, paper_rank, ce_weight;
+  N alpha, beta, mu, paper_rank, ce_weight;
 
-  KDFUSE_MEMBER explicit UskdParams(const double* p)
+  KDFUSE_MEMBER explicit UskdParams(const N* p)
       : alpha(p[0]), beta(p[1]), mu(p[2]), paper_rank(p[3]), ce_weight(p[4]) {}
 };
 

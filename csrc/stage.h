@@ -1,0 +1,113 @@
+// A row on its way from memory to registers: each thread of a team copies its own chunks into its own
+// places in the block's memory, a row ahead of its use. No other thread touches them, so nothing here
+// needs a barrier; a place takes single elements, where a register could not be indexed.
+#pragma once
+#include "packed.h"
+
+namespace kdfuse {
+
+KDFUSE_HD void copy_ahead(void* to, const void* from) {
+#if defined(__CUDA_ARCH__)
+  const auto at = static_cast<unsigned>(__cvta_generic_to_shared(to));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(at), "l"(from) : "memory");
+#else
+  std::memcpy(to, from, 16);
+#endif
+}
+
+KDFUSE_HD void wait_for_copies() {
+#if defined(__CUDA_ARCH__)
+  asm volatile("cp.async.wait_all;" ::: "memory");
+#endif
+}
+
+// kInputs rows of logits at a time, kChunks chunks of each by a thread: chunk u * size + rank is its u-th.
+template <DType type, int kInputs, int kChunks, class Team>
+class Stage {
+ public:
+  static constexpr int kBytes = kInputs * kChunks * Packed<type>::kUnits * 16;  // of a thread
+
+  KDFUSE_MEMBER explicit Stage(const Team& team)
+      : team_(team), base_(static_cast<char*>(team.memory()) + 16 * team.place()), step_(16 * team.places()) {}
+
+  // Whether any thread's u-th chunk is in the row.
+  KDFUSE_MEMBER bool has(const Span& span, int u) const { return u * team_.size() < span.chunks; }
+  KDFUSE_MEMBER int chunk(int u) const { return u * team_.size() + team_.rank(); }
+
+  KDFUSE_MEMBER void fetch(const FastTask& p, int64_t row, const Span& span) const {
+    const int64_t first = int64_t{kChunk} * team_.rank() - span.shift;
+#pragma unroll
+    for (int u = 0; u < kChunks; ++u) {
+      if (!has(span, u)) break;
+      const bool there = chunk(u) < span.chunks;
+#pragma unroll
+      for (int k = 0; k < kInputs; ++k) {
+        const char* const at = static_cast<const char*>(p.logits[k]) + (row * p.strides[k] + first) * kSize +
+                               u * (kChunk * kSize) * static_cast<int64_t>(team_.size());
+        if (!there) put(k, u, nothing<type>());
+#pragma unroll
+        for (int h = 0; h < Packed<type>::kUnits && there; ++h) copy_ahead(place(k, u, h), at + 16 * h);
+      }
+    }
+  }
+
+  // The places that the row's first and last chunk have outside the row take no part.
+  KDFUSE_MEMBER void trim(const Span& span) const {
+    const int last = span.chunks - 1, inside = span.classes - span.first(last);
+    if (span.shift > 0 && team_.rank() == 0) {
+#pragma unroll 1
+      for (int v = 0; v < span.shift; ++v) drop(0, v);
+    }
+    if (inside < kChunk && last % team_.size() == team_.rank()) {
+#pragma unroll 1
+      for (int v = inside; v < kChunk; ++v) drop(last / team_.size(), v);
+    }
+  }
+
+  // Class v of the u-th chunk, in every input.
+  KDFUSE_MEMBER void drop(int u, int v) const {
+#pragma unroll
+    for (int k = 0; k < kInputs; ++k) {
+      char* const at = element(k, u, v);
+      if constexpr (type == DType::f32) {
+        *reinterpret_cast<float*>(at) = -INFINITY;
+      } else {
+        *reinterpret_cast<uint16_t*>(at) = static_cast<uint16_t>(nothing<type>().w[0]);
+      }
+    }
+  }
+
+  KDFUSE_MEMBER float peek(int k, int u, int v) const { return load_one<type>(element(k, u, v), 0); }
+
+  KDFUSE_MEMBER Packed<type> take(int k, int u) const {
+    Packed<type> x;
+#pragma unroll
+    for (int h = 0; h < Packed<type>::kUnits; ++h) {
+      const Words words = load_held(place(k, u, h));
+#pragma unroll
+      for (int i = 0; i < 4; ++i) x.w[4 * h + i] = words.w[i];
+    }
+    return x;
+  }
+
+ private:
+  static constexpr int kSize = type == DType::f32 ? 4 : 2;
+
+  KDFUSE_MEMBER char* place(int k, int u, int h) const {
+    return base_ + ((k * kChunks + u) * Packed<type>::kUnits + h) * step_;
+  }
+  KDFUSE_MEMBER char* element(int k, int u, int v) const {
+    return place(k, u, v * kSize / 16) + v * kSize % 16;
+  }
+  KDFUSE_MEMBER void put(int k, int u, const Packed<type>& x) const {
+#pragma unroll
+    for (int h = 0; h < Packed<type>::kUnits; ++h) {
+      store_words(place(k, u, h), {{x.w[4 * h], x.w[4 * h + 1], x.w[4 * h + 2], x.w[4 * h + 3]}});
+    }
+  }
+  const Team& team_;
+  char* base_;
+  int step_;
+};
+
+}  // namespace kdfuse
