@@ -19,6 +19,7 @@ struct KdFacts {
   static bool fits(size_t students, size_t teachers, size_t params) {
     return students == 1 && teachers >= 1 && params == 4 + teachers;
   }
+  static constexpr bool takes_top_k = true;
   static constexpr bool needs_target = false;
   static int terms(int) { return 4; }
   static bool counts(int k) { return k >= 2; }
@@ -27,6 +28,7 @@ struct DkdFacts {
   static bool fits(size_t students, size_t teachers, size_t params) {
     return students == 1 && teachers == 1 && params == 5;
   }
+  static constexpr bool takes_top_k = false;
   static constexpr bool needs_target = true;
   static int terms(int) { return 5; }
   static bool counts(int k) { return k >= 3; }
@@ -35,6 +37,7 @@ struct NkdFacts {
   static bool fits(size_t students, size_t teachers, size_t params) {
     return students == 1 && teachers == 1 && params == 4;
   }
+  static constexpr bool takes_top_k = true;
   static constexpr bool needs_target = true;
   static int terms(int) { return 5; }
   static bool counts(int k) { return k >= 3; }
@@ -43,6 +46,7 @@ struct TfNkdFacts {
   static bool fits(size_t students, size_t teachers, size_t params) {
     return students == 1 && teachers == 0 && params == 2;
   }
+  static constexpr bool takes_top_k = false;
   static constexpr bool needs_target = true;
   static int terms(int) { return 4; }
   static bool counts(int k) { return k >= 2; }
@@ -51,6 +55,7 @@ struct UskdFacts {
   static bool fits(size_t students, size_t teachers, size_t params) {
     return students == 2 && teachers == 0 && params == 5;
   }
+  static constexpr bool takes_top_k = false;
   static constexpr bool needs_target = true;
   static int terms(int) { return 6; }
   static bool counts(int k) { return k >= 4; }
@@ -59,6 +64,7 @@ struct SlkdFacts {
   static bool fits(size_t students, size_t teachers, size_t params) {
     return students >= 2 && teachers == 1 && params == 6 + students;
   }
+  static constexpr bool takes_top_k = false;
   static constexpr bool needs_target = true;
   static int terms(int students) { return 5 + 4 * (students - 1); }
   static bool counts(int k) { return k < 5 ? k >= 3 : (k - 5) % 4 >= 2; }
