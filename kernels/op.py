@@ -15,16 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from . import backends, reference
-from .checks import check_denominator, check_logits, check_range, check_target, check_teacher
-from .sparse import (
-    SparseTeacher,
-    Teacher,
-    check_entries,
-    check_sparse,
-    lists_of,
-    logits_of,
-    whole_logits,
-)
+from .checks import check_denominator, check_logits, check_range, check_target
+from .sparse import Teacher, check_teachers, lists_of, logits_of, whole_logits
 
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 
@@ -74,16 +66,7 @@ def run(
     check_logits("student", students[0])
     for x in students[1:]:
         check_logits("every SL-T and weak head", x, students[0])
-    for name, teacher in zip(teacher_names(teachers), teachers, strict=True):
-        if not isinstance(teacher, SparseTeacher):
-            check_teacher("teacher", teacher, students[0])
-        elif op.sparse:
-            check_sparse(name, teacher, students[0])
-        else:
-            raise TypeError(
-                f"{op.name}_loss takes whole teacher logits, got a SparseTeacher; pass "
-                f"teacher.dense(classes={students[0].shape[1]}, temperature=...)"
-            )
+    check_teachers(op.name, op.sparse, teachers, students[0])
     if target is not None or op.needs_target:
         check_target(target, students[0], op.labels > 0, op.name)
     if options.reduction not in REDUCTIONS:
@@ -106,12 +89,6 @@ def run(
     return loss, kept
 
 
-def teacher_names(teachers: Sequence[Teacher]) -> list[str]:
-    if len(teachers) == 1:
-        return ["teacher"]
-    return [f"teacher[{k}]" for k in range(len(teachers))]
-
-
 def run_reference(
     op: Op,
     students: Sequence[Tensor],
@@ -132,14 +109,7 @@ def run_reference(
             check_range(target, zs[0].shape[1], options.ignore_index)
         labels = reference.labels(target, options.ignore_index, dtype, max(op.labels, 1))
         valid = labels.valid
-    ts = []
-    for name, t in zip(teacher_names(teachers), teachers, strict=True):
-        if isinstance(t, SparseTeacher):
-            classes = zs[0].shape[1]
-            if not backends.is_tracing():
-                check_entries(name, t, classes, valid)
-            t = whole_logits(t, valid, classes, params[0], dtype)
-        ts.append(t.to(dtype))
+    ts = whole_logits(teachers, valid, zs[0].shape[1], params[0], dtype)
     if labels is not None:
         # An ignored row may hold anything; 0 * NaN must not reach its gradient.
         zs = [torch.where(valid[:, None], x, 0.0) for x in zs]

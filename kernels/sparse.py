@@ -5,7 +5,7 @@ class has one logit f. With the softmax mass m of the classes left out, at the l
     f = T * (log(m / (1 - m)) + logsumexp(v / T) - log(C - k)), so that they share m evenly
     f = -inf where m = 0, or where no mass is given: the k are renormalised
 These are marginal smoothing and marginal re-norm of Shen and Xing 2022, "A Fast Knowledge
-Distillation Framework for Visual Recognition" (FKD), section 3.
+Distillation Framework for Visual Recognition" (FKD).
 """
 
 import math
@@ -15,7 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .checks import check_logits, positive
+from . import backends
+from .checks import check_logits, check_teacher, positive
 
 INDEX_TYPES = (torch.int64, torch.int32, torch.int16)
 MASS_TYPES = (torch.float32, torch.float64)
@@ -120,11 +121,14 @@ class SparseTeacher:
     def dense(self, classes: int, temperature: float) -> Tensor:
         """(N, classes): the whole logits that these stand for in a loss at this temperature.
 
-        float64 for float64 values, else float32. What the losses compute is defined by it.
+        float64 for float64 values, else float32. It defines what the losses compute; here the
+        entries of every row are checked, as nothing says which rows count.
         """
         positive("temperature", temperature)
         check_count("values.shape[1]", self.values.shape[1], classes)
-        check_entries("", self, classes)
+        every = torch.ones_like(self.values[:, 0], dtype=torch.bool)
+        if not backends.is_tracing():
+            check_entries("", self, classes, every)
         dtype = torch.promote_types(self.values.dtype, torch.float32)
         return spread(self.values.to(dtype), self.indices.long(), self.mass, classes, temperature)
 
@@ -147,30 +151,38 @@ def spread(
     return whole.scatter(1, indices, values)
 
 
-def whole_logits(
-    teacher: SparseTeacher,
-    valid: Tensor,  # (N,) bool
-    classes: int,
-    temperature: float,
-    dtype: torch.dtype,
-) -> Tensor:
-    """(N, C) logits with the softmax of `SparseTeacher.dense`; rows that are not valid are any."""
-    values = teacher.values.to(dtype)
-    if teacher.mass is not None:
-        # Far from 0 the fill would be rounded at the size of the logits; a shift leaves softmax.
-        peak = values.amax(1, keepdim=True)
-        far = (peak.abs() > 32 * min(1.0, temperature)) & peak.isfinite()
-        values = values - torch.where(far, peak, 0.0)
-    indices = torch.where(valid[:, None], teacher.indices.long(), 0)
-    return spread(values, indices, teacher.mass, classes, temperature)
-
-
 Teacher = Tensor | SparseTeacher
 
 
 def logits_of(teacher: Teacher) -> Tensor:
     """(N, C), or (N, k) of a SparseTeacher."""
     return teacher.values if isinstance(teacher, SparseTeacher) else teacher
+
+
+def whole_logits(
+    teachers: Sequence[Teacher],
+    valid: Tensor,  # (N,) bool: in other rows a SparseTeacher may hold anything
+    classes: int,
+    temperature: float,
+    dtype: torch.dtype,
+) -> list[Tensor]:
+    """(N, C) each: the teachers of the reference, those of k logits with the softmax of `dense`."""
+    whole = []
+    for name, x in zip(names_of(teachers), teachers, strict=True):
+        if not isinstance(x, SparseTeacher):
+            whole.append(x.to(dtype))
+            continue
+        if not backends.is_tracing():
+            check_entries(name, x, classes, valid)
+        values = x.values.to(dtype)
+        if x.mass is not None:
+            # Far from 0 the fill would be rounded at the size of the logits; softmax sees no shift.
+            peak = values.amax(1, keepdim=True)
+            far = (peak.abs() > 32 * min(1.0, temperature)) & peak.isfinite()
+            values = values - torch.where(far, peak, 0.0)
+        indices = torch.where(valid[:, None], x.indices.long(), 0)
+        whole.append(spread(values, indices, x.mass, classes, temperature))
+    return whole
 
 
 def lists_of(teachers: Sequence[Teacher], student: Tensor) -> tuple[list[Tensor], list[Tensor]]:
@@ -187,12 +199,30 @@ def lists_of(teachers: Sequence[Teacher], student: Tensor) -> tuple[list[Tensor]
     return indices, masses
 
 
+def names_of(teachers: Sequence[Teacher]) -> list[str]:
+    return ["teacher"] if len(teachers) == 1 else [f"teacher[{k}]" for k in range(len(teachers))]
+
+
 def check_count(name: str, k: int, classes: int) -> None:
     if not 1 <= k < classes:
         raise ValueError(
             f"{name} is {k}, but of {classes} classes 1 to {classes - 1} can be listed; "
             "pass all of them as whole logits"
         )
+
+
+def check_teachers(op: str, sparse: bool, teachers: Sequence[Teacher], student: Tensor) -> None:
+    """sparse: whether the op takes a SparseTeacher."""
+    for name, x in zip(names_of(teachers), teachers, strict=True):
+        if not isinstance(x, SparseTeacher):
+            check_teacher("teacher", x, student)
+        elif sparse:
+            check_sparse(name, x, student)
+        else:
+            raise TypeError(
+                f"{op}_loss takes whole teacher logits, got a SparseTeacher; pass "
+                f"teacher.dense(classes={student.shape[1]}, temperature=...)"
+            )
 
 
 def check_sparse(name: str, x: SparseTeacher, student: Tensor) -> None:
@@ -214,22 +244,21 @@ def check_sparse(name: str, x: SparseTeacher, student: Tensor) -> None:
             )
 
 
-def check_entries(name: str, x: SparseTeacher, classes: int, valid: Tensor | None = None) -> None:
-    """For the reference: classes and mass of the valid rows (of all by default).
+def check_entries(name: str, x: SparseTeacher, classes: int, valid: Tensor) -> None:
+    """For the reference: classes and mass of the valid rows.
 
     On a GPU a device-side assert, so that nothing waits for the device.
     """
-    counted = torch.ones_like(x.values[:, 0], dtype=torch.bool) if valid is None else valid
     prefix = f"{name}." if name else ""
     index = x.indices.long()
-    outside = ((index < 0) | (index >= classes)) & counted[:, None]
+    outside = ((index < 0) | (index >= classes)) & valid[:, None]
     ordered, place = index.sort(dim=1, stable=True)
     again = torch.zeros_like(outside)
-    repeated = (ordered[:, 1:] == ordered[:, :-1]) & counted[:, None]
+    repeated = (ordered[:, 1:] == ordered[:, :-1]) & valid[:, None]
     again = again.scatter(1, place[:, 1:], repeated)
-    wrong = torch.zeros_like(counted)
+    wrong = torch.zeros_like(valid)
     if x.mass is not None:
-        wrong = ((x.mass < 0) | (x.mass >= 1)) & counted  # NaN reaches the loss, as in logits
+        wrong = ((x.mass < 0) | (x.mass >= 1)) & valid  # NaN reaches the loss, as in logits
     if index.device.type != "cpu":
         torch._assert_async(~outside.any(), "kdfuse: indices of a teacher outside the classes")
         torch._assert_async(~again.any(), "kdfuse: indices of a teacher repeat a class")

@@ -610,6 +610,18 @@ def test_compile_is_one_graph(name, backend, stored):
         torch.testing.assert_close(results[1], results[0], rtol=1e-6, atol=1e-7)
 
 
+def test_compile_of_the_way_from_whole_logits_and_back():
+    torch._dynamo.reset()
+    t = make("kd", 6, 33).teachers[0]
+
+    def step(t):
+        sparse = SparseTeacher.top_k(t, 5, temperature=2.0)
+        return sparse.dense(33, 2.0), kdfuse.kd_loss(t * 0, sparse, temperature=2.0)
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(t), step(t), rtol=1e-13, atol=0)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", TAKING)
 def test_autocast_changes_nothing(name, backend):
