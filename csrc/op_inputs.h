@@ -20,6 +20,7 @@ struct KdFacts {
     return students == 1 && teachers >= 1 && params == 4 + teachers;
   }
   static constexpr bool scored = false;
+  static constexpr bool takes_top_k = true;
   static constexpr bool needs_target = false;
   static int terms(int) { return 4; }
   static bool counts(int k) { return k >= 2; }
@@ -29,6 +30,7 @@ struct DkdFacts {
     return students == 1 && teachers == 1 && params == 5;
   }
   static constexpr bool scored = false;
+  static constexpr bool takes_top_k = false;
   static constexpr bool needs_target = true;
   static int terms(int) { return 5; }
   static bool counts(int k) { return k >= 3; }
@@ -38,6 +40,7 @@ struct NkdFacts {
     return students == 1 && teachers == 1 && params == 4;
   }
   static constexpr bool scored = false;
+  static constexpr bool takes_top_k = true;
   static constexpr bool needs_target = true;
   static int terms(int) { return 5; }
   static bool counts(int k) { return k >= 3; }
@@ -47,6 +50,7 @@ struct TfNkdFacts {
     return students == 1 && teachers == 0 && params == 2;
   }
   static constexpr bool scored = true;
+  static constexpr bool takes_top_k = false;
   static constexpr bool needs_target = true;
   static int terms(int) { return 4; }
   static bool counts(int k) { return k >= 2; }
@@ -56,6 +60,7 @@ struct UskdFacts {
     return students == 2 && teachers == 0 && params == 5;
   }
   static constexpr bool scored = true;
+  static constexpr bool takes_top_k = false;
   static constexpr bool needs_target = true;
   static int terms(int) { return 6; }
   static bool counts(int k) { return k >= 4; }
@@ -65,6 +70,7 @@ struct SlkdFacts {
     return students >= 2 && teachers == 1 && params == 6 + students;
   }
   static constexpr bool scored = false;
+  static constexpr bool takes_top_k = false;
   static constexpr bool needs_target = true;
   static int terms(int students) { return 5 + 4 * (students - 1); }
   static bool counts(int k) { return k < 5 ? k >= 3 : (k - 5) % 4 >= 2; }

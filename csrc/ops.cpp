@@ -19,6 +19,7 @@
 #include <vector>
 
 #include "op_inputs.h"
+#include "op_top_k.h"
 
 namespace kdfuse {
 namespace {
@@ -156,7 +157,7 @@ Result loss(std::vector<Tensor> students, std::vector<Tensor> teachers, std::vec
             std::optional<Tensor> upstream, std::vector<double> params, int64_t reduction, int64_t ignore_index,
             bool with_gradient) {
   check_call<Op>(students, teachers, target.has_value(), params);
-  refuse_sparse(indices, masses);
+  if (!Op::takes_top_k) refuse_sparse(indices, masses);
   const Tensor& student = students[0];
   const int64_t rows = student.size(0), classes = student.size(1);
 
@@ -164,17 +165,20 @@ Result loss(std::vector<Tensor> students, std::vector<Tensor> teachers, std::vec
   p.rows = rows;
   p.classes = classes;
   const auto student_rows = matrices(students, rows, classes, "student and SL-Ts");
-  const auto teacher_rows = matrices(teachers, rows, classes, "teacher");
+  const auto top_k = top_k_of(teachers, indices, masses, rows, classes);
+  const auto teacher_rows = teacher_matrices(teachers, top_k, rows, classes);
   p.students = student_rows.data();
   p.num_students = static_cast<int>(students.size());
   p.teachers = teacher_rows.data();
   p.num_teachers = static_cast<int>(teachers.size());
+  if (!top_k.empty()) p.top_k = top_k.data();
   p.ignore_index = ignore_index;
   p.params = params.data();
 
   std::vector<int64_t> labels;
   if (target) labels = read_labels(*target, rows, classes, ignore_index);
   if (!labels.empty()) p.labels = labels.data();
+  check_entries(top_k, labels, ignore_index, rows, classes);
   int64_t valid = rows;
   for (int64_t y : labels) valid -= y == ignore_index;
 

@@ -2,6 +2,7 @@
 #pragma once
 #include "row_cpu.h"
 #include "row_limits.h"
+#include "row_top_k.h"
 
 namespace kdfuse {
 namespace {  // each level compiles its own copy, none may leak into another
@@ -182,6 +183,24 @@ template <class T>
 Logits<T> read_teacher(const Problem& p, const Matrix& m, int64_t row, const Target<T>& target, T* x,
                        double temperature) {
   Logits<T> t = read_logits(p, m, row, target, x);
+  centre(p, t, temperature);
+  return t;
+}
+
+// For the ops that take top-k teachers as well, which: the teacher's place in the list. spare: a row of
+// scratch for the values of a top-k teacher.
+template <class T>
+Logits<T> read_any_teacher(const Problem& p, int which, int64_t row, const Target<T>& target, T* x, T* spare,
+                           double temperature) {
+  const Matrix& m = p.teachers[which];
+  if (!p.top_k || p.top_k[which].count == 0) return read_teacher(p, m, row, target, x, temperature);
+  Logits<T> t;
+  t.x = x;
+  t.ahead = next_row(p, m, row);
+  t.ahead.bytes = 0;  // no place for each class: a loop over these would run far beyond the row
+  t.labelled = target.count == 1;
+  const T peak = load_top_k(m, p.top_k[which], row, p.classes, temperature, x, spare);
+  t.peak = drop_labels(x, padded(p.classes), peak, target.labels, target.count, t.label);
   centre(p, t, temperature);
   return t;
 }

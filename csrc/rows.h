@@ -12,6 +12,20 @@ struct Matrix {
   DType type = DType::f32;
 };
 
+// What a top-k teacher has beside the Matrix of its values, (rows, count).
+struct TopK {
+  const int64_t* classes = nullptr;  // (rows, count) distinct classes, unit stride along a row
+  int64_t stride = 0;  // elements from row to row
+  int64_t count = 0;  // fewer than there are classes; 0: the teacher's logits are whole
+  Matrix mass;  // (rows, 1) float or double, of the classes that are not listed; no data: they have none
+};
+
+inline double mass_at(const TopK& x, int64_t row) {
+  const int64_t at = row * x.mass.stride;
+  return x.mass.type == DType::f64 ? static_cast<const double*>(x.mass.data)[at]
+                                   : static_cast<double>(static_cast<const float*>(x.mass.data)[at]);
+}
+
 struct Output {
   void* data;  // (rows, classes), contiguous
   DType type;
@@ -23,6 +37,7 @@ struct Problem {
   int num_students;
   const Matrix* teachers;  // logits that do not
   int num_teachers;
+  const TopK* top_k;  // one for each teacher, or null where all are whole
   const Output* gradients;  // one for each student, or null
   const int64_t* labels;  // (rows), or null
   Matrix soft;  // (rows, classes) class probabilities instead of labels, or no data

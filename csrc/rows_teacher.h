@@ -14,7 +14,7 @@ template <class T>
 void kd_row(const Problem& p, int64_t row, Scratch<T>& scratch) {
   const KdParams q(p.params);
   const int64_t length = padded(p.classes);
-  T* const base = scratch.rows(p.num_teachers + 4, length);
+  T* const base = scratch.rows(p.num_teachers + 5, length);
   const auto target = read_target(p, row, 1, base);
   auto z = read_logits(p, p.students[0], row, target, base + length, 0);
   const Hits hit = rank_student(p, z, target, q.temperature);
@@ -25,8 +25,8 @@ void kd_row(const Problem& p, int64_t row, Scratch<T>& scratch) {
   KdRow<double> kd;
   for (int k = 0; k < p.num_teachers; ++k) {
     if (q.weights[k] == 0) continue;  // whatever it holds
-    T* const x = base + (4 + k) * length;
-    auto t = read_teacher(p, p.teachers[k], row, target, x, q.temperature);
+    T* const x = base + (5 + k) * length;
+    auto t = read_any_teacher(p, k, row, target, x, base + 4 * length, q.temperature);
     const double crossed = teach(p, t, z, q.temperature, x);
     const auto pair = kl(z.stats, z.at, t.stats, t.at, crossed);
     const double scale = kd_add(kd, pair, q.weights[k], q.kd_weight, q.square, q.temperature);
@@ -73,10 +73,10 @@ template <class T>
 void nkd_row(const Problem& p, int64_t row, Scratch<T>& scratch) {
   const NkdParams q(p.params);
   const int64_t length = padded(p.classes);
-  T* const base = scratch.rows(5, length);
+  T* const base = scratch.rows(6, length);
   const auto target = read_target(p, row, 1, base);
   auto z = read_logits(p, p.students[0], row, target, base + length, 0);
-  auto t = read_teacher(p, p.teachers[0], row, target, base + 3 * length, q.temperature);
+  auto t = read_any_teacher(p, 0, row, target, base + 3 * length, base + 5 * length, q.temperature);
   const Hits hit = rank_student(p, z, target, q.temperature);
   const double dot = target_dot(p, z, target, q.temperature);
   exponentiate(p, t, q.temperature, true, t.x, base + 4 * length);

@@ -5,6 +5,7 @@ from .kernels.dkd import DKDLoss, dkd_loss
 from .kernels.kd import KDLoss, kd_loss
 from .kernels.nkd import NKDLoss, nkd_loss
 from .kernels.slkd import SLKDLoss, slkd_loss
+from .kernels.sparse import SparseTeacher
 from .kernels.table import OPS
 from .kernels.tf_nkd import TfNKDLoss, tf_nkd_loss
 from .kernels.uskd import USKDLoss, uskd_loss
@@ -17,6 +18,7 @@ __all__ = [
     "NKDLoss",
     "OPS",
     "SLKDLoss",
+    "SparseTeacher",
     "TfNKDLoss",
     "USKDLoss",
     "backends",

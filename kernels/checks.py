@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,7 +30,7 @@ def scale(temperature: float, t_squared: bool) -> float:
     return temperature * temperature if t_squared else 1.0
 
 
-def as_list(teacher: Tensor | Sequence[Tensor], name: str) -> list[Tensor]:
+def as_list(teacher: Tensor | Sequence[Any], name: str) -> list[Any]:
     tensors = [teacher] if isinstance(teacher, Tensor) else list(teacher)
     if not tensors:
         raise ValueError(f"{name} must hold at least one tensor of logits, got an empty sequence")

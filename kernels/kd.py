@@ -3,7 +3,7 @@
 Hinton et al. 2015, "Distilling the Knowledge in a Neural Network", section 2:
     loss = kd_weight * T^2 * sum_k w_k KL(softmax(t_k / T) || softmax(z / T)) + ce_weight * CE(z, y)
 Memory traffic of forward and backward together: K + 2 elements a logit (read the student and K
-teachers, write the gradient).
+teachers, write the gradient); a teacher of k logits a row adds k, not C, of them.
 """
 
 from collections.abc import Sequence
@@ -14,6 +14,7 @@ from torch import Tensor
 from . import reference
 from .checks import as_list, check_weights, positive, scale, weight
 from .op import Loss, LossModule, Op, Options, run
+from .sparse import SparseTeacher
 
 
 def rows(students, teachers, y, params):
@@ -36,12 +37,13 @@ def rows(students, teachers, y, params):
     return loss, {"kd": kd, "ce": ce, "top1": top1, "top5": top5}
 
 
-OP = Op("kd", rows, lambda _: ("kd", "ce", "top1", "top5"), needs_target=False)
+OP = Op("kd", rows, lambda _: ("kd", "ce", "top1", "top5"), needs_target=False, sparse=True)
 
 
 def kd_loss(
     student: Tensor,  # (N, C)
-    teacher: Tensor | Sequence[Tensor],  # (N, C), or K of them
+    # (N, C), or k of the C logits a row, or K teachers of either kind
+    teacher: Tensor | SparseTeacher | Sequence[Tensor | SparseTeacher],
     target: Tensor | None = None,  # (N,) int64 or (N, C) probabilities
     *,
     temperature: float = 4.0,
@@ -60,7 +62,8 @@ def kd_loss(
 
     Args:
         student: (N, C) logits of any floating type.
-        teacher: (N, C) logits without grad, or a sequence of K; their types may differ.
+        teacher: (N, C) logits without grad, or a SparseTeacher of k logits a row, or a sequence of
+            K of either; their types may differ.
         target: (N,) int64 class indices, or (N, C) class probabilities (mixup, CutMix). Needed
             where ce_weight is not 0; given without it, the terms still report ce, top1 and top5.
         temperature: T > 0 of the distillation term; cross-entropy is at T = 1.
@@ -85,7 +88,7 @@ def kd_loss(
         TypeError: logits or target of the wrong type.
         RuntimeError: a backend that this machine cannot run.
     """
-    teachers = as_list(teacher, "teacher")
+    teachers = [teacher] if isinstance(teacher, SparseTeacher) else as_list(teacher, "teacher")
     if ce_weight and target is None:
         raise ValueError(f"ce_weight={ce_weight} needs a target; pass one, or ce_weight=0")
     t = positive("temperature", temperature)

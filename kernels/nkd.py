@@ -5,7 +5,8 @@ with Normalized Loss and Customized Soft Labels", equation 6; S, V: softmax of s
 S', V': the same at temperature T over the classes other than y.
     loss = -V_y log S_y - gamma * T^2 * sum_{j != y} V'_j log S'_j + ce_weight * CE(z, y)
 The second term is a cross-entropy: the teacher's entropy stays in its value.
-Memory traffic of forward and backward together: 3 elements a logit.
+Memory traffic of forward and backward together: 3 elements a logit, or 2 and k a row for
+a teacher of k logits a row.
 """
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 from . import reference
 from .checks import positive, scale, weight
 from .op import Loss, LossModule, Op, Options, run
+from .sparse import SparseTeacher
 
 
 def rows(students, teachers, y, params):
@@ -31,12 +33,12 @@ def rows(students, teachers, y, params):
     return loss, {"target": target, "others": others, "ce": ce, "top1": top1, "top5": top5}
 
 
-OP = Op("nkd", rows, lambda _: ("target", "others", "ce", "top1", "top5"))
+OP = Op("nkd", rows, lambda _: ("target", "others", "ce", "top1", "top5"), sparse=True)
 
 
 def nkd_loss(
     student: Tensor,  # (N, C)
-    teacher: Tensor,  # (N, C)
+    teacher: Tensor | SparseTeacher,  # (N, C), or k of the C logits a row
     target: Tensor,  # (N,) int64 or (N, C) probabilities
     *,
     gamma: float = 1.5,
@@ -53,9 +55,11 @@ def nkd_loss(
     """Normalised knowledge distillation (Yang et al. 2023), with cross-entropy.
 
     gamma weighs the non-target part; temperature is that part's (lambda in the paper), the target
-    part is at T = 1. Of class probabilities the largest is the label of the distillation terms, as
-    in the released code, while cross-entropy takes them whole. `kd_loss` describes the other
-    arguments, the terms (here target, others, ce, top1, top5, rows), the value and the errors.
+    part is at T = 1. A SparseTeacher's mass belongs to `temperature`; the target part takes the
+    logits that it stands for there. Of class probabilities the largest is the label of the
+    distillation terms, as in the released code, while cross-entropy takes them whole. `kd_loss`
+    describes the other arguments, the terms (here target, others, ce, top1, top5, rows), the value
+    and the errors.
 
     Raises:
         ValueError: also for C == 2 with gamma != 0, where the non-target part has a single class.

@@ -1,7 +1,9 @@
 """The path that every loss takes: checks, torch.library registration, and one autograd Function.
 
 N rows, C classes. An op has `students` (logits that get a gradient), `teachers` (that do not), an
-optional target and a list of numbers, its `params`; the compiled ops share the one schema.
+optional target and a list of numbers, its `params`; the compiled ops share the one schema. There a
+teacher is (N, C) logits, or (N, k) values beside an entry of `indices` and of `masses`; these lists
+are empty where all teachers are whole, and hold an empty tensor for what a teacher does not have.
 """
 
 import inspect
@@ -13,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from . import backends, reference
-from .checks import check_denominator, check_logits, check_range, check_target, check_teacher
+from .checks import check_denominator, check_logits, check_range, check_target
+from .sparse import Teacher, check_teachers, lists_of, logits_of, whole_logits
 
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 
@@ -33,6 +36,7 @@ class Op:
     terms: Callable[[int], tuple[str, ...]]  # of the number of students
     labels: int = 1  # labels taken from class probabilities; 0: only class indices
     needs_target: bool = True
+    sparse: bool = False  # takes SparseTeacher; params[0] is then the temperature
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,7 @@ Loss = Tensor | tuple[Tensor, dict[str, Tensor]]
 def run(
     op: Op,
     students: Sequence[Tensor],
-    teachers: Sequence[Tensor],
+    teachers: Sequence[Teacher],
     target: Tensor | None,
     params: Sequence[float],
     options: Options,
@@ -62,8 +66,7 @@ def run(
     check_logits("student", students[0])
     for x in students[1:]:
         check_logits("every SL-T and weak head", x, students[0])
-    for x in teachers:
-        check_teacher("teacher", x, students[0])
+    check_teachers(op.name, op.sparse, teachers, students[0])
     if target is not None or op.needs_target:
         check_target(target, students[0], op.labels > 0, op.name)
     if options.reduction not in REDUCTIONS:
@@ -89,16 +92,16 @@ def run(
 def run_reference(
     op: Op,
     students: Sequence[Tensor],
-    teachers: Sequence[Tensor],
+    teachers: Sequence[Teacher],
     target: Tensor | None,
     params: Sequence[float],
     options: Options,
 ) -> tuple[Tensor, Tensor]:
     """The plain-PyTorch form: the loss, and the terms followed by the count of valid rows."""
     dtype = torch.float32
-    for x in (*students, *teachers):
+    for x in (*students, *map(logits_of, teachers)):
         dtype = torch.promote_types(dtype, x.dtype)
-    zs, ts = [x.to(dtype) for x in students], [x.to(dtype) for x in teachers]
+    zs = [x.to(dtype) for x in students]
     labels = None
     valid = torch.ones_like(zs[0][:, 0], dtype=torch.bool)
     if target is not None:
@@ -106,6 +109,8 @@ def run_reference(
             check_range(target, zs[0].shape[1], options.ignore_index)
         labels = reference.labels(target, options.ignore_index, dtype, max(op.labels, 1))
         valid = labels.valid
+    ts = whole_logits(teachers, valid, zs[0].shape[1], params[0], dtype)
+    if labels is not None:
         # An ignored row may hold anything; 0 * NaN must not reach its gradient.
         zs = [torch.where(valid[:, None], x, 0.0) for x in zs]
         ts = [torch.where(valid[:, None], x, 0.0) for x in ts]
@@ -135,17 +140,18 @@ def unit_stride(x: Tensor) -> Tensor:
 def run_fused(
     op: Op,
     students: Sequence[Tensor],
-    teachers: Sequence[Tensor],
+    teachers: Sequence[Teacher],
     target: Tensor | None,
     params: Sequence[float],
     options: Options,
 ) -> tuple[Tensor, Tensor]:
     """One pass over the logits: the loss, the terms and, where wanted, the gradients."""
     students = [unit_stride(x) for x in students]
-    teachers = [unit_stride(x) for x in teachers]
+    values = [unit_stride(logits_of(x)) for x in teachers]
+    indices, masses = lists_of(teachers, students[0])
     if target is not None and target.dim() == 2:
         target = unit_stride(target)
-        wide = torch.float64 in [x.dtype for x in (*students, *teachers)]
+        wide = torch.float64 in [x.dtype for x in (*students, *values)]
         if target.dtype == torch.float64 and not wide:
             target = target.float()
     denominator = options.denominator
@@ -156,17 +162,20 @@ def run_fused(
     call = getattr(torch.ops.kdfuse, op.name).default
     static = (list(params), REDUCTIONS[options.reduction], options.ignore_index)
     if not (torch.is_grad_enabled() and any(x.requires_grad for x in students)):
-        loss, terms, _ = call(students, teachers, [], [], target, denominator, None, *static, False)
+        lists = (students, values, indices, masses)
+        loss, terms, _ = call(*lists, target, denominator, None, *static, False)
         return loss, terms
     return Fused.apply(
         call,
         static,
         options.stored_gradient,
-        len(students),
+        (len(students), len(values), len(indices)),
         target,
         denominator,
         *students,
-        *teachers,
+        *values,
+        *indices,
+        *masses,
     )
 
 
@@ -174,18 +183,16 @@ class Fused(torch.autograd.Function):
     """A loss whose gradients are stored in the forward pass, or made in the backward pass."""
 
     @staticmethod
-    def forward(ctx, call, static, stored, count, target, denominator, *logits):
-        students, teachers = list(logits[:count]), list(logits[count:])
-        loss, terms, gradients = call(
-            students, teachers, [], [], target, denominator, None, *static, stored
-        )
-        ctx.call, ctx.static, ctx.stored, ctx.count = call, static, stored, count
-        ctx.types = [x.dtype for x in students]
-        ctx.inputs = len(logits)
+    def forward(ctx, call, static, stored, counts, target, denominator, *inputs):
+        lists = split(inputs, counts)
+        loss, terms, gradients = call(*lists, target, denominator, None, *static, stored)
+        ctx.call, ctx.static, ctx.stored, ctx.counts = call, static, stored, counts
+        ctx.types = [x.dtype for x in lists[0]]
+        ctx.others = len(inputs) - counts[0]
         if stored:
             ctx.save_for_backward(*gradients)
         else:
-            ctx.save_for_backward(target, denominator, *logits)
+            ctx.save_for_backward(target, denominator, *inputs)
         ctx.mark_non_differentiable(terms)
         return loss, terms
 
@@ -197,13 +204,18 @@ class Fused(torch.autograd.Function):
                 scaled(g, upstream, t) for g, t in zip(ctx.saved_tensors, ctx.types, strict=True)
             ]
         else:
-            target, denominator, *logits = ctx.saved_tensors
-            students, teachers = logits[: ctx.count], logits[ctx.count :]
-            _, _, made = ctx.call(
-                students, teachers, [], [], target, denominator, upstream, *ctx.static, True
-            )
+            target, denominator, *inputs = ctx.saved_tensors
+            lists = split(inputs, ctx.counts)
+            _, _, made = ctx.call(*lists, target, denominator, upstream, *ctx.static, True)
             gradients = [g.to(t) for g, t in zip(made, ctx.types, strict=True)]
-        return (None,) * 6 + tuple(gradients) + (None,) * (ctx.inputs - ctx.count)
+        return (None,) * 6 + tuple(gradients) + (None,) * ctx.others
+
+
+def split(inputs: Sequence[Tensor], counts: tuple[int, int, int]) -> list[list[Tensor]]:
+    """Students, teachers, indices and masses of an op; of the last two there are as many."""
+    students, teachers, listed = counts
+    ends = (students, students + teachers, students + teachers + listed)
+    return [list(inputs[i:j]) for i, j in zip((0, *ends), (*ends, None), strict=True)]
 
 
 def refuse_second_derivative(wanted: bool = False) -> None:
@@ -256,23 +268,23 @@ def register(op: Op) -> None:
         )
 
     def setup(ctx, inputs, output):
-        students, teachers, _, _, target, denominator, _, *static, _ = inputs
-        ctx.static, ctx.counts = static, (len(students), len(teachers))
-        ctx.save_for_backward(target, denominator, *students, *teachers)
+        students, teachers, indices, masses, target, denominator, _, *static, _ = inputs
+        ctx.static, ctx.counts = static, (len(students), len(teachers), len(indices))
+        ctx.save_for_backward(target, denominator, *students, *teachers, *indices, *masses)
         ctx.set_materialize_grads(False)
 
     def backward(ctx, upstream, _terms, of_gradients):
         refuse_second_derivative(wanted=any(g is not None for g in of_gradients or []))
+        counts = ctx.counts
+        nothing = [[None] * k for k in (counts[0], counts[1], counts[2], counts[2])]
         if upstream is None:  # the terms are constants
-            return [None] * ctx.counts[0], [None] * ctx.counts[1], [], [], *[None] * 7
-        target, denominator, *logits = ctx.saved_tensors
-        count, others = ctx.counts
+            return *nothing, *[None] * 7
+        target, denominator, *given = ctx.saved_tensors
+        lists = split(given, counts)
         call = getattr(torch.ops.kdfuse, op.name).default
-        made = call(
-            logits[:count], logits[count:], [], [], target, denominator, upstream, *ctx.static, True
-        )[2]
-        gradients = [g.to(x.dtype) for g, x in zip(made, logits, strict=False)]
-        return gradients, [None] * others, [], [], None, None, None, None, None, None, None
+        made = call(*lists, target, denominator, upstream, *ctx.static, True)[2]
+        gradients = [g.to(x.dtype) for g, x in zip(made, lists[0], strict=True)]
+        return gradients, *nothing[1:], *[None] * 7
 
     torch.library.register_fake(name, shapes)
     torch.library.register_autograd(name, backward, setup_context=setup)

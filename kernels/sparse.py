@@ -1,0 +1,280 @@
+"""Teachers of which a row keeps k of its C logits, as a cache of teacher logits stores them.
+
+Such a row stands for a whole one: its listed classes have the stored logits v, and every other
+class has one logit f. With the softmax mass m of the classes left out, at the loss's temperature T,
+    f = T * (log(m / (1 - m)) + logsumexp(v / T) - log(C - k)), so that they share m evenly
+    f = -inf where m = 0, or where no mass is given: the k are renormalised
+These are marginal smoothing and marginal re-norm of Shen and Xing 2022, "A Fast Knowledge
+Distillation Framework for Visual Recognition" (FKD).
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import backends
+from .checks import check_logits, check_teacher, positive
+
+INDEX_TYPES = (torch.int64, torch.int32, torch.int16)
+MASS_TYPES = (torch.float32, torch.float64)
+
+
+@dataclass(frozen=True, eq=False)  # == of tensors is no bool
+class SparseTeacher:
+    """k of a teacher's C logits a row; `kd_loss` and `nkd_loss` take it in place of whole logits.
+
+    Args:
+        values: (N, k) logits of any floating type, in any order; 1 <= k < C.
+        indices: (N, k) int64, int32 or int16: their classes, each at most once a row.
+        mass: (N,) float32 or float64 in [0, 1): the softmax's mass of the classes left out, which
+            they share evenly; None drops them. It belongs to one temperature: a loss at another
+            one needs another mass. (float16 would round a mass near 1 to 1.)
+
+    A cache that holds float16 values, int16 or int32 indices and a float32 mass takes 4k + 4 or
+    6k + 4 bytes a row; the losses read them as they are, but for the indices, which become int64.
+    A row that `ignore_index` marks may hold anything, classes out of range included.
+
+    Raises:
+        ValueError: shapes or devices that differ; in the losses and in `dense` on a CPU also a
+            class out of range or listed twice, or a mass outside [0, 1). On a GPU these are
+            device-side asserts; nothing waits for the device.
+        TypeError: tensors of the wrong type.
+    """
+
+    values: Tensor
+    indices: Tensor
+    mass: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("values", "indices", "mass"):
+            x = getattr(self, name)
+            if not isinstance(x, Tensor) and (name != "mass" or x is not None):
+                raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+        if not self.values.is_floating_point():
+            raise TypeError(f"values must have a floating type, got {self.values.dtype}")
+        if self.indices.dtype not in INDEX_TYPES:
+            raise TypeError(
+                f"indices must be int64, int32 or int16, got {self.indices.dtype}; "
+                "use indices.long()"
+            )
+        shape = tuple(self.values.shape)
+        if len(shape) != 2 or shape[1] < 1:
+            raise ValueError(f"values must have shape (N, k), k at least 1, got {shape}")
+        if self.indices.shape != self.values.shape:
+            raise ValueError(
+                f"indices must have the values' shape {shape}, got {tuple(self.indices.shape)}"
+            )
+        others = [("indices", self.indices)]
+        if self.mass is not None:
+            if self.mass.dtype not in MASS_TYPES:
+                raise TypeError(
+                    f"mass must be float32 or float64, got {self.mass.dtype}; use mass.float()"
+                )
+            if self.mass.shape != shape[:1]:
+                raise ValueError(f"mass must have shape {shape[:1]}, got {tuple(self.mass.shape)}")
+            others.append(("mass", self.mass))
+        for name, x in others:
+            if x.device != self.values.device:
+                raise ValueError(
+                    f"{name} is on {x.device}, values on {self.values.device}; move one of them"
+                )
+
+    @classmethod
+    def top_k(
+        cls,
+        teacher: Tensor,  # (N, C)
+        k: int,
+        *,
+        temperature: float,
+        rest: str = "spread",
+    ) -> "SparseTeacher":
+        """The k largest of whole logits, without a gradient.
+
+        Args:
+            teacher: (N, C) logits of any floating type, which the values keep.
+            k: how many to keep, 1 <= k < C.
+            temperature: T of the loss that the result is for.
+            rest: "spread" keeps the others' mass of softmax(teacher / T); "drop" does not, and
+                then T plays no part.
+
+        Returns:
+            values in falling order, int64 indices, and the mass (float64 for float64 logits, else
+            float32), or None with "drop".
+        """
+        check_logits("teacher", teacher)
+        positive("temperature", temperature)
+        if rest not in ("spread", "drop"):
+            raise ValueError(f"rest must be one of spread, drop, got {rest!r}")
+        check_count("k", k, teacher.shape[1])
+        teacher = teacher.detach()
+        values, indices = teacher.topk(k, dim=1)
+        if rest == "drop":
+            return cls(values, indices)
+        x = teacher.to(torch.promote_types(teacher.dtype, torch.float32))
+        # Of the rest itself, not 1 - the sum of the k: a small mass keeps its digits.
+        softmax = ((x - x.amax(1, keepdim=True)) / temperature).softmax(1)
+        return cls(values, indices, softmax.scatter(1, indices, 0.0).sum(1))
+
+    def dense(self, classes: int, temperature: float) -> Tensor:
+        """(N, classes): the whole logits that these stand for in a loss at this temperature.
+
+        float64 for float64 values, else float32. It defines what the losses compute; here the
+        entries of every row are checked, as nothing says which rows count.
+        """
+        positive("temperature", temperature)
+        check_count("values.shape[1]", self.values.shape[1], classes)
+        every = torch.ones_like(self.values[:, 0], dtype=torch.bool)
+        if not backends.is_tracing():
+            check_entries("", self, classes, every)
+        dtype = torch.promote_types(self.values.dtype, torch.float32)
+        return spread(self.values.to(dtype), self.indices.long(), self.mass, classes, temperature)
+
+
+def spread(
+    values: Tensor,  # (N, k)
+    indices: Tensor,  # (N, k) int64
+    mass: Tensor | None,  # (N,)
+    classes: int,
+    temperature: float,
+) -> Tensor:
+    """The (N, C) logits of the module's first lines, in the values' type."""
+    n, k = values.shape
+    if mass is None:
+        return values.new_full((n, classes), -math.inf).scatter(1, indices, values)
+    m = mass.double()
+    lse = (values.double() / temperature).logsumexp(1) - math.log(classes - k)
+    fill = temperature * (m.log() - (-m).log1p() + lse)
+    whole = fill.to(values.dtype)[:, None].expand(n, classes)
+    return whole.scatter(1, indices, values)
+
+
+Teacher = Tensor | SparseTeacher
+
+
+def logits_of(teacher: Teacher) -> Tensor:
+    """(N, C), or (N, k) of a SparseTeacher."""
+    return teacher.values if isinstance(teacher, SparseTeacher) else teacher
+
+
+def whole_logits(
+    teachers: Sequence[Teacher],
+    valid: Tensor,  # (N,) bool: in other rows a SparseTeacher may hold anything
+    classes: int,
+    temperature: float,
+    dtype: torch.dtype,
+) -> list[Tensor]:
+    """(N, C) each: the teachers of the reference, those of k logits with the softmax of `dense`."""
+    whole = []
+    for name, x in zip(names_of(teachers), teachers, strict=True):
+        if not isinstance(x, SparseTeacher):
+            whole.append(x.to(dtype))
+            continue
+        if not backends.is_tracing():
+            check_entries(name, x, classes, valid)
+        values = x.values.to(dtype)
+        if x.mass is not None:
+            # Far from 0 the fill would be rounded at the size of the logits; softmax sees no shift.
+            peak = values.amax(1, keepdim=True)
+            far = (peak.abs() > 32 * min(1.0, temperature)) & peak.isfinite()
+            values = values - torch.where(far, peak, 0.0)
+        indices = torch.where(valid[:, None], x.indices.long(), 0)
+        whole.append(spread(values, indices, x.mass, classes, temperature))
+    return whole
+
+
+def lists_of(teachers: Sequence[Teacher], student: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    """The compiled op's `indices` and `masses`; see `op.py`."""
+    if not any(isinstance(x, SparseTeacher) for x in teachers):
+        return [], []
+    indices, masses = [], []
+    for x in teachers:
+        sparse = x if isinstance(x, SparseTeacher) else None
+        index = sparse.indices.long().contiguous() if sparse else None
+        mass = sparse.mass if sparse else None
+        indices.append(student.new_empty(0, dtype=torch.int64) if index is None else index)
+        masses.append(student.new_empty(0, dtype=torch.float32) if mass is None else mass)
+    return indices, masses
+
+
+def names_of(teachers: Sequence[Teacher]) -> list[str]:
+    return ["teacher"] if len(teachers) == 1 else [f"teacher[{k}]" for k in range(len(teachers))]
+
+
+def check_count(name: str, k: int, classes: int) -> None:
+    if not 1 <= k < classes:
+        raise ValueError(
+            f"{name} is {k}, but of {classes} classes 1 to {classes - 1} can be listed; "
+            "pass all of them as whole logits"
+        )
+
+
+def check_teachers(op: str, sparse: bool, teachers: Sequence[Teacher], student: Tensor) -> None:
+    """sparse: whether the op takes a SparseTeacher."""
+    for name, x in zip(names_of(teachers), teachers, strict=True):
+        if not isinstance(x, SparseTeacher):
+            check_teacher("teacher", x, student)
+        elif sparse:
+            check_sparse(name, x, student)
+        else:
+            raise TypeError(
+                f"{op}_loss takes whole teacher logits, got a SparseTeacher; pass "
+                f"teacher.dense(classes={student.shape[1]}, temperature=...)"
+            )
+
+
+def check_sparse(name: str, x: SparseTeacher, student: Tensor) -> None:
+    """Against the student's shape and device; what the entries are is for `check_entries`."""
+    n, k = x.values.shape
+    if n != student.shape[0]:
+        raise ValueError(
+            f"{name}.values must have the student's {student.shape[0]} rows, got {(n, k)}"
+        )
+    check_count(f"{name}.values.shape[1]", k, student.shape[1])
+    if x.values.device != student.device:
+        raise ValueError(
+            f"{name} is on {x.values.device}, the student on {student.device}; move one of them"
+        )
+    for part, y in (("values", x.values), ("mass", x.mass)):
+        if y is not None and y.requires_grad and torch.is_grad_enabled():
+            raise ValueError(
+                f"{name}.{part} requires grad, but gets none from this loss; pass {part}.detach()"
+            )
+
+
+def check_entries(name: str, x: SparseTeacher, classes: int, valid: Tensor) -> None:
+    """For the reference: classes and mass of the valid rows.
+
+    On a GPU a device-side assert, so that nothing waits for the device.
+    """
+    prefix = f"{name}." if name else ""
+    index = x.indices.long()
+    outside = ((index < 0) | (index >= classes)) & valid[:, None]
+    ordered, place = index.sort(dim=1, stable=True)
+    again = torch.zeros_like(outside)
+    repeated = (ordered[:, 1:] == ordered[:, :-1]) & valid[:, None]
+    again = again.scatter(1, place[:, 1:], repeated)
+    wrong = torch.zeros_like(valid)
+    if x.mass is not None:
+        wrong = ((x.mass < 0) | (x.mass >= 1)) & valid  # NaN reaches the loss, as in logits
+    if index.device.type != "cpu":
+        torch._assert_async(~outside.any(), "kdfuse: indices of a teacher outside the classes")
+        torch._assert_async(~again.any(), "kdfuse: indices of a teacher repeat a class")
+        torch._assert_async(~wrong.any(), "kdfuse: mass of a teacher outside [0, 1)")
+        return
+    for bad, text in (
+        (outside, f"outside the {classes} classes"),
+        (again, "listed twice in its row; list a class once"),
+    ):
+        if bad.any():
+            row, column = bad.nonzero()[0].tolist()
+            value = int(index[row, column])
+            raise ValueError(f"{prefix}indices[{row}, {column}] is {value}, {text}")
+    if x.mass is not None and wrong.any():
+        row = int(wrong.nonzero()[0])
+        raise ValueError(
+            f"{prefix}mass[{row}] is {x.mass[row].item():g}, outside [0, 1); it is the softmax's "
+            "mass of the classes left out"
+        )
