@@ -12,10 +12,9 @@
 
 namespace kdfuse {
 
-KDFUSE_HD Span fast_span(const FastTask& p, DType type, int64_t row) {
-  const auto at = reinterpret_cast<uintptr_t>(p.logits[0]) + static_cast<uintptr_t>(row * p.strides[0] * bytes_of(type));
-  const int shift = static_cast<int>(at >> log_bytes(type)) & (kChunk - 1);
-  return {p.classes, shift, (p.classes + shift + kChunk - 1) / kChunk};
+KDFUSE_HD Span fast_span(int classes, DType type, const void* row) {
+  const int shift = static_cast<int>(reinterpret_cast<uintptr_t>(row) >> log_bytes(type)) & (kChunk - 1);
+  return {classes, shift, static_cast<int>(static_cast<unsigned>(classes + shift + kChunk - 1) / kChunk)};
 }
 
 template <int kInputs>
@@ -30,6 +29,7 @@ struct Label {
 template <int kInputs>
 struct FastRow {
   int64_t row;
+  const char* logits[kInputs];  // class 0 of each
   Span span;
   bool skipped;  // by its label
   Label<kInputs> label;
@@ -44,18 +44,19 @@ class FastRows {
   static constexpr int kThreadBytes = Stage<type, kInputs, kChunks, Team>::kBytes;
   using Row = FastRow<kInputs>;
 
-  KDFUSE_MEMBER FastRows(const Team& team, const FastTask& p) : team_(team), p_(p), stage_(team) {}
+  KDFUSE_MEMBER FastRows(const Team& team, const FastTask& p) : team_(team), p_(p), stage_(team) { stage_.clear(); }
 
   KDFUSE_MEMBER void fetch(int64_t row) {
     if (row >= p_.rows) return;
-    stage_.fetch(p_, row, fast_span(p_, type, row));
-    if (labelled) next_ = p_.labels[row * p_.label_stride];
+#pragma unroll
+    for (int k = 0; k < kInputs; ++k) {
+      next_[k] = static_cast<const char*>(p_.logits[k]) + row * p_.strides[k] * bytes_of(type);
+    }
+    stage_.fetch(next_, span_at(next_[0]));
+    if (labelled) next_label_ = p_.labels[row * p_.label_stride];
   }
 
  protected:
-  KDFUSE_MEMBER const void* logits(int k, int64_t row) const {
-    return static_cast<const char*>(p_.logits[k]) + row * p_.strides[k] * bytes_of(type);
-  }
   KDFUSE_MEMBER void* gradient(int k, int64_t row) const {
     return static_cast<char*>(p_.gradients[k]) + row * p_.classes * bytes_of(gradient_type<type>);
   }
@@ -65,7 +66,9 @@ class FastRows {
   KDFUSE_MEMBER Row open(int64_t row, int64_t next) {
     Row at = {};
     at.row = row;
-    at.span = fast_span(p_, type, row);
+#pragma unroll
+    for (int k = 0; k < kInputs; ++k) at.logits[k] = next_[k];
+    at.span = span_at(at.logits[0]);
     if constexpr (labelled) open_label(at);
     wait_for_copies();
     stage_.trim(at.span);
@@ -75,7 +78,7 @@ class FastRows {
     for (uint32_t& w : top) w = nothing<type>().w[0];
 #pragma unroll
     for (int u = 0; u < kChunks; ++u) {
-      if (!stage_.has(at.span, u)) break;
+      if (!stage_.has(at.span, u)) continue;
 #pragma unroll
       for (int k = 0; k < kInputs; ++k) {
         x_[k][u] = stage_.take(k, u);
@@ -96,9 +99,10 @@ class FastRows {
     return at;
   }
 
-  // What the logits of the k-th student's chunk u must exceed to come before the label.
-  KDFUSE_MEMBER Threshold<type> threshold(const Row& at, int k, int u) const {
-    return Threshold<type>(at.label.bits[k], stage_.chunk(u) < at.label.chunk);
+  // Counts what comes before the label in the u-th chunk of the k-th student.
+  KDFUSE_MEMBER void count_ahead(const Row& at, const Threshold<type>& threshold, int k, int u,
+                                 typename Threshold<type>::Count& count) const {
+    threshold.count(x_[k][u], stage_.chunk(u) < at.label.chunk, count);
   }
 
   // The label's rank from the count of what exceeds the thresholds. Places before the row's first class are
@@ -143,16 +147,17 @@ class FastRows {
  private:
   KDFUSE_MEMBER void open_label(Row& at) const {
     Label<kInputs>& y = at.label;
-    at.skipped = next_ == p_.ignore_index;
-    y.index = at.skipped ? 0 : static_cast<int>(next_);
+    at.skipped = next_label_ == p_.ignore_index;
+    y.index = at.skipped ? 0 : static_cast<int>(next_label_);
 #pragma unroll
     for (int k = 0; k < kInputs; ++k) {
-      y.bits[k] = load_bits<type>(logits(k, at.row), y.index);
+      y.bits[k] = load_bits<type>(at.logits[k], y.index);
       y.values[k] = unpack_one<type>(y.bits[k]);
     }
     y.chunk = at.span.chunk_of(y.index);
-    y.mine = y.chunk % team_.size() == team_.rank();
-    y.u = y.chunk / team_.size();
+    const unsigned chunk = y.chunk, size = team_.size();
+    y.mine = static_cast<int>(chunk % size) == team_.rank();
+    y.u = static_cast<int>(chunk / size);
     y.v = y.index - at.span.first(y.chunk);
   }
 
@@ -166,7 +171,11 @@ class FastRows {
     stage_.drop(y.u, y.v);
   }
 
-  int64_t next_ = 0;  // the label of the row that is on its way
+  KDFUSE_MEMBER Span span_at(const void* row) const { return fast_span(p_.classes, type, row); }
+
+  // Of the row that is on its way.
+  const char* next_[kInputs];
+  int64_t next_label_ = 0;
 };
 
 }  // namespace kdfuse

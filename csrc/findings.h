@@ -1,15 +1,14 @@
 // What a pass over a row has found, and what each loss concludes from it: the row's value and the
 // coefficients of its gradient. For the rows of one student and at most one teacher with a label.
 #pragma once
+#include "grid.h"
+#include "kernel_table.h"
 #include "losses/dkd.h"
 #include "losses/kd.h"
 #include "losses/nkd.h"
 #include "losses/tf_nkd.h"
-#include "grid.h"
-#include "kernel_table.h"
 
 namespace kdfuse {
-
 
 constexpr float kLog2e = 1.44269504088896340736f, kLn2 = 0.693147180559945309417f;
 
@@ -109,6 +108,7 @@ KDFUSE_HD void split_rest(float z, float t, Split<float> (&out)[2]) {
 #endif
 }
 
+// The launcher brings no row here that a weight of 0 should leave out.
 template <Loss loss, bool labelled>
 KDFUSE_HD Conclusion<loss> conclude(const float* params, const float (&sums)[Sums<loss, labelled>::kCount],
                                     const Far& far, Hit hit) {
@@ -121,7 +121,7 @@ KDFUSE_HD Conclusion<loss> conclude(const float* params, const float (&sums)[Sum
     Split<float> of[2];
     split_rest(z.sum, t.sum, of);
     const auto pair = kl(z, of[0], t, of[1], mixed);
-    const float b = kd_add(row, pair, q.weights[0], q.kd_weight, q.square, q.temperature);
+    const float b = kd_add<false>(row, pair, q.weights[0], q.kd_weight, q.square, q.temperature);
     return {{q.kd_weight * row.value, row.value, 0, 0, 0}, row.a, 0, b, 0};
   } else if constexpr (loss == Loss::nkd) {
     const NkdParams<float> q(params);
@@ -129,7 +129,7 @@ KDFUSE_HD Conclusion<loss> conclude(const float* params, const float (&sums)[Sum
     split_all<2>({{sums[S::student1], far.student1}, {sums[S::teacher1], far.teacher1}}, of);
     const auto row = nkd(q, z, of[0].log_label, t, of[1].label, mixed);
     const float ce = cross_entropy(of[0], 1.f, far.student1), c = row.weight + q.ce_weight;
-    const float value = row.target + gated(q.gamma, row.others) + gated(q.ce_weight, ce);
+    const float value = row.target + q.gamma * row.others + gated(q.ce_weight, ce);
     return {{value, row.target, row.others, ce, hit.top1, hit.top5}, row.a, c * of[0].unit, row.b, -c * of[0].rest};
   } else {
     Split<float> of[3];
@@ -139,8 +139,8 @@ KDFUSE_HD Conclusion<loss> conclude(const float* params, const float (&sums)[Sum
       const KdParams<float> q(params);
       KdRow<float> row;
       const auto pair = kl(z, of[0], t, of[1], mixed);
-      const float b = kd_add(row, pair, q.weights[0], q.kd_weight, q.square, q.temperature);
-      const float value = gated(q.kd_weight, row.value) + gated(q.ce_weight, ce);
+      const float b = kd_add<false>(row, pair, q.weights[0], q.kd_weight, q.square, q.temperature);
+      const float value = q.kd_weight * row.value + gated(q.ce_weight, ce);
       const float at_label = row.label - q.ce_weight * of[2].rest;
       return {{value, row.value, ce, hit.top1, hit.top5}, row.a, q.ce_weight * of[2].unit, b, at_label};
     } else {
@@ -205,13 +205,17 @@ struct Pair {
     return e;
   }
 
-  // Each product is rounded by itself, so that equal rows with opposite factors cancel to exactly 0.
   KDFUSE_MEMBER static float combine(const Conclusion<loss>& g, const Powers& e) {
-    float sum = 0;
-    if constexpr (S::kAtT) sum = g.a * e.z + g.b * e.t;
-    if constexpr (labelled) sum = std::fma(g.c, e.one, sum);
-    return sum;
+    if constexpr (!S::kAtT) return g.c * e.one;
+    if constexpr (labelled) return std::fma(g.a, e.z, std::fma(g.b, e.t, g.c * e.one));
+    return combine_bare(g, e);
   }
+
+  // Where nothing is at T = 1. Each product is rounded by itself, so that equal rows with opposite factors cancel
+  // to exactly 0.
+  KDFUSE_MEMBER static float combine_bare(const Conclusion<loss>& g, const Powers& e) { return g.a * e.z + g.b * e.t; }
+
+  KDFUSE_MEMBER static bool is_bare(const Conclusion<loss>& g) { return S::kAtT && g.c == 0; }
 };
 
 template <Loss loss>

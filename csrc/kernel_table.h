@@ -7,12 +7,14 @@ namespace kdfuse {
 enum class Loss { kd, dkd, nkd, tf_nkd, uskd, slkd };
 
 constexpr int kTickets = 1 << 16;
-constexpr int kFastBlock = 384;  // threads, each with 168 registers
+// Threads of a fast block, so that each has the registers that it needs.
+constexpr int fast_block(DType type) { return type == DType::f32 ? 256 : type == DType::f16 ? 320 : 384; }
 constexpr int kStreamBlock = 256;
 
 // Rows of one type with labels, or none. A kernel may be missing.
 struct FastKernels {
   int chunks = 0, thread_bytes = 0;  // of each thread; not of streams
+  int threads = 0;  // of a block at most
   const void* warps = nullptr;  // a warp for each row
   const void* blocks = nullptr;
   const void* clusters = nullptr;
@@ -35,6 +37,5 @@ GeneralKernels general_nkd();
 GeneralKernels general_tf_nkd();
 GeneralKernels general_uskd();
 GeneralKernels general_slkd();
-
 
 }  // namespace kdfuse

@@ -13,20 +13,21 @@ namespace {
 
 __device__ unsigned tickets[kTickets];  // each is 0 again after a launch
 
-template <class Rows>
-__global__ void __launch_bounds__(Warp::kTeams* kWarp, 3) fast_warps(const __grid_constant__ FastTask p) {
+template <class Rows, int kThreads>
+__global__ void __launch_bounds__(Warp::kTeams* kWarp, kThreads / (Warp::kTeams * kWarp))
+    fast_warps(const __grid_constant__ FastTask p) {
   const Warp team(head_bytes(Warp::kTeams, p.columns()), kWarp * Rows::kThreadBytes);
   run_batch<Rows>(team, p, tickets + p.ticket);
 }
 
-template <class Rows>
-__global__ void __launch_bounds__(kFastBlock, 1) fast_blocks(const __grid_constant__ FastTask p) {
+template <class Rows, int kThreads>
+__global__ void __launch_bounds__(kThreads, 1) fast_blocks(const __grid_constant__ FastTask p) {
   const Block team(head_bytes(1, p.columns()), 0);
   run_batch<Rows>(team, p, tickets + p.ticket);
 }
 
-template <template <class> class Rows>
-__global__ void __launch_bounds__(kFastBlock, 1) fast_clusters(const __grid_constant__ FastTask p) {
+template <template <class> class Rows, int kThreads>
+__global__ void __launch_bounds__(kThreads, 1) fast_clusters(const __grid_constant__ FastTask p) {
 #if __CUDA_ARCH__ >= 900
   const Cluster team(head_bytes(1, p.columns()), 0);
   run_batch<Rows<Cluster>>(team, p, tickets + p.ticket);
@@ -57,11 +58,6 @@ const void* address(Kernel* kernel) {
   return reinterpret_cast<const void*>(kernel);
 }
 
-// Registers hold the exponentials of 16-bit rows. float32 rows themselves take as many, and have the time to
-// make theirs again.
-template <Loss loss, DType type, bool labelled>
-constexpr Keep keep = type == DType::f32 ? Keep::none : labelled && loss != Loss::tf_nkd ? Keep::at_t : Keep::all;
-
 constexpr int kChunksOfPair = 4;
 template <DType type>
 constexpr int kChunksOfSlkd = type == DType::f32 ? 1 : 2;
@@ -70,15 +66,16 @@ constexpr int kChunksOfSlkd = type == DType::f32 ? 1 : 2;
 template <Loss loss, DType type, bool labelled>
 struct PairKernels {
   template <class Team>
-  using Rows = Resident<loss, type, labelled, kChunksOfPair, keep<loss, type, labelled>, Team>;
+  using Rows = Resident<loss, type, labelled, kChunksOfPair, Team>;
 
   static FastKernels get() {
     FastKernels k;
     k.chunks = kChunksOfPair;
     k.thread_bytes = Rows<Block>::kThreadBytes;
-    k.warps = address(fast_warps<Rows<Warp>>);
-    k.blocks = address(fast_blocks<Rows<Block>>);
-    if (!Rows<Block>::kScored) k.clusters = address(fast_clusters<Rows>);
+    k.threads = fast_block(type);
+    k.warps = address(fast_warps<Rows<Warp>, fast_block(type)>);
+    k.blocks = address(fast_blocks<Rows<Block>, fast_block(type)>);
+    if (!Rows<Block>::kScored) k.clusters = address(fast_clusters<Rows, fast_block(type)>);
     k.streams = address(fast_streams<Streamed<loss, type, labelled, Block>>);
     return k;
   }
@@ -93,9 +90,10 @@ struct SlkdKernels {
     FastKernels k;
     k.chunks = kChunksOfSlkd<type>;
     k.thread_bytes = Rows<Block>::kThreadBytes;
-    k.warps = address(fast_warps<Rows<Warp>>);
-    k.blocks = address(fast_blocks<Rows<Block>>);
-    k.clusters = address(fast_clusters<Rows>);
+    k.threads = fast_block(type);
+    k.warps = address(fast_warps<Rows<Warp>, fast_block(type)>);
+    k.blocks = address(fast_blocks<Rows<Block>, fast_block(type)>);
+    k.clusters = address(fast_clusters<Rows, fast_block(type)>);
     return k;
   }
 };
@@ -110,10 +108,8 @@ GeneralKernels general_kernels() {
 }
 
 // variant<type>() for one of the types that fast rows may have.
-#define KDFUSE_FOR_TYPE(type, variant)                              \
-  ((type) == DType::bf16  ? variant(DType::bf16)                    \
-   : (type) == DType::f16 ? variant(DType::f16)                     \
-                          : variant(DType::f32))
+#define KDFUSE_FOR_TYPE(type, variant) \
+  ((type) == DType::bf16 ? variant(DType::bf16) : (type) == DType::f16 ? variant(DType::f16) : variant(DType::f32))
 
 }  // namespace
 }  // namespace kdfuse

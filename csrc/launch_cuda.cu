@@ -136,7 +136,9 @@ std::string start(const Launch& l, T& task, int device, cudaStream_t stream) {
   return error == cudaSuccess ? "" : cudaGetErrorString(error);
 }
 
-bool any_zero(const double* x, int count) { return std::any_of(x, x + count, [](double v) { return v == 0; }); }
+bool any_zero(const double* x, int count) {
+  return std::any_of(x, x + count, [](double v) { return v == 0; });
+}
 
 // A factor of 0 leaves out what a row holds, whatever that is: the fast rows multiply.
 bool weighs_all(Loss loss, const Task& p) {
@@ -203,7 +205,7 @@ bool shape_fast(Loss loss, const FastKernels& k, FastTask& p, DType type, int de
     return true;
   }
   const int head = head_bytes(1, p.columns());
-  const int fewest = (chunks + kFastBlock - 1) / kFastBlock;  // chunks of a thread
+  const int fewest = (chunks + k.threads - 1) / k.threads;  // chunks of a thread
   if (fewest <= k.chunks) {
     const int each = p.rows > 8 * d.processors ? k.chunks : fewest;
     l.kernel = k.blocks, l.threads = whole_warps((chunks + each - 1) / each);
@@ -212,7 +214,7 @@ bool shape_fast(Loss loss, const FastKernels& k, FastTask& p, DType type, int de
   }
   for (l.cluster = 2; k.clusters && d.major >= 9 && l.cluster <= kMaxCluster; l.cluster *= 2) {
     const int each = (chunks + l.cluster * k.chunks - 1) / (l.cluster * k.chunks);
-    if (each > kFastBlock) continue;
+    if (each > k.threads) continue;
     l.kernel = k.clusters, l.threads = whole_warps(each);
     l.bytes = head + l.threads * k.thread_bytes;
     if (blocks_at_once(l, device) > 0) return true;
@@ -280,8 +282,8 @@ std::string launch(Loss loss, Task p, bool wide, int device, void* on_stream) {
   if (const cudaError_t error = cudaSetDevice(device)) return cudaGetErrorString(error);
   FastTask fast = {};
   Launch l;
-  if (!wide && make_fast(loss, p, fast) &&
-      shape_fast(loss, fast_kernels(loss, p), fast, p.logits[0].type, device, l) && blocks_at_once(l, device) > 0) {
+  if (!wide && make_fast(loss, p, fast) && shape_fast(loss, fast_kernels(loss, p), fast, p.logits[0].type, device, l) &&
+      blocks_at_once(l, device) > 0) {
     return start(l, fast, device, stream);
   }
   l = {};

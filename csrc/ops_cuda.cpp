@@ -148,8 +148,8 @@ void scale(std::vector<Tensor> gradients, Tensor factor) {
   }
   void* stream = nullptr;
   if (aoti_torch_get_current_cuda_stream(device, &stream)) refuse("torch has no current CUDA stream");
-  const std::string failed = launch_scale(outputs.data(), static_cast<int>(outputs.size()), first.size(0), first.size(1),
-                                          numbers(factor, first.size(0), "factor"), device, stream);
+  const std::string failed = launch_scale(outputs.data(), static_cast<int>(outputs.size()), first.size(0),
+                                          first.size(1), numbers(factor, first.size(0), "factor"), device, stream);
   if (!failed.empty()) throw std::runtime_error("kdfuse: " + failed);
 }
 

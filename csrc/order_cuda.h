@@ -59,42 +59,43 @@ class Threshold {
     }
   };
 
-  // label: as it comes. ties: those of its value come before it, that is, all that is not below it.
-  KDFUSE_MEMBER Threshold(uint32_t label, bool ties) {
+  // label: as it comes.
+  KDFUSE_MEMBER explicit Threshold(uint32_t label) : label_(label) {
     constexpr uint32_t sign = type == DType::f32 ? 0x80000000u : 0x8000u;
     // The next number below; NaN for -inf, above which stands all.
-    const uint32_t below = (label & ~sign) == 0 ? sign + 1 : label & sign ? label + 1 : label - 1;
-    bits_ = ties ? below : label;
-    if constexpr (kPairs) bits_ |= bits_ << 16;
+    below_ = (label & ~sign) == 0 ? sign + 1 : label & sign ? label + 1 : label - 1;
+    if constexpr (kPairs) label_ |= label_ << 16, below_ |= below_ << 16;
   }
 
-  KDFUSE_MEMBER void count(const Packed<type>& x, Count& count) const {
+  // ties: those of the label's value come before it, that is, all that is not below it.
+  KDFUSE_MEMBER void count(const Packed<type>& x, bool ties, Count& count) const {
+    const uint32_t least = ties ? below_ : label_;
     if constexpr (kPairs) {
 #pragma unroll
-      for (const uint32_t w : x.w) count.pairs = add_pairs(count.pairs, above(w));
+      for (const uint32_t w : x.w) count.pairs = add_pairs(count.pairs, above(w, least));
     } else {
 #pragma unroll
       for (int v = 0; v < kChunk; ++v) {
-        count.single = unpack(x, v) <= unpack_one<type>(bits_) ? count.single : count.single + 1;
+        count.single = unpack(x, v) <= unpack_one<type>(least) ? count.single : count.single + 1;
       }
     }
   }
 
  private:
   // 1 for each of two numbers that is not at most the threshold.
-  KDFUSE_MEMBER uint32_t above(uint32_t two) const {
+  KDFUSE_MEMBER static uint32_t above(uint32_t two, uint32_t least) {
 #if defined(__CUDA_ARCH__)
     uint32_t ones;
     if constexpr (type == DType::bf16) {
-      asm("set.gtu.bf16x2.bf16x2 %0, %1, %2;" : "=r"(ones) : "r"(two), "r"(bits_));
+      asm("set.gtu.bf16x2.bf16x2 %0, %1, %2;" : "=r"(ones) : "r"(two), "r"(least));
     } else {
-      asm("set.gtu.f16x2.f16x2 %0, %1, %2;" : "=r"(ones) : "r"(two), "r"(bits_));
+      asm("set.gtu.f16x2.f16x2 %0, %1, %2;" : "=r"(ones) : "r"(two), "r"(least));
     }
     return ones;
 #else
     constexpr uint32_t one = type == DType::bf16 ? 0x3f80u : 0x3c00u;
-    const float least = unpack_one<type>(bits_);
-    const bool low = unpack_one<type>(two) <= least, high = unpack_one<type>(two >> 16) <= least;
+    const float number = unpack_one<type>(least);
+    const bool low = unpack_one<type>(two) <= number, high = unpack_one<type>(two >> 16) <= number;
     return (low ? 0 : one) | (high ? 0 : one) << 16;
 #endif
   }
@@ -118,7 +119,7 @@ class Threshold {
 #endif
   }
 
-  uint32_t bits_;
+  uint32_t label_, below_;
 };
 
 }  // namespace kdfuse

@@ -4,17 +4,13 @@
 
 namespace kdfuse {
 
-// Which exponentials stay in registers from the sums to the gradient. The others are made again.
-enum class Keep { all, at_t, none };
-
-template <Loss loss, DType type, bool labelled, int kChunks, Keep keep, class Team>
+template <Loss loss, DType type, bool labelled, int kChunks, class Team>
 class Resident : public FastRows<type, 1, loss != Loss::tf_nkd, labelled, kChunks, Team> {
   using Base = FastRows<type, 1, loss != Loss::tf_nkd, labelled, kChunks, Team>;
   using typename Base::Row;
   using S = Sums<loss, labelled>;
   using Of = Pair<loss, labelled>;
   using Base::p_, Base::stage_, Base::team_, Base::x_;
-  static constexpr bool kKeepT = S::kAtT && keep != Keep::none, kKeep1 = labelled && keep == Keep::all;
 
  public:
   static constexpr bool kScored = loss == Loss::tf_nkd;
@@ -54,67 +50,60 @@ class Resident : public FastRows<type, 1, loss != Loss::tf_nkd, labelled, kChunk
 
   KDFUSE_MEMBER void exponentiate(const Row& at, float (&sums)[S::kCount]) {
     const Of of = this->of(at);
+    const Threshold<type> threshold(at.label.bits[0]);
     typename Threshold<type>::Count ahead;
 #pragma unroll
     for (float& sum : sums) sum = 0;
 #pragma unroll
     for (int u = 0; u < kChunks; ++u) {
-      if (!stage_.has(at.span, u)) break;
-      if constexpr (labelled) this->threshold(at, 0, u).count(x_[0][u], ahead);
+      if (!stage_.has(at.span, u)) continue;
+      if constexpr (labelled) this->count_ahead(at, threshold, 0, u, ahead);
 #pragma unroll
       for (int v = 0; v < kChunk; ++v) {
-        const auto e = of.add(unpack(x_[0][u], v), unpack(x_[Base::kInputs - 1][u], v), sums);
-        if constexpr (kKeep1) one_[u][v] = e.one;
-        if constexpr (kKeepT) z_[u][v] = e.z, t_[u][v] = e.t;
+        e_[u][v] = of.add(unpack(x_[0][u], v), unpack(x_[Base::kInputs - 1][u], v), sums);
       }
     }
     if constexpr (labelled) sums[S::rank] = ahead.total() + at.ties[0];
     team_.sum(sums);
   }
 
-  // Has the compiler start again from the logits: differences kept from the sums would fill the registers.
-  KDFUSE_MEMBER void forget_differences() {
-#if defined(__CUDA_ARCH__)
-#pragma unroll
-    for (int k = 0; k < (kKeepT ? 1 : Base::kInputs); ++k) {
-#pragma unroll
-      for (int u = 0; u < kChunks; ++u) {
-#pragma unroll
-        for (uint32_t& w : x_[k][u].w) asm volatile("" : "+r"(w));
-      }
-    }
-#endif
-  }
-
   KDFUSE_MEMBER void write_gradient(const Row& at, const Conclusion<loss>& found) {
     const Conclusion<loss> g = weighted(found, row_weight<float>(team_, p_, at.row));
-    const Of of = this->of(at);
-    void* const to = this->gradient(0, at.row);
-    if constexpr (keep != Keep::all) forget_differences();
-#pragma unroll
-    for (int u = 0; u < kChunks; ++u) {
-      if (!stage_.has(at.span, u)) break;
-      float out[kChunk];
-#pragma unroll
-      for (int v = 0; v < kChunk; ++v) {
-        auto e = of.powers(unpack(x_[0][u], v), unpack(x_[Base::kInputs - 1][u], v));
-        if constexpr (kKeep1) e.one = one_[u][v];
-        if constexpr (kKeepT) e.z = z_[u][v], e.t = t_[u][v];
-        out[v] = Of::combine(g, e);
-      }
-      const int i = stage_.chunk(u);
-      if (at.span.whole(i)) store_chunk<type>(to, at.span.first(i), out);
+    if (labelled && Of::is_bare(g)) {
+      write_bare(at, g);
+    } else {
+      write_chunks(at, [&](int u, int v) { return Of::combine(g, e_[u][v]); });
     }
+    void* const to = this->gradient(0, at.row);
     if (labelled && at.label.mine) store_one<type>(to, at.label.index, g.label);
     this->each_edge(at.span, [&](int j) {
       if (j == at.label.index) return;
-      const float z = load_one<type>(this->logits(0, at.row), j);
-      const float t = load_one<type>(this->logits(Base::kInputs - 1, at.row), j);
-      store_one<type>(to, j, Of::combine(g, of.powers(z, t)));
+      const float z = load_one<type>(at.logits[0], j), t = load_one<type>(at.logits[Base::kInputs - 1], j);
+      const auto e = of(at).powers(z, t);
+      store_one<type>(to, j, Of::is_bare(g) ? Of::combine_bare(g, e) : Of::combine(g, e));
     });
   }
 
-  float z_[kChunks][kChunk], one_[kChunks][kChunk], t_[kChunks][kChunk];
+  // Without cross-entropy.
+  KDFUSE_MEMBER void write_bare(const Row& at, const Conclusion<loss>& g) {
+    write_chunks(at, [&](int u, int v) { return Of::combine_bare(g, e_[u][v]); });
+  }
+
+  template <class F>
+  KDFUSE_MEMBER void write_chunks(const Row& at, F element) {
+    void* const to = this->gradient(0, at.row);
+#pragma unroll
+    for (int u = 0; u < kChunks; ++u) {
+      if (!stage_.has(at.span, u)) continue;
+      float out[kChunk];
+#pragma unroll
+      for (int v = 0; v < kChunk; ++v) out[v] = element(u, v);
+      const int i = stage_.chunk(u);
+      if (at.span.whole(i)) store_chunk<type>(to, at.span.first(i), out);
+    }
+  }
+
+  typename Of::Powers e_[kChunks][kChunk];
 };
 
 }  // namespace kdfuse

@@ -9,8 +9,8 @@ namespace kdfuse {
 template <DType type, int K, int kChunks, class Team>
 class ResidentSlkd : public FastRows<type, 1 + K, 1, true, kChunks, Team> {
   using Base = FastRows<type, 1 + K, 1, true, kChunks, Team>;
-  using typename Base::Row;
   using Base::p_, Base::stage_, Base::team_, Base::x_;
+  using typename Base::Row;
   static constexpr int kTeacher = 1 + K;
 
  public:
@@ -50,7 +50,8 @@ class ResidentSlkd : public FastRows<type, 1 + K, 1, true, kChunks, Team> {
     const float weight = row_weight<float>(team_, p_, row);
     if (p_.with_gradient) {
       const float a = step * (q_.kd_weight * pair.a + q_.fused_kd_weight * fused.a);
-      const float at_label = step * (q_.kd_weight * pair.label + q_.fused_kd_weight * fused.label) - ce_weight * of[3].rest;
+      const float at_label =
+          step * (q_.kd_weight * pair.label + q_.fused_kd_weight * fused.label) - ce_weight * of[3].rest;
       write_student(at, {weight * a, weight * ce_weight * of[3].unit, weight * -step * q_.kd_weight * pair.b,
                          weight * -step * q_.fused_kd_weight * fused.b, weight * at_label, peak});
       if (!q_.detach) pull_slts(at, of_f, of_z, fused.drift);
@@ -59,8 +60,9 @@ class ResidentSlkd : public FastRows<type, 1 + K, 1, true, kChunks, Team> {
     const float pull_label = reach * step * gated(of[2].label, stats[2].label - stats[0].label - fused.drift);
 #pragma unroll
     for (int k = 0; k < K; ++k) {
-      loss += slt(at, k, of_t, stats[1], of[1], weight,
-                  {weight * q_.fusion[k] * reach * step * fused.b, weight * q_.fusion[k] * pull_label, fused.drift, peak});
+      loss +=
+          slt(at, k, of_t, stats[1], of[1], weight,
+              {weight * q_.fusion[k] * reach * step * fused.b, weight * q_.fusion[k] * pull_label, fused.drift, peak});
     }
     write_values(team_, p_, row, 0, {loss});
   }
@@ -86,7 +88,7 @@ class ResidentSlkd : public FastRows<type, 1 + K, 1, true, kChunks, Team> {
   KDFUSE_MEMBER float fused_one(const Row& at, int j) const {
     float f = 0;
 #pragma unroll
-    for (int k = 0; k < K; ++k) f += q_.fusion[k] * load_one<type>(this->logits(1 + k, at.row), j);
+    for (int k = 0; k < K; ++k) f += q_.fusion[k] * load_one<type>(at.logits[1 + k], j);
     return f;
   }
 
@@ -113,11 +115,12 @@ class ResidentSlkd : public FastRows<type, 1 + K, 1, true, kChunks, Team> {
   KDFUSE_MEMBER void exponentiate(const Row& at, const Exponents& of_t, const Exponents& of_f, const Exponents& of_z,
                                   float (&sums)[kSums]) {
     const Exponents of_z1 = exponents(kLog2e, at.peak[0]);
+    const Threshold<type> threshold(at.label.bits[0]);
     typename Threshold<type>::Count ahead;
 #pragma unroll
     for (int u = 0; u < kChunks; ++u) {
       if (!stage_.has(at.span, u)) break;
-      this->threshold(at, 0, u).count(x_[0][u], ahead);
+      this->count_ahead(at, threshold, 0, u, ahead);
 #pragma unroll
       for (int v = 0; v < kChunk; ++v) {
         const float z = unpack(x_[0][u], v), uz = of_z.of(z), ut = of_t.of(unpack(x_[kTeacher][u], v));
@@ -151,8 +154,8 @@ class ResidentSlkd : public FastRows<type, 1 + K, 1, true, kChunks, Team> {
     if (at.label.mine) store_one<type>(to, at.label.index, g.label);
     this->each_edge(at.span, [&](int j) {
       if (j == at.label.index) return;
-      const float z = load_one<type>(this->logits(0, at.row), j);
-      const float t = power(at_t(at.peak[kTeacher]).of(load_one<type>(this->logits(kTeacher, at.row), j)));
+      const float z = load_one<type>(at.logits[0], j);
+      const float t = power(at_t(at.peak[kTeacher]).of(load_one<type>(at.logits[kTeacher], j)));
       const float f = power(at_t(g.peak).of(fused_one(at, j)));
       store_one<type>(to, j, combine(power(at_t(at.peak[0]).of(z)), power(exponents(kLog2e, at.peak[0]).of(z)), t, f));
     });
@@ -181,11 +184,12 @@ class ResidentSlkd : public FastRows<type, 1 + K, 1, true, kChunks, Team> {
     const Exponents of_s = at_t(at.peak[1 + k]), of_s1 = exponents(kLog2e, at.peak[1 + k]);
     const float label = at.label.values[1 + k];
     float sums[kOwnSums] = {};
+    const Threshold<type> threshold(at.label.bits[1 + k]);
     typename Threshold<type>::Count ahead;
 #pragma unroll
     for (int u = 0; u < kChunks; ++u) {
       if (!stage_.has(at.span, u)) break;
-      this->threshold(at, 1 + k, u).count(x_[1 + k][u], ahead);
+      this->count_ahead(at, threshold, 1 + k, u, ahead);
 #pragma unroll
       for (int v = 0; v < kChunk; ++v) {
         const float s = unpack(x_[1 + k][u], v), us = of_s.of(s), ut = of_t.of(unpack(x_[kTeacher][u], v));
@@ -206,7 +210,8 @@ class ResidentSlkd : public FastRows<type, 1 + K, 1, true, kChunks, Team> {
     if (p_.with_gradient) {
       const float step = weight * q_.square / q_.temperature * q_.kd_weight;
       const float at_label = step * own.label - weight * q_.ce_weight * of[1].rest + pulled.label;
-      write_slt(at, k, {step * own.a, weight * q_.ce_weight * of[1].unit, -step * own.b, pulled.scale, at_label, 0}, pulled);
+      write_slt(at, k, {step * own.a, weight * q_.ce_weight * of[1].unit, -step * own.b, pulled.scale, at_label, 0},
+                pulled);
     }
     return gated(q_.kd_weight, kd) + gated(q_.ce_weight, ce);
   }
@@ -229,8 +234,8 @@ class ResidentSlkd : public FastRows<type, 1 + K, 1, true, kChunks, Team> {
     if (at.label.mine) store_one<type>(to, at.label.index, g.label);
     this->each_edge(at.span, [&](int j) {
       if (j == at.label.index) return;
-      const float s = load_one<type>(this->logits(1 + k, at.row), j), z = load_one<type>(this->logits(0, at.row), j);
-      const float t = power(at_t(at.peak[kTeacher]).of(load_one<type>(this->logits(kTeacher, at.row), j)));
+      const float s = load_one<type>(at.logits[1 + k], j), z = load_one<type>(at.logits[0], j);
+      const float t = power(at_t(at.peak[kTeacher]).of(load_one<type>(at.logits[kTeacher], j)));
       const float uf = at_t(pulled.peak).of(fused_one(at, j)), uz = at_t(at.peak[0]).of(z);
       const float e = power(at_t(at.peak[1 + k]).of(s)), e1 = power(exponents(kLog2e, at.peak[1 + k]).of(s));
       store_one<type>(to, j, combine(e, e1, t, pull(power(uf), uf, uz, pulled.drift)));

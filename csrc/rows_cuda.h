@@ -151,8 +151,8 @@ KDFUSE_HD void uskd_score(const Team& team, const Task& p, int64_t row, const Sp
 
 // Adds weight * sum_t -w_t log S_t to the gradient; returns the sum.
 template <class T, class Team>
-KDFUSE_HD T add_smoothed_target(const Team& team, const Task& p, int64_t row, const Logits<T>& z, const Target<T>& y, T weight,
-                                Gradient<T>& g) {
+KDFUSE_HD T add_smoothed_target(const Team& team, const Task& p, int64_t row, const Logits<T>& z, const Target<T>& y,
+                                T weight, Gradient<T>& g) {
   T value = 0, total = 0;
 #pragma unroll
   for (int k = 0; k < 2; ++k) {
@@ -184,7 +184,8 @@ KDFUSE_HD void tf_nkd_row(const Team& team, const Task& p, int64_t row, const Sp
   const T loss = gated(T(q.weight), value) + gated(T(q.ce_weight), ce);
   write_values(team, p, row, 0, {loss, value, ce, seen.top1, seen.top5});
   if (!p.with_gradient) return;
-  write_gradient(team, p, 0, row, y, span, z, g, row_weight<T>(team, p, row), [](int, const T(&)[kChunk], T(&)[kChunk]) {});
+  write_gradient(team, p, 0, row, y, span, z, g, row_weight<T>(team, p, row),
+                 [](int, const T(&)[kChunk], T(&)[kChunk]) {});
 }
 
 // The fused teacher f = sum_k fusion_k s_k; a weight of 0 leaves its SL-T out, whatever it holds.

@@ -31,27 +31,32 @@ class Stage {
       : team_(team), base_(static_cast<char*>(team.memory()) + 16 * team.place()), step_(16 * team.places()) {}
 
   // Whether any thread's u-th chunk is in the row.
-  KDFUSE_MEMBER bool has(const Span& span, int u) const { return u * team_.size() < span.chunks; }
+  KDFUSE_MEMBER bool has(const Span& span, int u) const { return u == 0 || u * team_.size() < span.chunks; }
   KDFUSE_MEMBER int chunk(int u) const { return u * team_.size() + team_.rank(); }
 
-  KDFUSE_MEMBER void fetch(const FastTask& p, int64_t row, const Span& span) const {
-    const int64_t first = int64_t{kChunk} * team_.rank() - span.shift;
+  // Before the first row: what no chunk comes to takes no part.
+  KDFUSE_MEMBER void clear() const {
+#pragma unroll
+    for (int u = 0; u < kChunks; ++u) drop(u);
+  }
+
+  // rows: class 0 of each input.
+  KDFUSE_MEMBER void fetch(const char* const (&rows)[kInputs], const Span& span) const {
+    const int first = (kChunk * team_.rank() - span.shift) * kSize;
 #pragma unroll
     for (int u = 0; u < kChunks; ++u) {
-      if (!has(span, u)) break;
-      const bool there = chunk(u) < span.chunks;
+      if (!has(span, u) || chunk(u) >= span.chunks) continue;
+      const int64_t at = first + u * (kChunk * kSize) * static_cast<int64_t>(team_.size());
 #pragma unroll
       for (int k = 0; k < kInputs; ++k) {
-        const char* const at = static_cast<const char*>(p.logits[k]) + (row * p.strides[k] + first) * kSize +
-                               u * (kChunk * kSize) * static_cast<int64_t>(team_.size());
-        if (!there) put(k, u, nothing<type>());
 #pragma unroll
-        for (int h = 0; h < Packed<type>::kUnits && there; ++h) copy_ahead(place(k, u, h), at + 16 * h);
+        for (int h = 0; h < Packed<type>::kUnits; ++h) copy_ahead(place(k, u, h), rows[k] + at + 16 * h);
       }
     }
   }
 
-  // The places that the row's first and last chunk have outside the row take no part.
+  // The places that the row's first and last chunk have outside the row take no part, nor does a chunk that
+  // only other rows have.
   KDFUSE_MEMBER void trim(const Span& span) const {
     const int last = span.chunks - 1, inside = span.classes - span.first(last);
     if (span.shift > 0 && team_.rank() == 0) {
@@ -61,6 +66,9 @@ class Stage {
     if (inside < kChunk && last % team_.size() == team_.rank()) {
 #pragma unroll 1
       for (int v = inside; v < kChunk; ++v) drop(last / team_.size(), v);
+    }
+    if (span.chunks < max_chunks(span.classes) && span.chunks % team_.size() == team_.rank()) {
+      drop(span.chunks / team_.size());
     }
   }
 
@@ -96,15 +104,17 @@ class Stage {
   KDFUSE_MEMBER char* place(int k, int u, int h) const {
     return base_ + ((k * kChunks + u) * Packed<type>::kUnits + h) * step_;
   }
-  KDFUSE_MEMBER char* element(int k, int u, int v) const {
-    return place(k, u, v * kSize / 16) + v * kSize % 16;
-  }
-  KDFUSE_MEMBER void put(int k, int u, const Packed<type>& x) const {
+  KDFUSE_MEMBER char* element(int k, int u, int v) const { return place(k, u, v * kSize / 16) + v * kSize % 16; }
+  // The u-th chunk, in every input.
+  KDFUSE_MEMBER void drop(int u) const {
+    const uint32_t w = nothing<type>().w[0];
 #pragma unroll
-    for (int h = 0; h < Packed<type>::kUnits; ++h) {
-      store_words(place(k, u, h), {{x.w[4 * h], x.w[4 * h + 1], x.w[4 * h + 2], x.w[4 * h + 3]}});
+    for (int k = 0; k < kInputs; ++k) {
+#pragma unroll
+      for (int h = 0; h < Packed<type>::kUnits; ++h) store_words(place(k, u, h), {{w, w, w, w}});
     }
   }
+
   const Team& team_;
   char* base_;
   int step_;

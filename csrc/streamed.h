@@ -66,7 +66,7 @@ class Streamed {
   KDFUSE_MEMBER Row open(int64_t row) const {
     Row at;
     at.row = row;
-    at.span = fast_span(p_, type, row);
+    at.span = fast_span(p_.classes, type, logits(0, row));
     if (labelled && !ignored(p_, row)) {
       at.label = static_cast<int>(p_.labels[row * p_.label_stride]);
       at.bits = load_bits<type>(logits(0, row), at.label);
@@ -193,7 +193,7 @@ class Streamed {
         drop_label(at, i, x[0]);
         drop_label(at, i, x[kInputs - 1]);
       }
-      Threshold<type>(at.bits, i < label).count(x[0], ahead);
+      Threshold<type>(at.bits).count(x[0], i < label, ahead);
       float count = ahead.total();
       // Places before the row's first class are at -inf and tie with such a label.
       if (i == 0 && label > 0 && at.values[0] == -INFINITY) count -= at.span.shift;
@@ -237,12 +237,16 @@ class Streamed {
     const Of of = this->of(at);
     void* const to = gradient(at.row);
     const int label = labelled ? at.span.chunk_of(at.label) : -1;
+    const bool bare = Of::is_bare(g);
 #pragma unroll 1
     for (int i = team_.rank(); i < at.span.chunks; i += team_.size()) {
       const Packed<type> z = again(at, 0, i), t = again(at, kInputs - 1, i);
       float out[kChunk];
 #pragma unroll
-      for (int v = 0; v < kChunk; ++v) out[v] = Of::combine(g, of.powers(unpack(z, v), unpack(t, v)));
+      for (int v = 0; v < kChunk; ++v) {
+        const auto e = of.powers(unpack(z, v), unpack(t, v));
+        out[v] = bare ? Of::combine_bare(g, e) : Of::combine(g, e);
+      }
       const int j = at.span.first(i);
       if (at.span.whole(i)) {
         store_chunk<type>(to, j, out);

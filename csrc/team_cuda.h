@@ -48,6 +48,35 @@ __device__ __forceinline__ void join_lanes(T (&x)[n]) {
   }
 }
 
+// Four sums at a time: each half of the lanes goes on with half of them, and each quarter with one.
+template <class T>
+__device__ __forceinline__ void sum_four(T& a, T& b, T& c, T& d) {
+  const auto give = [](bool upper, T low, T high, int step) {
+    return (upper ? high : low) + __shfl_xor_sync(kWholeWarp, upper ? low : high, step);
+  };
+  const bool half = threadIdx.x & 16, quarter = threadIdx.x & 8;
+  T mine[1] = {give(quarter, give(half, a, c, 16), give(half, b, d, 16), 8)};
+  join_lanes<Sum, 8>(mine);
+  a = __shfl_sync(kWholeWarp, mine[0], 0), b = __shfl_sync(kWholeWarp, mine[0], 8);
+  c = __shfl_sync(kWholeWarp, mine[0], 16), d = __shfl_sync(kWholeWarp, mine[0], 24);
+}
+
+template <class T, int n>
+__device__ __forceinline__ void sum_warp(T (&x)[n]) {
+#pragma unroll
+  for (int k = 0; k < n; k += 4) {
+    if (k + 4 <= n) {
+      sum_four(x[k], x[k + 1], x[k + 2], x[k + 3]);
+    } else {
+#pragma unroll
+      for (int step = kWarp / 2; step > 0; step /= 2) {
+#pragma unroll
+        for (int i = k; i < n; ++i) x[i] += __shfl_xor_sync(kWholeWarp, x[i], step);
+      }
+    }
+  }
+}
+
 // Every warp joins the same numbers of the warps in the same order.
 template <class Join, class T, int n>
 __device__ __forceinline__ void join_block(T (&x)[n]) {
@@ -125,7 +154,7 @@ class Warp : public Place {
   }
   template <class T, int n>
   __device__ static void sum(T (&x)[n]) {
-    join_lanes<Sum, kWarp>(x);
+    sum_warp(x);
   }
 
  private:

@@ -74,6 +74,14 @@ def is_tracing() -> bool:
     return torch.compiler.is_compiling() or in_functorch()
 
 
+def scales_in_place(upstream: Tensor) -> bool:
+    """Whether gradients on the device of `upstream` are scaled by the compiled op."""
+    if torch.compiler.is_compiling() or upstream.device.type != "cuda":
+        return False
+    module, _ = compiled()
+    return module is not None and bool(module.cuda_archs)
+
+
 def choose(backend: str | None, student: Tensor) -> str:
     """The backend of a call on `student`; None takes the fused one on a CPU.
 

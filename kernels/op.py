@@ -199,7 +199,9 @@ class Fused(torch.autograd.Function):
     @staticmethod
     def backward(ctx, upstream, _):
         refuse_second_derivative()
-        if ctx.stored:
+        if ctx.stored and backends.scales_in_place(upstream):
+            gradients = scaled_once(ctx, upstream)
+        elif ctx.stored:
             gradients = [
                 scaled(g, upstream, t) for g, t in zip(ctx.saved_tensors, ctx.types, strict=True)
             ]
@@ -225,6 +227,19 @@ def refuse_second_derivative(wanted: bool = False) -> None:
             "the fused losses have no second derivative; "
             "use backend='reference' for create_graph=True"
         )
+
+
+def scaled_once(ctx: Any, upstream: Tensor) -> list[Tensor]:
+    """The stored gradients times the upstream one, in place: a factor of 1 costs no traffic."""
+    if getattr(ctx, "spent", False):
+        raise RuntimeError(
+            "a second backward through a loss whose stored gradients have been scaled in place; "
+            "use stored_gradient=False with retain_graph=True"
+        )
+    ctx.spent = True
+    gradients = list(ctx.saved_tensors)
+    torch.ops.kdfuse.scale_(gradients, upstream)
+    return [g.to(t) for g, t in zip(gradients, ctx.types, strict=True)]
 
 
 def scaled(gradient: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
@@ -288,6 +303,10 @@ def register(op: Op) -> None:
 
     torch.library.register_fake(name, shapes)
     torch.library.register_autograd(name, backward, setup_context=setup)
+
+
+def register_scale() -> None:
+    torch.library.register_fake("kdfuse::scale_", lambda gradients, factor: None)
 
 
 class LossModule(nn.Module):

@@ -126,15 +126,13 @@ void run_op(int op, const Crowd& team, const Task& p) {
   }
 }
 
-enum Path { kGeneral, kAll, kAtT, kNone, kStreamed };
+enum Path { kGeneral, kResident, kStreamed };
 
 template <Loss loss, DType type, bool labelled, int chunks>
 void run_pair(Path path, const Crowd& team, const FastTask& p) {
   unsigned* const ticket = nullptr;
   if (path == kStreamed) return run_batch<Streamed<loss, type, labelled, Crowd>>(team, p, ticket);
-  if (path == kAll) return run_batch<Resident<loss, type, labelled, chunks, Keep::all, Crowd>>(team, p, ticket);
-  if (path == kAtT) return run_batch<Resident<loss, type, labelled, chunks, Keep::at_t, Crowd>>(team, p, ticket);
-  run_batch<Resident<loss, type, labelled, chunks, Keep::none, Crowd>>(team, p, ticket);
+  run_batch<Resident<loss, type, labelled, chunks, Crowd>>(team, p, ticket);
 }
 
 template <DType type, int chunks>
@@ -177,8 +175,8 @@ struct Given {
 };
 
 // path: see Path; hold: of the streamed rows.
-extern "C" int host_rows(int op, int path, int hold, int threads, int held, int wide, int64_t rows, int64_t classes, int students,
-                         int teachers, const Given* logits, const Given* gradients, const int64_t* labels,
+extern "C" int host_rows(int op, int path, int hold, int threads, int held, int wide, int64_t rows, int64_t classes,
+                         int students, int teachers, const Given* logits, const Given* gradients, const int64_t* labels,
                          const Given* soft, const double* params, int num_params, const double* denominator,
                          const Given* upstream, int reduction, int num_terms, const uint64_t* counts, void* loss,
                          void* terms) {

@@ -16,8 +16,7 @@ SOURCE = Path(__file__).with_name("host_rows.cpp")
 FLAGS = ["-std=c++17", "-O1", "-ffp-contract=off", "-Wno-unknown-pragmas", "-shared", "-fPIC"]
 NAMES = ("kd", "dkd", "nkd", "tf_nkd", "uskd", "slkd")
 # Which rows of the kernels: their number in host_rows.cpp, and whether rows read twice are held.
-PATHS = {"general": (0, 0), "all": (1, 0), "at_t": (2, 0), "none": (3, 0)}
-PATHS |= {"streamed": (4, 0), "held": (4, 1)}
+PATHS = {"general": (0, 0), "resident": (1, 0), "streamed": (2, 0), "held": (2, 1)}
 TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
 

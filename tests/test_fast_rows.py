@@ -12,8 +12,8 @@ from test_host_rows import check, settings_for
 
 INF = float("inf")
 NAMES = ("kd", "dkd", "nkd", "tf_nkd", "slkd")
-WAYS = ("all", "at_t", "none", "streamed", "held")
-PAIRS = [(name, way) for name in NAMES for way in (WAYS if name != "slkd" else ("all",))]
+WAYS = ("resident", "streamed", "held")
+PAIRS = [(name, way) for name in NAMES for way in (WAYS if name != "slkd" else ("resident",))]
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
 pytestmark = pytest.mark.skipif(
     shutil.which("g++") is None and shutil.which("c++") is None, reason="no C++ compiler"
@@ -68,7 +68,7 @@ def test_slts(library, monkeypatch, threads, slts, detach):
     case = cast(make("slkd", 7, 45, slts=slts), torch.float32)
     fusion = [1.0] if slts == 1 else [0.3, 0.7]
     settings = settings_for("slkd", 45, fusion=fusion, detach_slts=detach)
-    check(library, monkeypatch, "slkd", case, settings, threads=threads, path="all")
+    check(library, monkeypatch, "slkd", case, settings, threads=threads, path="resident")
 
 
 @pytest.mark.parametrize("name, way", PAIRS)

@@ -20,14 +20,16 @@ struct KdRow {
   R a = 0, label = 0;  // of the student's exponentials; the entry of the label
 };
 
-// Adds teacher k to the row; returns the coefficient of that teacher's exponentials.
-template <class R>
+// Adds teacher k to the row; returns the coefficient of that teacher's exponentials. may_be_zero: a weight of 0
+// leaves out what the teacher holds, whatever that is.
+template <bool may_be_zero = true, class R>
 KDFUSE_HD R kd_add(KdRow<R>& row, const Kl<R>& pair, R teacher_weight, R kd_weight, R square, R temperature) {
   const R step = kd_weight * teacher_weight * square / temperature;
-  row.value += gated(teacher_weight * square, pair.value);
-  row.a += gated(step, pair.a);
-  row.label += gated(step, pair.label);
-  return -gated(step, pair.b);
+  const auto times = [](R weight, R x) { return may_be_zero ? gated(weight, x) : weight * x; };
+  row.value += times(teacher_weight * square, pair.value);
+  row.a += times(step, pair.a);
+  row.label += times(step, pair.label);
+  return -times(step, pair.b);
 }
 
 }  // namespace kdfuse

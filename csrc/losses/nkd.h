@@ -23,7 +23,8 @@ struct NkdRow {
 
 // weighted: the sum over j != y of e_t,j u_z,j; weight: V_y.
 template <class R, class N>
-KDFUSE_HD NkdRow<R> nkd(const NkdParams<N>& p, const Stats<R>& z, R log_label, const Stats<R>& t, R weight, R weighted) {
+KDFUSE_HD NkdRow<R> nkd(const NkdParams<N>& p, const Stats<R>& z, R log_label, const Stats<R>& t, R weight,
+                        R weighted) {
   const R step = R(p.gamma) * R(p.square) / R(p.temperature);
   const R target = gated(weight, -log_label);
   if (t.sum == R(0)) return {target, R(0), weight, R(0), R(0)};
