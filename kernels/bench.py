@@ -46,14 +46,14 @@ def arguments(words: list[str] | None) -> argparse.Namespace:
     how.add_argument("--peers", nargs="*", choices=[*PEERS, "all"], help="default: eager")
     how.add_argument("--threads", type=int)
     how.add_argument("--seconds", type=float, help="timing of a case, size and type; default: 3")
-    how.add_argument(
-        "--budget", type=float, help="seconds for everything; what is left out is said"
-    )
+    how.add_argument("--budget", type=float, help="seconds, after which no case is begun")
     how.add_argument("--out", type=Path, help="append JSON lines to this file, as they come")
     shown = parser.add_argument_group("what is shown")
     shown.add_argument("--from", dest="read", nargs="+", type=Path, metavar="FILE",
                        help="show the records of these files instead of measuring")  # fmt: skip
-    shown.add_argument("--clock", choices=["host", "eager", "graph"], help="show these times alone")
+    shown.add_argument(
+        "--clock", choices=["host", "events", "graph"], help="show these times alone"
+    )
     shown.add_argument("--markdown", action="store_true", help="print Markdown tables")
     shown.add_argument("--plot", type=Path, help="draw into this file (.svg, .png)")
     chosen = parser.parse_args(words)
@@ -94,23 +94,17 @@ def run(chosen: argparse.Namespace) -> list[Record]:
         found.append(record)
         if chosen.out:
             report.append(chosen.out, record)
+        if record["kind"] != "facts":
+            print(report.as_line(record), flush=True)
 
     keep(opening)
-    budget = Budget(chosen.budget, len(plan))
+    seconds = 3.0 if chosen.seconds is None else chosen.seconds
+    budget = Budget(chosen.budget, len(plan), seconds)
     for item in plan:
-        where = f"{item.case} {item.rows}x{item.classes} {item.dtype}"
-        if not budget.begin():
+        if budget.begin():
+            measure(item, providers, device, turns, budget, keep)
+        else:
             keep(why_missing(item, device, "all", "the budget was spent"))
-            print(f"{where}: left out, the budget is spent", flush=True)
-            continue
-        seconds = 3.0 if chosen.seconds is None else chosen.seconds
-        for record in measure(item, providers, device, turns, seconds, budget):
-            keep(record)
-            if record["kind"] == "absent":
-                print(f"{where}: no {record['provider']}, {record['why_not']}", flush=True)
-            else:
-                way = f"{record['turn']} {record['clock']} {record['provider']}"
-                print(f"{where}: {way} {record['median_ms']:.4g} ms", flush=True)
         if device == "cuda":
             torch.cuda.empty_cache()
     return found

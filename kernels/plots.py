@@ -58,6 +58,7 @@ def plot(records: Sequence[Record], path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
+    matplotlib.rcParams["svg.fonttype"] = "none"  # text, not outlines of letters
     import matplotlib.pyplot as plt
 
     flat = [r for by in grouped(records).values() for r in by.values()]

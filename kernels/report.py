@@ -140,6 +140,15 @@ def ours(by: dict[str, Record]) -> Record | None:
     return min(fused, key=lambda r: r["median_ms"]) if fused else by.get("reference")
 
 
+def as_line(record: Record) -> str:
+    """A record of a measurement or of its absence, as it comes."""
+    what = "{case} {rows}x{classes} {dtype} ".format(**record)
+    way = f"{record['turn']} {record['clock']} " if "turn" in record else ""
+    if record["kind"] == "absent":
+        return f"{what}{way}{record['provider']}: not measured, {record['why_not']}"
+    return f"{what}{way}{record['provider']}: {record['median_ms']:.4g} ms"
+
+
 def number(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
 
@@ -185,7 +194,8 @@ def tables(records: Sequence[Record], markdown: bool) -> str:
     """A table for each device, turn and clock; columns in which nothing stands are left out."""
     groups: dict[tuple, dict[tuple, dict[str, Record]]] = {}
     for key, by in grouped(records).items():
-        groups.setdefault(key[:3], {})[key] = by
+        if by.keys() - {"copy"}:
+            groups.setdefault(key[:3], {})[key] = by
     parts = []
     for (device, turn, clock), found in groups.items():
         providers = list(dict.fromkeys(p for by in found.values() for p in by if p != "copy"))

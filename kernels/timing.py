@@ -8,11 +8,12 @@ host   On a CPU: a forward and a backward pass, one after the other; both is the
        is two calls that are not counted, since in training the logits have just been written, and
        four that are. A cold one is a single call, which finds the caches as the provider before
        left them.
-eager  On a GPU: CUDA events around calls that Python enqueues, so where a kernel is shorter than
-       its enqueuing this is the time of the host. A warm turn is as above, on one set of inputs. A
-       cold one takes every input set once; together they are three times the L2 cache, and every
-       set's outputs stay until its next turn, so neither reads nor writes meet what is cached. All
-       forward passes go before the first backward pass.
+events On a GPU: CUDA events around calls that Python enqueues, so where a kernel is shorter than
+       its enqueuing this is the time of the host; of the copy, too (see graph for small sizes). A
+       warm turn is as above, on one set of inputs. A cold one takes every input set once; together
+       they are three times the L2 cache, and every set's outputs stay until its next turn, so
+       neither reads nor writes meet what is cached. All forward passes go before the first
+       backward pass.
 graph  On a GPU: the calls of a turn captured into one CUDA graph (16 where the turn is warm); the
        time of a replay over their number, without the host. The backward pass is part of "both".
 """
@@ -138,27 +139,32 @@ class Replay:
         sets = work.sets if turn == "cold" else [work.sets[0]] * GRAPH_CALLS
         self.calls = len(sets)
         self.graphs: dict[str, torch.cuda.CUDAGraph] = {}
-        self.kept: list[Any] = []  # the graphs write here: outputs that do not share memory
+        self.kept: list[Any] = []  # what cold graphs write: outputs that do not share memory
         phases: dict[str, Callable[[Any], Any]] = {"both": work.both}
         if work.backward:
             phases["forward"] = work.forward
+        here = torch.cuda.current_stream()
         for name, call in phases.items():
             side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
+            side.wait_stream(here)
             with torch.cuda.stream(side):  # lazy set-up may not fall into the capture
                 for _ in range(3):
                     call(sets[0])
-            torch.cuda.current_stream().wait_stream(side)
+            here.wait_stream(side)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                self.kept.append([call(chosen) for chosen in sets])
+            # The outer context comes back to this stream where a capture fails, in any PyTorch.
+            with torch.cuda.stream(here), torch.cuda.graph(graph):
+                for chosen in sets:
+                    made = call(chosen)
+                    if turn == "cold":
+                        self.kept.append(made)
             self.graphs[name] = graph
 
     def __call__(self) -> Times:
         events = Events()
         for name, graph in self.graphs.items():
             graph.replay()
-            for _ in range(2):
+            for _ in range(5):
                 events.around(name, graph.replay)
         return events.seconds(self.calls)
 

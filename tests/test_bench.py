@@ -151,19 +151,24 @@ class Clock:
 
 def test_a_budget_is_shared_among_what_is_left() -> None:
     clock = Clock()
-    budget = Budget(100.0, 4, clock)
+    budget = Budget(100.0, 4, 2.0, clock)
     assert budget.begin() and budget.share == 25.0
     clock.time = 40.0  # the first took too long
     assert budget.begin() and budget.share == 20.0
-    clock.time = 45.0
-    assert budget.spent() == 5.0
+    clock.time = 51.0
+    assert budget.spent() == 11.0
+    budget.took("compiled", 7.0)
     assert budget.why_not("compiled") == ""
-    budget.took("compiled", 8.0)
-    assert "8.0 s before" in budget.why_not("compiled") and budget.why_not("eager") == ""
-    assert budget.begin() and budget.share == 27.5
+    budget.took("compiled", 7.5)
+    why = budget.why_not("compiled")
+    assert "of 20.0 s for this item 11.0 s" in why and "took 7.5 s" in why and "2.0 s are" in why
+    clock.time = 60.0
+    assert budget.why_not("reference") and not budget.why_not("cpu") and not budget.why_not("eager")
+    assert budget.begin() and budget.share == 20.0
     clock.time = 100.0
     assert not budget.begin()
-    assert Budget(None, 3, clock).begin()
+    endless = Budget(None, 3, 2.0, clock)
+    assert endless.begin() and endless.why_not("compiled") == ""
 
 
 def test_what_does_not_fit_the_budget_is_named(tmp_path, capsys) -> None:
@@ -317,7 +322,7 @@ def test_on_a_gpu_every_clock_turn_and_gauge(tmp_path) -> None:
     bench.main([*words, "--seconds", "0", "--peers", "all", "--out", str(out)])
     (facts,) = records(out, "facts")
     assert facts["gpu"] and facts["l2_bytes"] > 0 and facts["copy_gb_per_s"] > 10
-    ways = {(turn, clock) for turn in ("cold", "warm") for clock in ("eager", "graph")}
+    ways = {(turn, clock) for turn in ("cold", "warm") for clock in ("events", "graph")}
     own = [] if providers.why_not("cuda", "cuda") else ["cuda"]
     for provider in (*own, "eager", "copy"):
         mine = [r for r in records(out, "loss") if r["provider"] == provider]
