@@ -212,6 +212,26 @@ def test_a_provider_that_fails_is_named_and_leaves_the_others_their_run(
     assert {r["provider"] for r in records(out, "loss")} == {"eager", "copy"}
 
 
+def test_a_provider_that_fails_midway_leaves_no_record_of_its_first_rounds(
+    tmp_path, monkeypatch
+) -> None:
+    calls = []
+
+    def tiring(z, t, y, backend):
+        calls.append(backend)
+        if len(calls) > 12:  # beyond its set-up and its first turn
+            raise RuntimeError("tired")
+        return CASES["kd"].eager(z, t, y)
+
+    monkeypatch.setitem(CASES, "kd+ce", replace(CASES["kd+ce"], fused=tiring))
+    out = tmp_path / "losses.jsonl"
+    bench.main(["--cases", "kd+ce", "--backends", "reference", *TINY, "--out", str(out)])
+    (lost,) = records(out, "absent")
+    assert (lost["provider"], lost["turn"], lost["clock"]) == ("reference", "warm", "host")
+    assert {r["provider"] for r in records(out, "loss")} == {"eager", "copy"}
+    assert all(r["samples"] >= 15 for r in records(out, "loss"))
+
+
 def test_a_line_that_is_no_record_is_an_error(tmp_path) -> None:
     path = tmp_path / "other.jsonl"
     path.write_text('{"kind": "facts"}\n[1, 2]\n')
