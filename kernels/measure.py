@@ -77,8 +77,7 @@ class Bout:
 
     def traffic(self) -> int:
         item = self.item
-        width = DTYPES[item.dtype].itemsize
-        return CASES[item.case].elements * item.rows * item.classes * width
+        return CASES[item.case].model_bytes(item.rows, item.classes, DTYPES[item.dtype])
 
     def sets(self, count: int) -> list[list[Tensor]]:
         item = self.item

@@ -7,7 +7,8 @@ The byte model of a case is the least that a loss and its gradients can move, in
 the logits' own type: every set of logits is read once, and every gradient is written once, with no
 second read in the backward pass. Where a batch mean weights the rows (tf_nkd, uskd) the logits are
 read once more, since the mean must be known before the first gradient is. What belongs to a row
-(labels, statistics, losses) is left out: it is less than one element in C.
+(labels, statistics, losses) is left out: it is less than one element in C. A top-k teacher's k
+values and int64 classes a row are counted.
 """
 
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from .kd import kd_loss
 from .nkd import nkd_loss
 from .op import Loss
 from .slkd import slkd_loss
+from .sparse import SparseTeacher
 from .tf_nkd import tf_nkd_loss
 from .uskd import uskd_loss
 
@@ -92,6 +94,14 @@ def slkd(z: Tensor, s1: Tensor, s2: Tensor, t: Tensor, y: Tensor) -> Tensor:
     return student + slts
 
 
+def top_k(z: Tensor, values: Tensor, indices: Tensor, mass: Tensor, y: Tensor) -> Tensor:
+    """From a cache of teacher logits, made whole again: what is left out shares its mass."""
+    rest = (mass / (z.shape[1] - values.shape[1])).to(z.dtype)
+    q = rest[:, None].repeat(1, z.shape[1])
+    q = q.scatter(1, indices, F.softmax(values / 4.0, dim=1) * (1 - mass[:, None]).to(z.dtype))
+    return F.kl_div(F.log_softmax(z / 4.0, dim=1), q, reduction="batchmean") * 16.0
+
+
 def jsd(z: Tensor, t: Tensor, y: Tensor) -> Tensor:
     log_s, log_v = F.log_softmax(z, dim=1), F.log_softmax(t, dim=1)
     middle = (0.5 * log_s.exp() + 0.5 * log_v.exp()).log()
@@ -110,6 +120,11 @@ class Case:
     frozen: int  # sets of logits without
     elements: int  # read or written a logit, forward and backward together: the byte model
     traffic: str  # the byte model in words
+    listed: int = 0  # k of a top-k teacher, after the logits: (N, k) values, classes; (N,) mass
+
+    def model_bytes(self, rows: int, classes: int, dtype: torch.dtype) -> int:
+        listed = min(self.listed, classes - 1) * (dtype.itemsize + torch.int64.itemsize)
+        return rows * (self.elements * classes * dtype.itemsize + listed)
 
     def arguments(
         self, rows: int, classes: int, dtype: torch.dtype, device: str = "cpu", seed: int = 0
@@ -121,6 +136,11 @@ class Case:
             for _ in range(self.trained + self.frozen)
         ]
         logits = [x.requires_grad_() if k < self.trained else x for k, x in enumerate(logits)]
+        if self.listed:
+            whole = (3.0 * torch.randn(rows, classes, generator=source, device=device)).to(dtype)
+            kept = SparseTeacher.top_k(whole, min(self.listed, classes - 1), temperature=4.0)
+            assert kept.mass is not None
+            logits += [kept.values, kept.indices, kept.mass]
         return [*logits, torch.randint(classes, (rows,), generator=source, device=device)]
 
 
@@ -157,6 +177,15 @@ CASES: dict[str, Case] = {
         0,
         6,
         "reads the student and the weak head twice, writes two gradients; the sort is not counted",
+    ),
+    "kd_top64": Case(
+        lambda z, v, i, m, y, **k: kd_loss(z, SparseTeacher(v, i, m), **k),
+        top_k,
+        1,
+        0,
+        2,
+        "reads the student and the listed logits and classes, writes the gradient",
+        listed=64,
     ),
     "ce": Case(None, F.cross_entropy, 1, 0, 2, "reads the logits, writes the gradient"),
     "jsd": Case(None, jsd, 1, 1, 3, PAIR),

@@ -26,21 +26,22 @@ def records(path: Path, kind: str) -> list[dict]:
 
 def test_a_run_records_every_provider_in_every_turn(tmp_path, capsys) -> None:
     out = tmp_path / "losses.jsonl"
-    words = ["--cases", "kd+ce", "slkd2", "--turn", "warm", "cold", "--peers", "eager"]
+    words = ["--cases", "kd+ce", "slkd2", "kd_top64", "--turn", "warm", "cold", "--peers", "eager"]
     bench.main([*words, *TINY, "--out", str(out)])
     lines = records(out, "loss")
     own = [p for p in ("cpu", "reference") if not providers.why_not(p, "cpu")]
     found = {(r["case"], r["turn"], r["provider"]) for r in lines}
     assert found == {
         (case, turn, p)
-        for case in ("kd+ce", "slkd2")
+        for case in ("kd+ce", "slkd2", "kd_top64")
         for turn in ("warm", "cold")
         for p in (*own, "eager", "copy")
     }
     assert len(lines) == len(found)
     copies = {(r["case"], r["turn"]): r for r in lines if r["provider"] == "copy"}
     for r in lines:
-        assert r["model_bytes"] == {"kd+ce": 3, "slkd2": 7}[r["case"]] * 6 * 12 * 4
+        elements = {"kd+ce": 3 * 12, "slkd2": 7 * 12, "kd_top64": 2 * 12 + 11 * (1 + 2)}
+        assert r["model_bytes"] == 6 * 4 * elements[r["case"]]
         assert r["samples"] >= 15
         assert 0 < r["p20_ms"] <= r["median_ms"] <= r["p80_ms"]
         assert r["gb_per_s"] * r["median_ms"] == pytest.approx(r["model_bytes"] / 1e6)
