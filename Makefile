@@ -32,10 +32,11 @@ format: install
 	$(BIN)/ruff format $(PACKAGES)
 	$(BIN)/clang-format -i $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu csrc/losses/*.h tests/*.cpp)
 
-# Appends to docs/results/cpu/losses.jsonl; takes about 15 minutes, most of them in torch.compile.
+# Appends to docs/results/cpu/losses.jsonl; begins no case after BUDGET seconds.
+BUDGET ?= 1800
 bench: install
 	mkdir -p docs/results/cpu
-	$(BIN)/kdfuse bench losses --peers eager compiled \
+	$(BIN)/kdfuse bench losses --peers eager compiled --budget $(BUDGET) \
 	    --out docs/results/cpu/losses.jsonl --plot docs/results/cpu/losses.svg
 
 # On a machine with a GPU, with its own Python and PyTorch: build, test, measure, in one call.
