@@ -4,16 +4,14 @@
 // rank(), size(), sum(), max(), sync() and memory(). A thread keeps to its own chunks, so that what
 // it leaves in the team's memory about a chunk needs no sync().
 #pragma once
-#include <cstdint>
-#include <cstring>
-
-#include "row.h"
+#include "bits.h"
 #include "task.h"
 
 namespace kdfuse {
 
 constexpr int kChunk = 8;  // classes
-constexpr int kNotes = 4 * kMaxStreams;  // numbers that a team keeps for the inputs of its row
+constexpr int kNote = 6;  // numbers that a team keeps for an input of its row
+constexpr int kNotes = kNote * kMaxStreams;
 constexpr int kNowhere = -(1 << 30);  // a label that no chunk holds
 
 // Chunk i holds the classes from first(i) on. Chunks lie on 16-byte boundaries of the student's row,
@@ -40,6 +38,10 @@ struct Source {
   bool vectors;  // chunks of it lie on 16-byte boundaries
   int held;  // where the team's memory keeps it, or -1
   T pad;
+  // Of a top-k teacher: `row` holds the logits of these classes, less `shift`; the others have the logit `fill`.
+  const int64_t* listed;  // or null
+  int count;
+  T shift, fill;
 };
 
 template <class T>
@@ -48,26 +50,6 @@ struct Sink {
   DType type;
   bool vectors;
 };
-
-KDFUSE_HD float as_float(uint32_t bits) {
-#if defined(__CUDA_ARCH__)
-  return __uint_as_float(bits);
-#else
-  float x;
-  std::memcpy(&x, &bits, sizeof(x));
-  return x;
-#endif
-}
-
-KDFUSE_HD uint32_t as_bits(float x) {
-#if defined(__CUDA_ARCH__)
-  return __float_as_uint(x);
-#else
-  uint32_t bits;
-  std::memcpy(&bits, &x, sizeof(x));
-  return bits;
-#endif
-}
 
 KDFUSE_HD float from_bf16(uint32_t bits) { return as_float(bits << 16); }
 
@@ -122,15 +104,42 @@ KDFUSE_HD void store_words(void* at, const Words& words) {
 #endif
 }
 
-// One logit. Rows of doubles are computed in double only.
+// One number of a row. Rows of doubles are computed in double only.
 template <class T>
-KDFUSE_HD T element(const Source<T>& s, int64_t j) {
+KDFUSE_HD T stored(const Source<T>& s, int64_t j) {
   if (sizeof(T) == sizeof(double) && s.type == DType::f64) {
     return static_cast<T>(reinterpret_cast<const double*>(s.row)[j]);
   }
   if (s.type == DType::f32) return static_cast<T>(reinterpret_cast<const float*>(s.row)[j]);
   const uint32_t bits = reinterpret_cast<const uint16_t*>(s.row)[j];
   return static_cast<T>(s.type == DType::bf16 ? from_bf16(bits) : from_f16(bits));
+}
+
+template <class T>
+KDFUSE_HD T element(const Source<T>& s, int64_t j) {
+  if (!s.listed) return stored(s, j);
+  for (int k = 0; k < s.count; ++k) {
+    if (s.listed[k] == j) return stored(s, k) - s.shift;
+  }
+  return s.fill;
+}
+
+// Chunk i of a top-k teacher. Every thread goes through the list: it is short, and near.
+template <class T>
+KDFUSE_HD void read_listed(const Source<T>& s, const Span& span, int i, T (&x)[kChunk]) {
+  const int first = span.first(i);
+#pragma unroll
+  for (int v = 0; v < kChunk; ++v) {
+    x[v] = static_cast<unsigned>(first + v) < static_cast<unsigned>(span.classes) ? s.fill : s.pad;
+  }
+#pragma unroll 1
+  for (int k = 0; k < s.count; ++k) {
+    const auto place = static_cast<uint64_t>(s.listed[k] - first);
+    if (place >= kChunk) continue;
+    const T value = stored(s, k) - s.shift;
+#pragma unroll
+    for (unsigned v = 0; v < kChunk; ++v) x[v] = v == place ? value : x[v];
+  }
 }
 
 // A chunk as it comes: eight words, or four of two 16-bit numbers each.
@@ -176,6 +185,7 @@ KDFUSE_HD void decode(DType type, const Raw& raw, float (&x)[kChunk]) {
 
 // Chunk i as it stands in the input, its labels included.
 KDFUSE_HD void read_input(const Source<float>& s, const Span& span, int i, float (&x)[kChunk]) {
+  if (s.listed) return read_listed(s, span, i, x);
   const int j = span.first(i);
   const bool wide = s.type == DType::f32;
   if (s.vectors && span.whole(i)) return decode(s.type, fetch_vectors(s.row, wide, j), x);
@@ -187,15 +197,16 @@ KDFUSE_HD void read_input(const Source<float>& s, const Span& span, int i, float
 }
 
 KDFUSE_HD void read_input(const Source<double>& s, const Span& span, int i, double (&x)[kChunk]) {
+  if (s.listed) return read_listed(s, span, i, x);
   const int j = span.first(i);
 #pragma unroll
-  for (int v = 0; v < kChunk; ++v) x[v] = j + v >= 0 && j + v < span.classes ? element(s, j + v) : s.pad;
+  for (int v = 0; v < kChunk; ++v) x[v] = j + v >= 0 && j + v < span.classes ? stored(s, j + v) : s.pad;
 }
 
-// The four numbers that a team keeps for one of the inputs of its row.
+// What a team keeps for one of the inputs of its row.
 template <class T, class Team>
 KDFUSE_HD T* notes(const Team& team, int k) {
-  return static_cast<T*>(team.memory()) + 4 * k;
+  return static_cast<T*>(team.memory()) + kNote * k;
 }
 
 // A held row. It stands in two halves, so that the threads of a warp meet no bank conflicts.

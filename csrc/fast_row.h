@@ -154,7 +154,7 @@ class FastRows {
       y.bits[k] = load_bits<type>(at.logits[k], y.index);
       y.values[k] = unpack_one<type>(y.bits[k]);
     }
-    y.chunk = at.span.chunk_of(y.index);
+    y.chunk = static_cast<int>(static_cast<unsigned>(y.index + at.span.shift) / kChunk);
     const unsigned chunk = y.chunk, size = team_.size();
     y.mine = static_cast<int>(chunk % size) == team_.rank();
     y.u = static_cast<int>(chunk / size);

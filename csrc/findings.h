@@ -10,7 +10,7 @@
 
 namespace kdfuse {
 
-constexpr float kLog2e = 1.44269504088896340736f, kLn2 = 0.693147180559945309417f;
+constexpr float kLn2 = 0.693147180559945309417f;
 
 // 2^x: exactly 0 at -inf, NaN stays NaN.
 KDFUSE_HD float power(float x) {
@@ -110,21 +110,21 @@ KDFUSE_HD void split_rest(float z, float t, Split<float> (&out)[2]) {
 
 // The launcher brings no row here that a weight of 0 should leave out.
 template <Loss loss, bool labelled>
-KDFUSE_HD Conclusion<loss> conclude(const float* params, const float (&sums)[Sums<loss, labelled>::kCount],
+KDFUSE_HD Conclusion<loss> conclude(const FastTask& p, const float (&sums)[Sums<loss, labelled>::kCount],
                                     const Far& far, Hit hit) {
   using S = Sums<loss, labelled>;
   const float mixed = kLn2 * sums[S::mixed];
   const Stats<float> z = {sums[S::student], far.student}, t = {sums[S::teacher], far.teacher};
   if constexpr (!labelled) {
-    const KdParams<float> q(params);
+    const KdParams<float> q(p.params);
     KdRow<float> row;
     Split<float> of[2];
     split_rest(z.sum, t.sum, of);
     const auto pair = kl(z, of[0], t, of[1], mixed);
-    const float b = kd_add<false>(row, pair, q.weights[0], q.kd_weight, q.square, q.temperature);
+    const float b = kd_add<false>(row, pair, p.kd);
     return {{q.kd_weight * row.value, row.value, 0, 0, 0}, row.a, 0, b, 0};
   } else if constexpr (loss == Loss::nkd) {
-    const NkdParams<float> q(params);
+    const NkdParams<float> q(p.params);
     Split<float> of[2];
     split_all<2>({{sums[S::student1], far.student1}, {sums[S::teacher1], far.teacher1}}, of);
     const auto row = nkd(q, z, of[0].log_label, t, of[1].label, mixed);
@@ -136,16 +136,16 @@ KDFUSE_HD Conclusion<loss> conclude(const float* params, const float (&sums)[Sum
     split_all<3>({z, t, {sums[S::student1], far.student1}}, of);
     const float ce = cross_entropy(of[2], 1.f, far.student1);
     if constexpr (loss == Loss::kd) {
-      const KdParams<float> q(params);
+      const KdParams<float> q(p.params);
       KdRow<float> row;
       const auto pair = kl(z, of[0], t, of[1], mixed);
-      const float b = kd_add<false>(row, pair, q.weights[0], q.kd_weight, q.square, q.temperature);
+      const float b = kd_add<false>(row, pair, p.kd);
       const float value = q.kd_weight * row.value + gated(q.ce_weight, ce);
       const float at_label = row.label - q.ce_weight * of[2].rest;
       return {{value, row.value, ce, hit.top1, hit.top5}, row.a, q.ce_weight * of[2].unit, b, at_label};
     } else {
       static_assert(loss == Loss::dkd, "a loss with a teacher");
-      const DkdParams<float> q(params);
+      const DkdParams<float> q(p.params);
       const auto row = dkd(q, z, of[0], t, of[1], mixed);
       const float value = gated(q.alpha, row.tckd) + gated(q.beta, row.nckd) + gated(q.ce_weight, ce);
       const float at_label = row.label - q.ce_weight * of[2].rest;
@@ -155,9 +155,9 @@ KDFUSE_HD Conclusion<loss> conclude(const float* params, const float (&sums)[Sum
 }
 
 // The score: the label's probability, and its mean over the batch.
-KDFUSE_HD Conclusion<Loss::tf_nkd> conclude_alone(const float* params, const Split<float>& at1, float far, Hit hit,
+KDFUSE_HD Conclusion<Loss::tf_nkd> conclude_alone(const FastTask& p, const Split<float>& at1, float far, Hit hit,
                                                   double score, double mean) {
-  const TfNkdParams<float> q(params);
+  const TfNkdParams<float> q(p.params);
   const float w = static_cast<float>(smoothed_weight(score, 1., mean)), value = gated(w, -at1.log_label);
   const float ce = cross_entropy(at1, 1.f, far), c = q.weight * w + q.ce_weight;
   const float loss = gated(q.weight, value) + gated(q.ce_weight, ce);
@@ -174,9 +174,8 @@ struct Pair {
     float z, t, one;
   };
 
-  KDFUSE_MEMBER Pair(const float* params, float peak, float of_teacher) {
-    const float step = S::kAtT ? kLog2e / params[0] : 0.f;
-    z = exponents(step, peak), t = exponents(step, of_teacher);
+  KDFUSE_MEMBER Pair(const FastTask& p, float peak, float of_teacher) {
+    z = exponents(p.step, peak), t = exponents(p.step, of_teacher);
     z1 = exponents(kLog2e, peak), t1 = exponents(kLog2e, of_teacher);
   }
 

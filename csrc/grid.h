@@ -6,6 +6,7 @@
 #pragma once
 #include <cassert>
 
+#include "bits.h"
 #include "task.h"
 
 namespace kdfuse {
@@ -74,19 +75,36 @@ KDFUSE_HD void put(void* to, DType type, int64_t i, double value) {
   }
 }
 
+// The k-th of n numbers. Put together from masks: a chain of choices would be made a table in local memory.
+template <int n>
+KDFUSE_HD float pick(const float (&values)[n], int k) {
+  uint32_t bits = 0;
+#pragma unroll
+  for (int i = 0; i < n; ++i) bits |= i == k ? as_bits(values[i]) : 0u;
+  return as_float(bits);
+}
+
 // Numbers of a row that counts, from column `first` on: column 0 is its loss, the others its terms. Each thread
 // of the team's first has one.
+template <int n, class Team>
+KDFUSE_HD void add_values(const Team& team, const Call& p, int first, const float (&values)[n]) {
+  if (team.size() >= n) {
+    if (team.rank() < n) team.sums(p.columns())[first + team.rank()] += pick(values, team.rank());
+  } else if (team.rank() == 0) {  // of the host's
+    for (int k = 0; k < n; ++k) team.sums(p.columns())[first + k] += values[k];
+  }
+}
+
+template <int n, class Team>
+KDFUSE_HD void add_values(const Team& team, const Call& p, int first, const double (&values)[n]) {
+  if (team.rank() != 0) return;
+#pragma unroll
+  for (int k = 0; k < n; ++k) team.sums(p.columns())[first + k] += values[k];
+}
+
 template <int n, class T, class Team>
 KDFUSE_HD void write_values(const Team& team, const Call& p, int64_t row, int first, const T (&values)[n]) {
-  if (team.size() < n) {  // of the host's
-    if (team.rank() != 0) return;
-    for (int k = 0; k < n; ++k) team.sums(p.columns())[first + k] += values[k];
-  } else {
-    T mine = values[0];
-#pragma unroll
-    for (int k = 1; k < n; ++k) mine = team.rank() == k ? values[k] : mine;
-    if (team.rank() < n) team.sums(p.columns())[first + team.rank()] += mine;
-  }
+  add_values(team, p, first, values);
   if (first == 0 && p.each_row && team.rank() == 0) put(p.loss, p.type, row, values[0]);
 }
 

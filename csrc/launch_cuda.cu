@@ -81,7 +81,12 @@ int blocks_at_once(const Launch& l, int device) {
   const auto found = known.find(key);
   if (found != known.end()) return found->second;
   int blocks = 0;
-  if (l.bytes > 40 * 1024) cudaFuncSetAttribute(l.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, l.bytes);
+  // As much as there is, once and for all: a limit set for this call could be below what another one needs.
+  cudaFuncAttributes facts;
+  if (cudaFuncGetAttributes(&facts, l.kernel) == cudaSuccess) {
+    const int most = device_of(device).memory - static_cast<int>(facts.sharedSizeBytes);
+    cudaFuncSetAttribute(l.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
+  }
   if (l.cluster > 1) {
     if (l.cluster > 8) cudaFuncSetAttribute(l.kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
     cudaLaunchConfig_t config = {};
@@ -171,7 +176,7 @@ bool make_fast(Loss loss, const Task& p, FastTask& fast) {
     if (at / own % kChunk != first / size % kChunk) return false;
     fast.gradients[k] = p.gradients[k].data;
   }
-  for (size_t k = 0; k < sizeof(fast.params) / sizeof(float); ++k) fast.params[k] = static_cast<float>(p.params[k]);
+  set_params(fast, p.params, sizeof(fast.params) / sizeof(float), loss != Loss::tf_nkd);
   return true;
 }
 

@@ -17,7 +17,7 @@
 #include <vector>
 
 #include "launch_cuda.h"
-#include "op_inputs.h"
+#include "op_top_k.h"
 
 namespace kdfuse {
 namespace {
@@ -68,13 +68,19 @@ Result run(std::vector<Tensor> students, std::vector<Tensor> teachers, std::vect
            std::optional<Tensor> upstream, std::vector<double> params, int64_t reduction, int64_t ignore_index,
            bool with_gradient) {
   check_call<Facts>(students, teachers, target.has_value(), params);
-  refuse_sparse(indices, masses);
+  if (!Facts::takes_top_k) refuse_sparse(indices, masses);
   const Tensor& student = students[0];
   const int device = student.get_device_index();
   const int64_t rows = student.size(0), classes = student.size(1);
   if (classes > std::numeric_limits<int>::max() / 16) refuse("too many classes: " + std::to_string(classes));
   for (const Tensor& x : students) check_device(x, device, "student and SL-Ts");
   for (const Tensor& x : teachers) check_device(x, device, "teacher");
+  for (const Tensor& x : indices) {
+    if (x.numel() > 0) check_device(x, device, "teacher.indices");
+  }
+  for (const Tensor& x : masses) {
+    if (x.numel() > 0) check_device(x, device, "teacher.mass");
+  }
   if (target) check_device(*target, device, "target");
   if (denominator) check_device(*denominator, device, "denominator");
   if (upstream) check_device(*upstream, device, "upstream");
@@ -86,7 +92,14 @@ Result run(std::vector<Tensor> students, std::vector<Tensor> teachers, std::vect
   p.num_students = static_cast<int>(students.size());
   p.num_teachers = static_cast<int>(teachers.size());
   const auto student_rows = matrices(students, rows, classes, "student and SL-Ts");
-  const auto teacher_rows = matrices(teachers, rows, classes, "teacher");
+  const auto top_k = top_k_of(teachers, indices, masses, rows, classes);
+  if (!top_k.empty() && top_k.size() > kMaxTopK) {
+    refuse("at most " + std::to_string(kMaxTopK) +
+           " teachers on a GPU where some are top-k ones; pass the others whole");
+  }
+  p.sparse = !top_k.empty();
+  std::copy(top_k.begin(), top_k.end(), p.top_k);
+  const auto teacher_rows = teacher_matrices(teachers, top_k, rows, classes);
   std::copy(student_rows.begin(), student_rows.end(), p.logits);
   std::copy(teacher_rows.begin(), teacher_rows.end(), p.logits + students.size());
   bool wide = false;

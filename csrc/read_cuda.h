@@ -77,7 +77,7 @@ KDFUSE_HD bool aligned(const char* row, DType type, const Span& span) {
 template <class T>
 KDFUSE_HD Source<T> open(const Task& p, const Matrix& m, int64_t row, const Span& span, int which, T pad) {
   const char* const at = static_cast<const char*>(m.data) + row * m.stride * bytes_of(m.type);
-  return {at, m.type, aligned<T>(at, m.type, span), which < p.held ? which : -1, pad};
+  return {at, m.type, aligned<T>(at, m.type, span), which < p.held ? which : -1, pad, nullptr, 0, T(0), T(0)};
 }
 
 template <class T>
@@ -231,12 +231,17 @@ KDFUSE_HD T stand_in(T peak, const Target<T>& y, const T (&label)[2]) {
 
 // Logits before anything is known but their labels.
 template <class T>
-KDFUSE_HD Logits<T> open_logits(const Task& p, int which, int64_t row, const Target<T>& y, const Span& span) {
+KDFUSE_HD Logits<T> open_logits(const Source<T>& source, const Target<T>& y) {
   Logits<T> x = {};
-  x.source = open<T>(p, p.logits[which], row, span, which, T(-INFINITY));
+  x.source = source;
   x.labelled = y.count == 1;
   for (int k = 0; k < 2; ++k) x.label[k] = k < y.count ? element(x.source, y.labels[k]) : T(0);
   return x;
+}
+
+template <class T>
+KDFUSE_HD Logits<T> open_logits(const Task& p, int which, int64_t row, const Target<T>& y, const Span& span) {
+  return open_logits(open<T>(p, p.logits[which], row, span, which, T(-INFINITY)), y);
 }
 
 template <class T, class S>
@@ -252,6 +257,58 @@ KDFUSE_HD Logits<T> read_logits(const Team& team, const Task& p, int which, int6
   Logits<T> x = open_logits<T>(p, which, row, y, span);
   set_peak(x, y, temperature, read_first(team, p, x.source, y, span));
   return x;
+}
+
+// The k-th teacher of an op with one student; of a top-k one what fill_teachers() has noted.
+template <class T, class Team>
+KDFUSE_HD Source<T> open_teacher(const Team& team, const Task& p, int k, int64_t row, const Span& span) {
+  Source<T> s = open<T>(p, p.logits[1 + k], row, span, 1 + k, T(-INFINITY));
+  if (!p.sparse || p.top_k[k].count == 0) return s;
+  s.vectors = false;
+  s.listed = p.top_k[k].classes + row * p.top_k[k].stride;
+  s.count = static_cast<int>(p.top_k[k].count);
+  s.fill = notes<T>(team, k)[4], s.shift = notes<T>(team, k)[5];
+  return s;
+}
+
+// The logit of the classes that a top-k teacher does not list: with v the listed logits, m the mass of the others,
+//   f = T * (log(m / (1 - m)) + log sum exp(v / T) - log(C - k)), or -inf without a mass.
+// Far from 0 it would be rounded at the size of the logits; no loss sees a shift of a teacher.
+template <class T, class Team>
+KDFUSE_HD void fill_teachers(const Team& team, const Task& p, int64_t row, const Span& span, T temperature) {
+  if (!p.sparse) return;
+#pragma unroll 1
+  for (int k = 0; k < p.num_teachers; ++k) {
+    const TopK& listed = p.top_k[k];
+    if (listed.count == 0) continue;
+    const Source<T> s = open<T>(p, p.logits[1 + k], row, span, 1 + k, T(-INFINITY));
+    T peak = -INFINITY, sum[1] = {0};
+#pragma unroll 1
+    for (int64_t i = team.rank(); i < listed.count; i += team.size()) {
+      const int64_t at = listed.classes[row * listed.stride + i];
+      assert(at >= 0 && at < p.classes && "kdfuse: an index of a top-k teacher is outside the classes");
+      const T value = stored(s, i);
+      peak = value > peak ? value : peak;
+    }
+    peak = highest(team, peak);
+    const T origin = peak - peak == T(0) ? peak : T(0), reach = T(32) * (temperature < T(1) ? temperature : T(1));
+    T fill = -INFINITY, shift = 0;
+    if (listed.mass.data) {
+#pragma unroll 1
+      for (int64_t i = team.rank(); i < listed.count; i += team.size()) {
+        sum[0] += std::exp((stored(s, i) - origin) / temperature);
+      }
+      team.sum(sum);
+      const Numbers of_mass = {listed.mass.data, listed.mass.type, listed.mass.stride};
+      const T mass = static_cast<T>(number(of_mass, row));
+      const T others = static_cast<T>(p.classes - listed.count);
+      shift = std::fabs(origin) > reach ? origin : T(0);
+      fill =
+          (origin - shift) + temperature * (std::log(mass) - std::log1p(-mass) + std::log(sum[0]) - std::log(others));
+    }
+    if (team.rank() == 0) notes<T>(team, k)[4] = fill, notes<T>(team, k)[5] = shift;
+  }
+  team.sync();
 }
 
 }  // namespace kdfuse

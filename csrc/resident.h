@@ -37,16 +37,16 @@ class Resident : public FastRows<type, 1, loss != Loss::tf_nkd, labelled, kChunk
     Conclusion<loss> found;
     if constexpr (kScored) {
       const Split<float> one = split(Stats<float>{sums[S::student1], far.student1});
-      found = conclude_alone(p_.params, one, far.student1, hit, p_.scores[2 * row], team_.batch().score_mean[0]);
+      found = conclude_alone(p_, one, far.student1, hit, p_.scores[2 * row], team_.batch().score_mean[0]);
     } else {
-      found = conclude<loss, labelled>(p_.params, sums, far, hit);
+      found = conclude<loss, labelled>(p_, sums, far, hit);
     }
     write_values(team_, p_, row, 0, found.values);
     if (p_.with_gradient) write_gradient(at, found);
   }
 
  private:
-  KDFUSE_MEMBER Of of(const Row& at) const { return {p_.params, at.peak[0], at.peak[Base::kInputs - 1]}; }
+  KDFUSE_MEMBER Of of(const Row& at) const { return {p_, at.peak[0], at.peak[Base::kInputs - 1]}; }
 
   KDFUSE_MEMBER void exponentiate(const Row& at, float (&sums)[S::kCount]) {
     const Of of = this->of(at);

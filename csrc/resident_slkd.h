@@ -76,7 +76,7 @@ class ResidentSlkd : public FastRows<type, 1 + K, 1, true, kChunks, Team> {
     float scale, label, drift, peak;
   };
 
-  KDFUSE_MEMBER Exponents at_t(float peak) const { return exponents(kLog2e / q_.temperature, peak); }
+  KDFUSE_MEMBER Exponents at_t(float peak) const { return exponents(p_.step, peak); }
 
   KDFUSE_MEMBER float fused(int u, int v) const {
     float f = 0;

@@ -20,7 +20,7 @@ struct TopK {
   Matrix mass;  // (rows, 1) float or double, of the classes that are not listed; no data: they have none
 };
 
-inline double mass_at(const TopK& x, int64_t row) {
+static inline double mass_at(const TopK& x, int64_t row) {
   const int64_t at = row * x.mass.stride;
   return x.mass.type == DType::f64 ? static_cast<const double*>(x.mass.data)[at]
                                    : static_cast<double>(static_cast<const float*>(x.mass.data)[at]);

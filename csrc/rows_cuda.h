@@ -14,11 +14,12 @@ KDFUSE_HD void kd_row(const Team& team, const Task& p, int64_t row, const Span& 
   const KdParams q(p.params);
   const T temperature = T(q.temperature), weight = row_weight<T>(team, p, row);
   const auto y = read_target<T>(team, p, row, span, 1);
+  fill_teachers(team, p, row, span, temperature);
   auto z = read_logits<T>(team, p, 0, row, y, span, temperature);
 #pragma unroll 1
   for (int k = 0; k < p.num_teachers; ++k) {
     if (q.weights[k] == 0) continue;  // whatever it holds
-    const T peak = read_first(team, p, open_logits<T>(p, 1 + k, row, y, span).source, y, span);
+    const T peak = read_first(team, p, open_teacher<T>(team, p, k, row, span), y, span);
     if (team.rank() == 0) notes<T>(team, k)[0] = peak;
   }
   const auto seen = see(team, p, y, span, z, y.count > 0);
@@ -32,11 +33,11 @@ KDFUSE_HD void kd_row(const Team& team, const Task& p, int64_t row, const Span& 
     T* const note = notes<T>(team, k);
     T scale = 0, peak = 0;
     if (q.weights[k] != 0) {
-      auto t = open_logits<T>(p, 1 + k, row, y, span);
+      auto t = open_logits(open_teacher<T>(team, p, k, row, span), y);
       set_peak(t, y, temperature, note[0]);
       const T crossed = teach(team, p, y, span, t, z);
       const auto pair = kl(z.stats, z.at, t.stats, t.at, crossed);
-      scale = kd_add(kd, pair, T(q.weights[k]), T(q.kd_weight), T(q.square), temperature);
+      scale = kd_add(kd, pair, kd_weight_of(T(q.weights[k]), T(q.kd_weight), T(q.square), temperature));
       peak = t.units.peak;
     }
     if (team.rank() == 0) note[1] = peak, note[2] = weight * scale;
@@ -53,7 +54,7 @@ KDFUSE_HD void kd_row(const Team& team, const Task& p, int64_t row, const Span& 
       const T* const note = notes<T>(team, k);
       if (note[2] == T(0)) continue;
       T x[kChunk];
-      read(team, p, open<T>(p, p.logits[1 + k], row, span, 1 + k, T(-INFINITY)), y, span, i, x);
+      read(team, p, open_teacher<T>(team, p, k, row, span), y, span, i, x);
       add_exponentials(out, note[2], Units<T>{note[1], z.units.step}, x);
     }
   });
@@ -93,7 +94,9 @@ KDFUSE_HD void nkd_row(const Team& team, const Task& p, int64_t row, const Span&
   const NkdParams q(p.params);
   const auto y = read_target<T>(team, p, row, span, 1);
   auto z = read_logits<T>(team, p, 0, row, y, span, T(q.temperature));
-  auto t = read_logits<T>(team, p, 1, row, y, span, T(q.temperature));
+  fill_teachers(team, p, row, span, T(q.temperature));
+  auto t = open_logits(open_teacher<T>(team, p, 0, row, span), y);
+  set_peak(t, y, T(q.temperature), read_first(team, p, t.source, y, span));
   const auto seen = see(team, p, y, span, z, true);
   T sums[1];
   exponentiate(team, p, y, span, t, true, sums, [&](int i, const T(&)[kChunk], const T(&e)[kChunk], T* sum) {

@@ -29,7 +29,7 @@ void kd_row(const Problem& p, int64_t row, Scratch<T>& scratch) {
     auto t = read_any_teacher(p, k, row, target, x, base + 4 * length, q.temperature);
     const double crossed = teach(p, t, z, q.temperature, x);
     const auto pair = kl(z.stats, z.at, t.stats, t.at, crossed);
-    const double scale = kd_add(kd, pair, q.weights[k], q.kd_weight, q.square, q.temperature);
+    const double scale = kd_add(kd, pair, kd_weight_of(q.weights[k], q.kd_weight, q.square, q.temperature));
     if (scale != 0) g.add(x, scale);
   }
   g.a = kd.a;

@@ -46,9 +46,9 @@ class Streamed {
     Conclusion<loss> found;
     if constexpr (kScored) {
       const Split<float> one = split(Stats<float>{sums[S::student1], far.student1});
-      found = conclude_alone(p_.params, one, far.student1, hit, p_.scores[2 * row], team_.batch().score_mean[0]);
+      found = conclude_alone(p_, one, far.student1, hit, p_.scores[2 * row], team_.batch().score_mean[0]);
     } else {
-      found = conclude<loss, labelled>(p_.params, sums, far, hit);
+      found = conclude<loss, labelled>(p_, sums, far, hit);
     }
     write_values(team_, p_, row, 0, found.values);
     if (p_.with_gradient) write_gradient(at, weighted(found, row_weight<float>(team_, p_, row)));
@@ -61,7 +61,7 @@ class Streamed {
   KDFUSE_MEMBER void* gradient(int64_t row) const {
     return static_cast<char*>(p_.gradients[0]) + row * p_.classes * bytes_of(gradient_type<type>);
   }
-  KDFUSE_MEMBER Of of(const Row& at) const { return {p_.params, at.peak[0], at.peak[kInputs - 1]}; }
+  KDFUSE_MEMBER Of of(const Row& at) const { return {p_, at.peak[0], at.peak[kInputs - 1]}; }
 
   KDFUSE_MEMBER Row open(int64_t row) const {
     Row at;
@@ -137,8 +137,8 @@ class Streamed {
 
   // Moves sums from the peaks that they were made with to others.
   KDFUSE_MEMBER void move(const float (&from)[kInputs], const float (&to)[kInputs], float (&sums)[S::kCount]) const {
-    const Of old(p_.params, finite(from[0]), finite(from[kInputs - 1]));
-    const Of now(p_.params, finite(to[0]), finite(to[kInputs - 1]));
+    const Of old(p_, finite(from[0]), finite(from[kInputs - 1]));
+    const Of now(p_, finite(to[0]), finite(to[kInputs - 1]));
     const auto factor = [](float peak, const Exponents& a, const Exponents& b) {
       return peak == -INFINITY ? 0.f : power(a.origin - b.origin);
     };
@@ -213,7 +213,7 @@ class Streamed {
 #pragma unroll
       for (int k = 0; k < kInputs; ++k) peak[k] = top[k];
     }
-    const Of of(p_.params, finite(peak[0]), finite(peak[kInputs - 1]));
+    const Of of(p_, finite(peak[0]), finite(peak[kInputs - 1]));
 #pragma unroll
     for (int v = 0; v < kChunk; ++v) of.add(unpack(x[0], v), unpack(x[kInputs - 1], v), sums);
   }

@@ -1,6 +1,6 @@
 // What a CUDA row pass is asked to do. It travels to the kernels by value.
 #pragma once
-#include "row.h"
+#include "losses/kd.h"
 #include "row_limits.h"
 #include "rows.h"
 
@@ -8,6 +8,7 @@ namespace kdfuse {
 
 constexpr int kMaxLogits = kMaxStreams - 4;
 constexpr int kMaxParams = kMaxStreams + 8;
+constexpr int kMaxTopK = 8;  // teachers, where some are top-k ones
 constexpr int kMaxColumns = 256;  // the loss and its terms
 
 // float or double numbers on the device, or none.
@@ -54,7 +55,8 @@ struct Task : Call {
   Matrix logits[kMaxLogits];  // of the students, then of the teachers
   Output gradients[kMaxLogits];  // of the students
   Matrix soft;  // class probabilities instead of labels, or no data
-  bool sparse;  // some teacher's logits are top-k ones
+  bool sparse;  // some teacher is a top-k one
+  TopK top_k[kMaxTopK];
   double params[kMaxParams];  // the op's own, see losses/<op>.h
   int team_bytes;  // of memory
   int held;  // this many of a row's inputs are kept in the team's memory
@@ -70,8 +72,23 @@ struct FastTask : Call {
   int64_t strides[kFastInputs];
   void* gradients[kFastInputs - 1];
   float params[12];
+  float step;  // log2(e) / T
+  KdWeight<float> kd;  // of the one teacher of kd
   bool hold;  // rows that are read twice stay in the block's memory
 };
+
+constexpr float kLog2e = 1.44269504088896340736f;
+
+// The op's params and what follows from them for every row. temperature: whether params start with T.
+inline void set_params(FastTask& p, const double* params, int count, bool temperature) {
+  for (int k = 0; k < count; ++k) p.params[k] = static_cast<float>(params[k]);
+  const double t = temperature ? params[0] : 1;
+  p.step = static_cast<float>(1.4426950408889634 / t);
+  if (temperature && count > 4) {
+    const auto kd = kd_weight_of(params[4], params[2], params[1], t);
+    p.kd = {static_cast<float>(kd.value), static_cast<float>(kd.step)};
+  }
+}
 
 static_assert(sizeof(Task) < 4096, "a kernel's arguments are limited to 4 KB");
 

@@ -174,9 +174,16 @@ struct Given {
   int64_t type;
 };
 
+// What a top-k teacher has beside its values; count 0: its logits are whole.
+struct Listed {
+  const int64_t* classes;
+  int64_t count;
+  Given mass;
+};
+
 // path: see Path; hold: of the streamed rows.
 extern "C" int host_rows(int op, int path, int hold, int threads, int held, int wide, int64_t rows, int64_t classes,
-                         int students, int teachers, const Given* logits, const Given* gradients, const int64_t* labels,
+                         int students, int teachers, const Given* logits, const Given* gradients, const Listed* listed, const int64_t* labels,
                          const Given* soft, const double* params, int num_params, const double* denominator,
                          const Given* upstream, int reduction, int num_terms, const uint64_t* counts, void* loss,
                          void* terms) {
@@ -189,6 +196,11 @@ extern "C" int host_rows(int op, int path, int hold, int threads, int held, int 
   p.num_terms = num_terms;
   for (int k = 0; k < students + teachers; ++k) {
     p.logits[k] = {logits[k].data, logits[k].stride, static_cast<DType>(logits[k].type)};
+  }
+  p.sparse = listed != nullptr;
+  for (int k = 0; listed && k < teachers; ++k) {
+    const Matrix mass = {listed[k].mass.data, listed[k].mass.stride, static_cast<DType>(listed[k].mass.type)};
+    p.top_k[k] = {listed[k].classes, listed[k].count, listed[k].count, mass};
   }
   p.with_gradient = gradients != nullptr;
   for (int k = 0; gradients && k < students; ++k) {
@@ -218,7 +230,7 @@ extern "C" int host_rows(int op, int path, int hold, int threads, int held, int 
     fast.logits[k] = p.logits[k].data, fast.strides[k] = p.logits[k].stride;
     if (gradients && k < students) fast.gradients[k] = p.gradients[k].data;
   }
-  for (int k = 0; path != kGeneral && k < num_params; ++k) fast.params[k] = static_cast<float>(params[k]);
+  if (path != kGeneral) set_params(fast, params, num_params, op != 3);
   fast.hold = hold;
 
   const size_t size = wide ? 8 : 4, chunks = max_chunks(p.classes);

@@ -3,6 +3,7 @@
 import ctypes
 import shutil
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -26,6 +27,17 @@ class Given(ctypes.Structure):
         ("stride", ctypes.c_int64),
         ("type", ctypes.c_int64),
     ]
+
+
+class Listed(ctypes.Structure):
+    _fields_ = [("classes", ctypes.c_void_p), ("count", ctypes.c_int64), ("mass", Given)]
+
+
+def listed(indices: Tensor, mass: Tensor) -> Listed:
+    if not indices.numel():
+        return Listed()
+    of_mass = given(mass) if mass.numel() else Given()
+    return Listed(indices.data_ptr(), indices.shape[1], of_mass)
 
 
 def given(x: Tensor) -> Given:
@@ -67,6 +79,8 @@ def run(
     threads: int = 1,
     held: int = 8,
     path: str = "general",
+    indices: Sequence[Tensor] = (),
+    masses: Sequence[Tensor] = (),
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Loss, terms and gradients, as torch.ops.kdfuse.<name> returns them.
 
@@ -100,6 +114,7 @@ def run(
         len(teachers),
         logits,
         outputs,
+        (Listed * 8)(*[listed(*x) for x in zip(indices, masses, strict=True)]) if indices else None,
         ctypes.c_void_p(labels),
         ctypes.byref(soft) if soft else None,
         (ctypes.c_double * len(params))(*params),

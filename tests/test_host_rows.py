@@ -9,6 +9,7 @@ import pytest
 import torch
 from calls import FULL, NAMES, PAIR, WITH_PROBABILITIES, Case, cast, make, probabilities
 
+import kdfuse
 from kdfuse.kernels import backends
 
 INF = float("inf")
@@ -133,6 +134,47 @@ def test_several_slts(library, monkeypatch, detach, count):
     settings = settings_for("slkd", 33, fusion=fusion, detach_slts=detach)
     check(library, monkeypatch, "slkd", case, settings)
     check(library, monkeypatch, "slkd", case, settings, held=3, threads=2)
+
+
+@pytest.mark.parametrize("rest", ("spread", "drop"))
+@pytest.mark.parametrize("k", (1, 7, 40))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float64), ids=str)
+@pytest.mark.parametrize("name", ("kd", "nkd"))
+def test_top_k_teachers(library, monkeypatch, name, dtype, k, rest):
+    """Beside a whole teacher for kd; the first label is listed, the last one is not."""
+    case = cast(make(name, 9, 41, teachers=2), dtype)
+    wide = case.teachers[0].double()
+    wide += torch.arange(9)[:, None] * 400.0  # some rows far from 0
+    top = kdfuse.SparseTeacher.top_k(wide, k, temperature=2.0, rest=rest)
+    case.target[0], case.target[-1] = top.indices[0, 0], wide[-1].argmin()
+    settings = settings_for(name, 41, temperature=2.0)
+    students, _, target, params = host_rows.arguments(monkeypatch, name, case, **settings)
+    teachers = [top.values.to(dtype), *case.teachers[1 : len(case.teachers)]]
+    empty = torch.empty(0, dtype=torch.int64)
+    mass = torch.empty(0) if top.mass is None else top.mass
+    indices = [top.indices, empty][: len(teachers)]
+    masses = [mass, torch.empty(0)][: len(teachers)]
+    op = getattr(torch.ops.kdfuse, name).default
+    true = op(students, teachers, indices, masses, target, None, None, params, 0, -100, True)
+    for threads, held in ((1, 8), (3, 8), (3, 0)):
+        got = host_rows.run(
+            library,
+            name,
+            students,
+            teachers,
+            target,
+            params,
+            reduction=0,
+            threads=threads,
+            held=held,
+            indices=indices,
+            masses=masses,
+        )
+        loose = 1e-11 if dtype == torch.float64 else 1e-4
+        near(got[0], true[0], "loss", loose, loose)
+        near(got[1], true[1], "terms", loose, loose)
+        step = {torch.float64: 1e-11, torch.float32: 1e-4, torch.bfloat16: 8e-3}[dtype]
+        near(got[2][0].double(), true[2][0].double(), "gradient", step, min(step, 1e-5))
 
 
 @pytest.mark.parametrize("temperature", (0.5, 1.0, 2.0, 7.5))

@@ -20,16 +20,26 @@ struct KdRow {
   R a = 0, label = 0;  // of the student's exponentials; the entry of the label
 };
 
-// Adds teacher k to the row; returns the coefficient of that teacher's exponentials. may_be_zero: a weight of 0
+// What one teacher's KL counts for in the row's value and, times T, in the derivative of its loss.
+template <class R>
+struct KdWeight {
+  R value, step;
+};
+
+template <class R>
+KDFUSE_HD KdWeight<R> kd_weight_of(R teacher_weight, R kd_weight, R square, R temperature) {
+  return {teacher_weight * square, kd_weight * teacher_weight * square / temperature};
+}
+
+// Adds a teacher to the row; returns the coefficient of that teacher's exponentials. may_be_zero: a weight of 0
 // leaves out what the teacher holds, whatever that is.
 template <bool may_be_zero = true, class R>
-KDFUSE_HD R kd_add(KdRow<R>& row, const Kl<R>& pair, R teacher_weight, R kd_weight, R square, R temperature) {
-  const R step = kd_weight * teacher_weight * square / temperature;
-  const auto times = [](R weight, R x) { return may_be_zero ? gated(weight, x) : weight * x; };
-  row.value += times(teacher_weight * square, pair.value);
-  row.a += times(step, pair.a);
-  row.label += times(step, pair.label);
-  return -times(step, pair.b);
+KDFUSE_HD R kd_add(KdRow<R>& row, const Kl<R>& pair, const KdWeight<R>& weight) {
+  const auto times = [](R w, R x) { return may_be_zero ? gated(w, x) : w * x; };
+  row.value += times(weight.value, pair.value);
+  row.a += times(weight.step, pair.a);
+  row.label += times(weight.step, pair.label);
+  return -times(weight.step, pair.b);
 }
 
 }  // namespace kdfuse
