@@ -175,7 +175,7 @@ def _extension() -> Extension | None:
     torch_root = Path(torch.__file__).parent
     return Extension(
         "kdfuse.kernels._C",
-        ["csrc/ops.cpp"],
+        ["csrc/ops.cpp", "csrc/ops_split.cpp"],
         depends=[str(p.relative_to(ROOT)) for p in sorted((ROOT / "csrc").rglob("*.[hc]*"))],
         include_dirs=[str(torch_root / "include"), pybind11.get_include()],
         library_dirs=[str(torch_root / "lib")],

@@ -6,9 +6,6 @@
 #include <pybind11/stl.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
 
 #include <algorithm>
 #include <atomic>
@@ -18,14 +15,11 @@
 #include <tuple>
 #include <vector>
 
-#include "op_inputs.h"
+#include "op_cpu.h"
 #include "op_top_k.h"
 
 namespace kdfuse {
 namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 enum Level { kBase, kAvx2, kAvx512 };
 const char* const kLevelNames[] = {"base", "avx2", "avx512"};
@@ -78,78 +72,7 @@ struct Slkd : SlkdFacts {
   static RowPass pass() { return passes().slkd; }
 };
 
-std::vector<double> numbers(const Tensor& x, const char* name) {
-  if (x.dim() > 1 || (x.scalar_type() != ScalarType::Float && x.scalar_type() != ScalarType::Double)) {
-    refuse(std::string(name) + " must be a float32 or float64 tensor of at most one dimension");
-  }
-  const int64_t n = x.numel(), stride = x.dim() == 1 ? x.stride(0) : 1;
-  std::vector<double> out(n);
-  for (int64_t i = 0; i < n; ++i) {
-    out[i] = x.scalar_type() == ScalarType::Float ? static_cast<const float*>(x.data_ptr())[i * stride]
-                                                  : static_cast<const double*>(x.data_ptr())[i * stride];
-  }
-  return out;
-}
-
-// Class indices, checked, or an empty vector where the target is class probabilities.
-std::vector<int64_t> read_labels(const Tensor& target, int64_t rows, int64_t classes, int64_t ignore_index) {
-  if (target.dim() == 2) return {};
-  if (target.scalar_type() != ScalarType::Long || target.dim() != 1 || target.size(0) != rows) {
-    refuse("target must be int64 class indices of shape (" + std::to_string(rows) + ",) or class probabilities");
-  }
-  std::vector<int64_t> labels(rows);
-  const auto* data = static_cast<const int64_t*>(target.data_ptr());
-  const int64_t stride = target.stride(0);
-  for (int64_t i = 0; i < rows; ++i) {
-    const int64_t y = labels[i] = data[i * stride];
-    if (y != ignore_index && (y < 0 || y >= classes)) {
-      refuse("target[" + std::to_string(i) + "] is " + std::to_string(y) + ", outside the " + std::to_string(classes) +
-             " classes; mark rows to skip with ignore_index (" + std::to_string(ignore_index) + ")");
-    }
-  }
-  return labels;
-}
-
 using Result = std::tuple<Tensor, Tensor, std::vector<Tensor>>;
-
-// Means of the label scores over the valid rows, summed in row order.
-void score_means(Problem& p, const std::vector<int64_t>& labels, int64_t valid) {
-  p.score_mean[0] = p.score_mean[1] = 0;
-  for (int64_t i = 0; i < p.rows; ++i) {
-    if (!labels.empty() && labels[i] == p.ignore_index) continue;
-    for (int k = 0; k < 2; ++k) p.score_mean[k] += p.scores[2 * i + k];
-  }
-  for (double& mean : p.score_mean) mean /= std::max<int64_t>(valid, 1);
-}
-
-void each_row(void (*run)(const Problem&, int64_t, int64_t), const Problem& p) {
-  // About 32k logits a task: enough to pay for the hand-over, small enough to balance.
-  const int64_t grain = std::max<int64_t>(1, 32768 / p.classes);
-  torch::stable::parallel_for(0, p.rows, grain, [&](int64_t begin, int64_t end) { run(p, begin, end); });
-}
-
-void put(const Tensor& to, int64_t i, double value) {
-  if (to.scalar_type() == ScalarType::Double) {
-    static_cast<double*>(to.data_ptr())[i] = value;
-  } else {
-    static_cast<float*>(to.data_ptr())[i] = static_cast<float>(value);
-  }
-}
-
-// The system hands out a large tensor's memory as it is first written; in 4 KiB pages that takes
-// longer than the loss.
-void ask_for_large_pages(const Tensor& x) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr uintptr_t page = uintptr_t(1) << 21, least = 4 * page;
-  const uintptr_t begin = reinterpret_cast<uintptr_t>(x.data_ptr());
-  const uintptr_t end = begin + x.numel() * x.element_size();
-  if (end - begin < least) return;
-  const uintptr_t first = (begin + page - 1) / page * page;
-  madvise(reinterpret_cast<void*>(first), end / page * page - first, MADV_HUGEPAGE);
-#else
-  (void)x;
-#endif
-}
 
 template <class Op>
 Result loss(std::vector<Tensor> students, std::vector<Tensor> teachers, std::vector<Tensor> indices,
@@ -191,30 +114,15 @@ Result loss(std::vector<Tensor> students, std::vector<Tensor> teachers, std::vec
   }
   const auto real = p.wide ? ScalarType::Double : ScalarType::Float;
 
-  double scale = 1;
-  if (reduction == kMean) {
-    const double divisor = denominator ? numbers(*denominator, "denominator").at(0) : std::max<int64_t>(valid, 1);
-    if (!(divisor > 0)) refuse("denominator must be positive, got " + std::to_string(divisor));
-    scale = 1 / divisor;
-  }
-  std::vector<double> weights(rows, scale);
-  if (upstream) {
-    const auto given = numbers(*upstream, "upstream");
-    if (given.size() != 1 && static_cast<int64_t>(given.size()) != rows) refuse("upstream must have 1 or N numbers");
-    for (int64_t i = 0; i < rows; ++i) weights[i] *= given[given.size() == 1 ? 0 : i];
-  }
+  const double scale = scale_of(reduction, denominator, valid);
+  const auto weights = row_weights(upstream, rows, scale);
   p.upstream = weights.data();
 
   std::vector<Tensor> gradients;
   std::vector<Output> outputs;
   if (with_gradient) {
-    for (const Tensor& x : students) {
-      // float16 would lose what lies below 6e-8 before a loss scaler could lift it.
-      const auto type = x.scalar_type() == ScalarType::Half ? ScalarType::Float : x.scalar_type();
-      gradients.push_back(torch::stable::empty({rows, classes}, type));
-      ask_for_large_pages(gradients.back());
-      outputs.push_back({gradients.back().data_ptr(), type_of(gradients.back())});
-    }
+    gradients = gradients_of(students);
+    outputs = outputs_of(gradients);
     p.gradients = outputs.data();
   }
 
@@ -233,22 +141,7 @@ Result loss(std::vector<Tensor> students, std::vector<Tensor> teachers, std::vec
     each_row(pass.run, p);
   }
 
-  // In row order, whatever thread made a row: the same bits for any number of threads.
-  std::vector<double> totals(width, 0.);
-  for (int64_t i = 0; i < rows; ++i) {
-    for (int k = 0; k < width; ++k) totals[k] += out[i * width + k];
-  }
-  Tensor value = reduction == kNone ? torch::stable::empty({rows}, real) : torch::stable::empty({}, real);
-  if (reduction == kNone) {
-    for (int64_t i = 0; i < rows; ++i) put(value, i, out[i * width]);
-  } else {
-    put(value, 0, totals[0] * scale);
-  }
-  Tensor terms = torch::stable::empty({width}, real);
-  for (int k = 0; k < p.num_terms; ++k) {
-    put(terms, k, totals[1 + k] / (Op::counts(k) ? 1. : std::max<double>(valid, 1)));
-  }
-  put(terms, p.num_terms, valid);
+  auto [value, terms] = reduced<Op>(out, rows, p.num_terms, valid, reduction, scale, real);
   return {value, terms, gradients};
 }
 
@@ -279,6 +172,8 @@ void set_level(const std::string& name) {
 }
 
 }  // namespace
+
+RowPasses row_passes() { return passes(); }
 
 #define KDFUSE_SCHEMA                                                                          \
   "(Tensor[] students, Tensor[] teachers, Tensor[] indices, Tensor[] masses, Tensor? target, " \

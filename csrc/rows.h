@@ -58,9 +58,20 @@ struct RowPass {
   void (*run)(const Problem&, int64_t begin, int64_t end);
 };
 
+struct SplitProblem;  // split.h
+
+// The same for one part of the classes.
+struct SplitPass {
+  void (*stats)(const SplitProblem&, int64_t begin, int64_t end);
+  void (*run)(const SplitProblem&, int64_t begin, int64_t end);
+};
+
 struct RowPasses {
   RowPass kd, dkd, nkd, tf_nkd, uskd, slkd;
+  SplitPass split_kd, split_dkd, split_nkd, split_tf_nkd, split_slkd;
 };
+
+RowPasses row_passes();  // of the level in use
 
 RowPasses row_passes_base();
 #if defined(__x86_64__)

@@ -2,6 +2,7 @@
 // reads each input row once from memory; what follows stays in the caches.
 #include "rows_self.h"
 #include "rows_slkd.h"
+#include "rows_split_losses.h"
 #include "rows_teacher.h"
 
 namespace kdfuse {
@@ -38,6 +39,11 @@ RowPasses KDFUSE_JOIN(row_passes_, KDFUSE_LEVEL)() {
       {rows_of<tf_nkd_score<float>, tf_nkd_score<double>>, rows_of<tf_nkd_row<float>, tf_nkd_row<double>>},
       {rows_of<uskd_score<float>, uskd_score<double>>, rows_of<uskd_row<float>, uskd_row<double>>},
       {nullptr, rows_of<slkd_row<float>, slkd_row<double>>},
+      {split_stats_of<kd_plan>, split_rows_of<split_kd_row<float>, split_kd_row<double>>},
+      {split_stats_of<dkd_plan>, split_rows_of<split_dkd_row<float>, split_dkd_row<double>>},
+      {split_stats_of<nkd_plan>, split_rows_of<split_nkd_row<float>, split_nkd_row<double>>},
+      {split_stats_of<tf_nkd_plan>, split_rows_of<split_tf_nkd_row<float>, split_tf_nkd_row<double>>},
+      {split_stats_of<slkd_plan>, split_rows_of<split_slkd_row<float>, split_slkd_row<double>>},
   };
 }
 

@@ -4,6 +4,7 @@ from .kernels.backends import backends
 from .kernels.dkd import DKDLoss, dkd_loss
 from .kernels.kd import KDLoss, kd_loss
 from .kernels.nkd import NKDLoss, nkd_loss
+from .kernels.parts import ClassPart
 from .kernels.slkd import SLKDLoss, slkd_loss
 from .kernels.sparse import SparseTeacher
 from .kernels.table import OPS
@@ -13,6 +14,7 @@ from .kernels.uskd import USKDLoss, uskd_loss
 __version__ = "0.1.0"
 
 __all__ = [
+    "ClassPart",
     "DKDLoss",
     "KDLoss",
     "NKDLoss",

@@ -12,6 +12,7 @@ from torch import Tensor
 from . import reference
 from .checks import positive, scale, weight
 from .op import Loss, LossModule, Op, Options, run
+from .parts import Logits
 
 
 def rows(students, teachers, y, params):
@@ -39,7 +40,7 @@ OP = Op("dkd", rows, lambda _: ("tckd", "nckd", "ce", "top1", "top5"), labels=0)
 
 
 def dkd_loss(
-    student: Tensor,  # (N, C)
+    student: Logits,  # (N, C)
     teacher: Tensor,  # (N, C)
     target: Tensor,  # (N,) int64
     *,

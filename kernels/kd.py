@@ -14,6 +14,7 @@ from torch import Tensor
 from . import reference
 from .checks import as_list, check_weights, positive, scale, weight
 from .op import Loss, LossModule, Op, Options, run
+from .parts import Logits
 from .sparse import SparseTeacher
 
 
@@ -41,7 +42,7 @@ OP = Op("kd", rows, lambda _: ("kd", "ce", "top1", "top5"), needs_target=False, 
 
 
 def kd_loss(
-    student: Tensor,  # (N, C)
+    student: Logits,  # (N, C)
     # (N, C), or k of the C logits a row, or K teachers of either kind
     teacher: Tensor | SparseTeacher | Sequence[Tensor | SparseTeacher],
     target: Tensor | None = None,  # (N,) int64 or (N, C) probabilities
@@ -61,7 +62,8 @@ def kd_loss(
     """Knowledge distillation (Hinton et al. 2015) from one or several teachers, with cross-entropy.
 
     Args:
-        student: (N, C) logits of any floating type.
+        student: (N, C) logits of any floating type; a ClassPart or a DTensor where they are spread
+            over processes (`kernels/parts.py`, `kernels/split_dtensor.py`).
         teacher: (N, C) logits without grad, or a SparseTeacher of k logits a row, or a sequence of
             K of either; their types may differ.
         target: (N,) int64 class indices, or (N, C) class probabilities (mixup, CutMix). Needed

@@ -15,6 +15,7 @@ from torch import Tensor
 from . import reference
 from .checks import positive, scale, weight
 from .op import Loss, LossModule, Op, Options, run
+from .parts import Logits
 from .sparse import SparseTeacher
 
 
@@ -37,7 +38,7 @@ OP = Op("nkd", rows, lambda _: ("target", "others", "ce", "top1", "top5"), spars
 
 
 def nkd_loss(
-    student: Tensor,  # (N, C)
+    student: Logits,  # (N, C)
     teacher: Tensor | SparseTeacher,  # (N, C), or k of the C logits a row
     target: Tensor,  # (N,) int64 or (N, C) probabilities
     *,

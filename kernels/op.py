@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from . import backends, reference
 from .checks import check_denominator, check_logits, check_range, check_target
+from .parts import ClassPart
 from .sparse import Teacher, check_teachers, lists_of, logits_of, whole_logits
 
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
@@ -56,25 +57,33 @@ Loss = Tensor | tuple[Tensor, dict[str, Tensor]]
 
 def run(
     op: Op,
-    students: Sequence[Tensor],
+    students: Sequence[Any],  # tensors; the first may be a ClassPart
     teachers: Sequence[Teacher],
     target: Tensor | None,
     params: Sequence[float],
     options: Options,
 ) -> Loss:
     """Checks a call, takes it to its backend, and names the terms."""
-    check_logits("student", students[0])
-    for x in students[1:]:
-        check_logits("every SL-T and weak head", x, students[0])
-    check_teachers(op.name, op.sparse, teachers, students[0])
-    if target is not None or op.needs_target:
-        check_target(target, students[0], op.labels > 0, op.name)
     if options.reduction not in REDUCTIONS:
         raise ValueError(
             f"reduction must be one of {', '.join(REDUCTIONS)}, got {options.reduction!r}"
         )
     if options.denominator is not None and options.reduction != "mean":
         raise ValueError(f"denominator goes with reduction='mean', not {options.reduction!r}")
+    if isinstance(student := students[0], ClassPart):
+        from .split import run as run_part
+
+        return run_part(op, student, students[1:], teachers, target, params, options)
+    if hasattr(student, "device_mesh"):
+        from .split_dtensor import run as run_dtensors
+
+        return run_dtensors(op, students, teachers, target, params, options)
+    check_logits("student", students[0])
+    for x in students[1:]:
+        check_logits("every SL-T and weak head", x, students[0])
+    check_teachers(op.name, op.sparse, teachers, students[0])
+    if target is not None or op.needs_target:
+        check_target(target, students[0], op.labels > 0, op.name)
     if options.denominator is not None:
         check_denominator(options.denominator, hidden=backends.is_tracing())
 
@@ -82,9 +91,16 @@ def run(
         loss, terms = run_reference(op, students, teachers, target, params, options)
     else:
         loss, terms = run_fused(op, students, teachers, target, params, options)
+    return named(op, len(students), loss, terms, target, options)
+
+
+def named(
+    op: Op, students: int, loss: Tensor, terms: Tensor, target: Tensor | None, options: Options
+) -> Loss:
+    """What a public loss returns; without a target there are no terms of the label."""
     if not options.return_terms:
         return loss
-    names = (*op.terms(len(students)), "rows")
+    names = (*op.terms(students), "rows")
     kept = {n: terms[k] for k, n in enumerate(names) if target is not None or n in ("kd", "rows")}
     return loss, kept
 

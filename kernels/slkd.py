@@ -18,6 +18,7 @@ from torch import Tensor
 from . import reference
 from .checks import as_list, check_weights, positive, scale, weight
 from .op import Loss, LossModule, Op, Options, run
+from .parts import Logits
 
 
 def rows(students, teachers, y, params):
@@ -56,7 +57,7 @@ OP = Op("slkd", rows, term_names)
 
 
 def slkd_loss(
-    student: Tensor,  # (N, C)
+    student: Logits,  # (N, C)
     teacher: Tensor,  # (N, C)
     slts: Sequence[Tensor],  # K of (N, C)
     target: Tensor,  # (N,) int64 or (N, C) probabilities

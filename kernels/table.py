@@ -1,6 +1,6 @@
 """The table of losses: tests, benchmarks and recipes reach every op through it."""
 
-from . import backends, dkd, kd, nkd, slkd, tf_nkd, uskd
+from . import backends, dkd, kd, nkd, slkd, split, tf_nkd, uskd
 from .op import Op, register, register_scale
 
 OPS: dict[str, Op] = {op.name: op for op in (kd.OP, dkd.OP, nkd.OP, tf_nkd.OP, uskd.OP, slkd.OP)}
@@ -9,3 +9,5 @@ if backends.compiled()[0] is not None:
     for _op in OPS.values():
         register(_op)
     register_scale()
+    for _name in split.LOSSES:
+        split.register(_name)

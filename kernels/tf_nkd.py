@@ -15,6 +15,7 @@ from torch import Tensor
 from . import reference
 from .checks import weight as finite
 from .op import Loss, LossModule, Op, Options, run
+from .parts import Logits
 
 
 def rows(students, teachers, y, params):
@@ -32,7 +33,7 @@ OP = Op("tf_nkd", rows, lambda _: ("target", "ce", "top1", "top5"), labels=2)
 
 
 def tf_nkd_loss(
-    student: Tensor,  # (N, C)
+    student: Logits,  # (N, C)
     target: Tensor,  # (N,) int64 or (N, C) probabilities
     *,
     weight: float = 1.0,
