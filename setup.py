@@ -132,7 +132,14 @@ class Cuda:
         self.gencodes += [f"-gencode=arch=compute_{last},code=[sm_{last},compute_{last}]"]
         target = Path(folder) / "cuda" / "-".join(archs)
         target.mkdir(parents=True, exist_ok=True)
-        used = [str(p.relative_to(ROOT)) for p in sorted((ROOT / "csrc").rglob("*.h"))]
+        # What the kernels do not include would only have them built again.
+        host = ("ahead.h", "simd.h", "order.h", "op_*.h", "row_*.h", "rows_*.h", "split.h")
+        kernels = ("row_cuda.h", "rows_cuda.h", "row_limits.h")
+        used = [
+            str(p.relative_to(ROOT))
+            for p in sorted((ROOT / "csrc").rglob("*.h"))
+            if p.name in kernels or not any(p.match(name) for name in host)
+        ]
         self.objects, self.stale = [], []
         for source in sorted((ROOT / "csrc").glob("*.cu")):
             made = target / f"{source.stem}.o"

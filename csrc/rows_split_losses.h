@@ -34,7 +34,7 @@ void split_kd_row(const SplitProblem& p, int64_t row, Scratch<T>& scratch) {
     if (q.weights[k] == 0) continue;  // whatever it holds
     auto t = known(p, merged(in + p.layout.of_set(1 + k), q.temperature), base + (2 + k) * length);
     const auto pair = kl(z.stats, z.at, t.stats, t.at, in[p.layout.of_pair(k)]);
-    const double scale = kd_add(kd, pair, q.weights[k], q.kd_weight, q.square, q.temperature);
+    const double scale = kd_add(kd, pair, kd_weight_of(q.weights[k], q.kd_weight, q.square, q.temperature));
     if (scale == 0 || !p.gradients) continue;
     const Factors factors = make_part(p, t, p.teachers[k], row, target, q.temperature, false, base + length);
     g.add(t.x, scale * factors.at);

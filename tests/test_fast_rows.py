@@ -1,5 +1,5 @@
-"""The CUDA kernels' rows in registers, and those that are read twice, on the host (host_rows.cpp): the same
-numbers as the CPU ops, for rows of one type with labels.
+"""The CUDA kernels' rows in registers, and those that are read twice, on the host (host_rows.cpp):
+the same numbers as the CPU ops, for rows of one type with labels.
 """
 
 import shutil
