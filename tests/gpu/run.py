@@ -26,6 +26,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 LOGS = ROOT / "build" / "gpu"
 LIMIT = 470.0  # seconds, of all stages
+SHORTEST = 5.0  # with less left a stage is not begun
 LEFT = "LEFT"  # a word of a command: the seconds after which the benchmark begins no case
 NO_SANITIZER = re.compile(r"Device not supported|not supported on this|Unable to find", re.I)
 Record = dict[str, Any]
@@ -62,8 +63,8 @@ def run(stage: Stage, logs: Path, left: float) -> Record:
     log = logs / f"{stage.name}.log"
     limit = min(stage.limit, left - stage.reserve)
     record: Record = {"kind": "stage", "stage": stage.name, "seconds": 0.0}
-    if limit < 5:
-        return record | {"status": "out of time", "why": "the stages before took all of it"}
+    if limit < SHORTEST:
+        return record | {"status": "out of time", "why": "the stages before it took all"}
     if shutil.which(stage.command[0]) is None:
         return record | {"status": "skipped", "why": f"{stage.command[0]} is not on PATH"}
     environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
@@ -140,8 +141,6 @@ def stages(results: Path) -> list[Stage]:
     if parallel:
         pytest += ["-n", str(min(8, os.cpu_count() or 1))]
     junit, losses = LOGS / "tests.xml", results / "losses.jsonl"
-    junit.unlink(missing_ok=True)
-    losses.unlink(missing_ok=True)
     check = ["compute-sanitizer", "--print-limit", "20", "--kernel-regex", "kns=kdfuse", "--tool"]
     drive = [python, str(here / "exercise.py")]
     bench = [python, "-m", "kdfuse.kernels.bench", "--device", "cuda", "--out", str(losses)]
@@ -204,7 +203,8 @@ def main() -> int:
     results.mkdir(parents=True, exist_ok=True)
     LOGS.mkdir(parents=True, exist_ok=True)
     journal = results / "run.jsonl"
-    journal.unlink(missing_ok=True)
+    for path in (journal, results / "losses.jsonl", LOGS / "tests.xml", *LOGS.glob("*.log")):
+        path.unlink(missing_ok=True)
     found: list[Record] = []
     print(f"{gpu}: records go to {results.relative_to(ROOT)}, logs to {LOGS.relative_to(ROOT)}")
     for stage in stages(results):
