@@ -39,15 +39,11 @@ bench: install
 	$(BIN)/kdfuse bench losses --peers eager compiled --budget $(BUDGET) \
 	    --out docs/results/cpu/losses.jsonl --plot docs/results/cpu/losses.svg
 
-# On a machine with a GPU, with its own Python and PyTorch: build, test, measure, in one call.
-GPU_RESULTS ?= docs/results/gpu
+# On a machine with a GPU, with the Python that has PyTorch there: build, test, check, measure, in one
+# call of at most 8 minutes. Writes docs/results/<gpu>/; with OUT=folder, copies of all records and logs.
+GPU_PYTHON ?= python3
 gpu:
-	KDFUSE_CUDA=1 KDFUSE_CUDA_ARCHS=native KDFUSE_REQUIRE_BUILD=1 $(PYTHON) setup.py build_ext --inplace
-	$(PYTHON) -m pytest -m gpu tests/test_gpu.py
-	mkdir -p $(GPU_RESULTS)
-	$(PYTHON) -m kdfuse.kernels.bench --device cuda --dtypes float32 bfloat16 --seconds 1 \
-	    --cases kd+ce dkd+ce nkd+ce slkd2 --sizes 256x1000 4096x1000 1024x21841 8192x32000 \
-	    --out $(GPU_RESULTS)/losses.jsonl
+	$(GPU_PYTHON) tests/gpu/run.py
 
 clean:
 	rm -rf build dist *.egg-info kernels/_C*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,10 +1,10 @@
 """What can be said of the CUDA kernels without a device: the build and the code that it made.
 
-cuobjdump stands beside nvcc or in triton. Row arithmetic is tested in test_host_rows.py.
+Row arithmetic is tested in test_host_rows.py and test_fast_rows.py, the instructions that a row
+takes are counted in test_instructions.py.
 """
 
-import functools
-import importlib.util
+import ast
 import os
 import re
 import shutil
@@ -13,6 +13,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import sass
+from sass import Kernel
 
 from kdfuse.kernels import backends
 
@@ -20,98 +22,118 @@ ROOT = Path(__file__).resolve().parent.parent
 MODULE = backends.compiled()[0]
 ARCHS = MODULE.cuda_archs if MODULE else []
 CUBINS = [name for name in ARCHS if name.startswith("sm_")]
-ROWS = ("kd_row", "dkd_row", "nkd_row", "tf_nkd_row", "tf_nkd_score", "uskd_row", "uskd_score")
-ROWS += ("slkd_row",)
-
-
-def _tool() -> str | None:
-    found = shutil.which("cuobjdump")
-    nvcc = shutil.which("nvcc")
-    near = [Path(os.path.realpath(nvcc)).parent] if nvcc else []
-    triton = importlib.util.find_spec("triton")
-    if triton and triton.origin:
-        near.append(Path(triton.origin).parent / "backends/nvidia/bin")
-    places = [found, *(str(folder / "cuobjdump") for folder in near)]
-    return next((p for p in places if p and Path(p).is_file()), None)
-
+FAST = {"kd": ("bare", "labelled"), "slkd": ("1", "2")}
+FAST |= dict.fromkeys(("dkd", "nkd", "tf_nkd"), ("labelled",))
+TYPES = ("bf16", "f16", "f32")
+FAST_ROWS = [(loss, t, variant) for loss, these in FAST.items() for t in TYPES for variant in these]
+# Threads that a multiprocessor is to hold; each has its share of 65536 registers, in steps of 8.
+THREADS = {"bf16": 384, "f16": 320, "f32": 256}
 
 needs_kernels = pytest.mark.skipif(not ARCHS, reason="_C was built without its CUDA kernels")
-needs_tool = pytest.mark.skipif(_tool() is None, reason="no cuobjdump beside nvcc or in triton")
+needs_tool = pytest.mark.skipif(
+    sass.tool("cuobjdump") is None, reason="no cuobjdump beside nvcc or in triton"
+)
+on_every_arch = pytest.mark.parametrize("arch", CUBINS)
 
 
-def dump(option: str, arch: str) -> str:
-    command = [_tool(), option, "-arch", arch, MODULE.__file__]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+def kinds_of(loss: str) -> list[str]:
+    """tf_nkd waits for the whole grid, which clusters do not; SLKD's rows are not streamed."""
+    kinds = ["fast_warps", "fast_blocks"]
+    kinds += [] if loss == "tf_nkd" else ["fast_clusters"]
+    return kinds + ([] if loss == "slkd" else ["fast_streams"])
 
 
-@functools.cache
-def resources(arch: str) -> dict[tuple[str, str], dict[str, int]]:
-    """Of each kernel of rows, by (kind of team, row): REG, STACK, LOCAL, ..."""
-    found = {}
-    for name, numbers in re.findall(r"Function (\S+):\n\s+(.+)", dump("-res-usage", arch)):
-        values = {k: int(v) for k, v in re.findall(r"([A-Z]+)(?:\[\d\])?:(\d+)", numbers)}
-        key = _key(name)
-        if key:
-            found[key] = values
+def the_table() -> set[Kernel]:
+    found = {Kernel(kind, *row) for row in FAST_ROWS for kind in kinds_of(row[0])}
+    for loss in sass.LOSSES:
+        found |= {Kernel(f"general_{kind}", loss, "f32", "any") for kind in ("warps", "blocks")}
+        found.add(Kernel("general_blocks", loss, "f64", "any"))
     return found
 
 
-def _key(name: str) -> tuple[str, str] | None:
-    row = re.search(r"\d\d?((?:tf_|us|sl|d|n)?n?kd_(?:row|score))I", name)
-    if not row:
-        return None
-    kind = "warp" if "warp_rows" in name else "wide" if "block_rowsId" in name else "block"
-    return kind, row[1]
+def has_code(kernel: Kernel, arch: str) -> bool:
+    return kernel.kind != "fast_clusters" or int(arch[3:]) >= 90
 
 
-@functools.cache
-def code(arch: str) -> dict[tuple[str, str], list[str]]:
-    """The instructions of each kernel of rows."""
-    found = {}
-    for part in dump("-sass", arch).split("Function : ")[1:]:
-        key = _key(part.split("\n", 1)[0])
-        if key:
-            pattern = r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z0-9_.]+)"
-            found[key] = re.findall(pattern, part)
-    return found
+def registers(kernel: Kernel) -> int:
+    """What the launch bounds leave to a thread."""
+    threads = {"fast_streams": 768, "general_warps": 384, "general_blocks": 512}
+    return min(255, 65536 // threads.get(kernel.kind, THREADS.get(kernel.type, 0)) // 8 * 8)
+
+
+def usage(arch: str) -> dict[Kernel, dict[str, int]]:
+    return sass.resources(MODULE.__file__, arch)
+
+
+def code(arch: str) -> dict[Kernel, list[str]]:
+    return sass.names(MODULE.__file__, arch)
 
 
 @needs_kernels
 def test_module_holds_code_for_every_arch_and_ptx():
-    assert CUBINS and ARCHS[-1] == CUBINS[0].replace("sm", "compute")
+    assert CUBINS and ARCHS[-1] == CUBINS[-1].replace("sm", "compute")
 
 
 @needs_kernels
 @needs_tool
-@pytest.mark.parametrize("arch", CUBINS)
-def test_every_kernel_is_there(arch):
-    kinds = {(kind, row) for kind in ("warp", "block", "wide") for row in ROWS}
-    assert set(resources(arch)) == kinds
+@on_every_arch
+def test_every_kernel_is_there_and_no_other(arch):
+    assert set(usage(arch)) == the_table()
+    assert set(code(arch)) == the_table()
+    for kernel, names in code(arch).items():
+        # A kernel without code is a return.
+        assert (len(names) > 300) == has_code(kernel, arch), f"{kernel}: {len(names)} instructions"
+
+
+def spills(arch: str, kernels: set[Kernel]) -> list[str]:
+    found = []
+    for kernel in sorted(kernels, key=str):
+        used, names = usage(arch)[kernel], code(arch)[kernel]
+        local = [n for n in names if n.startswith(("LDL", "STL"))]
+        if used["STACK"] or used["LOCAL"] or local:
+            found.append(f"{kernel}: {used['STACK']} bytes of stack, {len(local)} accesses")
+    return found
 
 
 @needs_kernels
 @needs_tool
-@pytest.mark.parametrize("row", ("kd_row", "dkd_row", "nkd_row", "tf_nkd_row", "uskd_row"))
-@pytest.mark.parametrize("arch", CUBINS)
-def test_short_rows_stay_in_registers(arch, row):
-    usage = resources(arch)["warp", row]
-    assert usage["STACK"] == 0 and usage["LOCAL"] == 0
-    assert usage["REG"] <= 128  # four blocks of 128 threads on a multiprocessor
-    names = {name.split(".")[0] for name in code(arch)["warp", row]}
-    assert not names & {"LDL", "STL"}
+@on_every_arch
+def test_rows_stay_in_registers(arch):
+    """Of fast rows, and of short rows in the general kernels; SLKD's many students may spill."""
+    kept = {k for k in the_table() if k.kind.startswith("fast") or k.kind == "general_warps"}
+    assert spills(arch, {k for k in kept if k.kind != "general_warps" or k.loss != "slkd"}) == []
 
 
 @needs_kernels
 @needs_tool
-@pytest.mark.parametrize("row", ROWS)
-@pytest.mark.parametrize("kind", ("warp", "block"))
-@pytest.mark.parametrize("arch", CUBINS)
-def test_rows_move_in_16_bytes(arch, kind, row):
-    names = code(arch)[kind, row]
-    assert any(re.match(r"LDG\.E\.128", name) for name in names)
-    assert any(re.match(r"STG\.E\.128", name) for name in names)
-    assert any(re.match(r"LDS\.128", name) for name in names)
-    assert any(re.match(r"STS\.128", name) for name in names)
+@on_every_arch
+def test_registers_are_those_of_the_launch_bounds(arch):
+    for kernel, used in usage(arch).items():
+        assert used["REG"] <= registers(kernel), f"{kernel} takes {used['REG']} registers"
+
+
+@needs_kernels
+@needs_tool
+@pytest.mark.parametrize("kind", ("fast_warps", "fast_blocks", "fast_clusters"))
+@on_every_arch
+def test_fast_rows_move_in_16_bytes(arch, kind):
+    for row in (r for r in FAST_ROWS if kind in kinds_of(r[0])):
+        kernel = Kernel(kind, *row)
+        names = set(code(arch)[kernel])
+        if has_code(kernel, arch):
+            assert {"LDGSTS.E.BYPASS.128", "LDS.128", "STG.E.128"} <= names, str(kernel)
+
+
+@needs_kernels
+@needs_tool
+@on_every_arch
+def test_longer_and_general_rows_move_in_16_bytes(arch):
+    for kernel in the_table():
+        if kernel.kind in ("fast_streams", "general_warps", "general_blocks"):
+            names = code(arch)[kernel]
+            assert any(n.startswith("LDG.E.128") for n in names), str(kernel)
+            assert any(n.startswith("STG.E.128") for n in names), str(kernel)
+            assert any(n.startswith("LDS.128") for n in names), str(kernel)
 
 
 @needs_kernels
@@ -121,6 +143,42 @@ def test_module_needs_no_cuda_runtime():
         pytest.skip("no readelf")
     done = subprocess.run([readelf, "-d", MODULE.__file__], capture_output=True, text=True)
     assert "libcudart" not in done.stdout and "libcuda.so" not in done.stdout
+
+
+def source(name: str) -> str:
+    """Without comments."""
+    return re.sub(r"//[^\n]*", "", (ROOT / name).read_text())
+
+
+@pytest.mark.parametrize("name", ("csrc/ops_cuda.cpp", "csrc/launch_cuda.cu"))
+def test_no_call_of_the_host_waits_for_the_device(name):
+    waits = (
+        r"cuda\w*Synchronize\w*|cudaMem(?:cpy|set)\w*|cudaMalloc\w*|cudaFree\w*|\w*_to_cpu|item\("
+    )
+    assert re.findall(waits, source(name)) == []
+
+
+def test_no_python_line_reads_a_tensor_of_the_device():
+    """What reads a tensor's value, by function; `scaled` does where the number is on the host."""
+    found = set()
+    for function in ast.parse((ROOT / "kernels/op.py").read_text()).body:
+        for node in ast.walk(function):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+                reads = ("item", "cpu", "tolist", "numpy", "nonzero", "synchronize")
+                if node.func.attr in reads and isinstance(function, ast.FunctionDef):
+                    found.add((function.name, ast.unparse(node.func)))
+                else:
+                    assert node.func.attr not in reads, ast.unparse(node)
+    assert found == {("scaled", "upstream.item")}
+
+
+def test_a_direction_is_one_launch():
+    launches, op = source("csrc/launch_cuda.cu"), source("csrc/ops_cuda.cpp")
+    assert launches.count("cudaLaunchKernelExC(") == 1
+    assert re.findall(r"(\w+)<<<", launches) == ["count_valid", "scale_rows"]
+    assert re.search(r"if \(task.labels && task.rows > kCountedApart\) \{\n.*\n +count_valid<", launches)
+    assert len(re.findall(r"\blaunch\(", op)) == 1
+    assert len(re.findall(r"\blaunch_scale\(", op)) == 1
 
 
 def build(tmp_path: Path, **environment: str) -> subprocess.CompletedProcess:
