@@ -29,7 +29,7 @@ from .rows import (
 )
 from .triton_batch import put_values, row_scale, total_rows
 from .triton_lang import jit, tl
-from .triton_listed import fill_of, listed_label, listed_tile
+from .triton_listed import listed_label, listed_tile, shift_and_fill
 from .triton_target import read_label
 
 
@@ -43,10 +43,10 @@ def read_tiles(inputs, row, offs, inside, y, fills, SETTINGS: tl.constexpr):
     LISTED: tl.constexpr = SETTINGS[3]
     raw = tile(student, row, strides[0], offs, inside, -INF, WHOLE, REAL)
     rest = offs != y
-    taught = none()
+    taught, found = none(), none()
     for k in tl.static_range(len(teachers)):
         if LISTED[k] > 0:
-            t = listed_tile(
+            t, listed = listed_tile(
                 teachers[k],
                 indices[k],
                 row,
@@ -59,12 +59,14 @@ def read_tiles(inputs, row, offs, inside, y, fills, SETTINGS: tl.constexpr):
             )
         else:
             t = tile(teachers[k], row, strides[k + 1], offs, inside, -INF, WHOLE, REAL)
+            listed = tl.full((), 0, tl.int32)
         taught = joined(taught, (tl.where(rest, t, -INF),))
+        found = joined(found, (listed,))
     q = raw
     if TARGET == 2:
         q = tile(target, row, target_stride, offs, inside, 0.0, WHOLE, REAL)
         q = tl.where(rest, q, 0.0)
-    return raw, tl.where(rest, raw, -INF), taught, q
+    return raw, tl.where(rest, raw, -INF), taught, q, found
 
 
 @jit
@@ -85,15 +87,16 @@ def collect(
     """One more tile of the statistics.
 
     A teacher's state: the rest's maximum; the sum of e_j; the sum of e_j (u_t,j - u_z,j), or where
-    WEIGHTED of e_j u_z,j; the sum of e_j at T = 1, of WEIGHTED.
+    WEIGHTED of e_j u_z,j; the sum of e_j at T = 1, of WEIGHTED; how many
+    classes are listed.
     """
-    raw, z, taught, q = tiles
+    raw, z, taught, q, found = tiles
     state, z_before, z_now = see(
         state, z, raw, q, offs, inside, y, label, label, step, AT_ONE, TARGET
     )
     new = none()
     for k in tl.static_range(len(taught)):
-        peak, before, crossed, total1 = states[k]
+        peak, before, crossed, total1, listed = states[k]
         t = taught[k]
         top, total, t_before, t_now, carry, e = soften(peak, before, t, labels[k], step)
         if WEIGHTED:
@@ -104,7 +107,7 @@ def collect(
                 total1 = total1 * carry1 + tl.sum(tl.exp2((t - t_now) * LOG2E), 0)
         else:
             crossed = cross(crossed, before, carry, t, t_before, t_now, e, z, z_before, z_now, step)
-        new = joined(new, ((top, total, crossed, total1),))
+        new = joined(new, ((top, total, crossed, total1, listed + found[k]),))
     return state, new
 
 
@@ -116,7 +119,7 @@ def put_gradient(
     WHOLE: tl.constexpr = SETTINGS[0]
     TARGET: tl.constexpr = SETTINGS[2]
     AT_ONE: tl.constexpr = SETTINGS[4]
-    _, z, taught, q = tiles
+    _, z, taught, q, _ = tiles
     now, taught_now, step = shifts
     a, c, bs, of_q, at_label, valid = factors
     if AT_ONE == 2:
@@ -187,14 +190,15 @@ def taught_rows(
         label = element(student, row, strides[0], y, WHOLE, REAL)
     labels, fills, states = none(), none(), none()
     for k in tl.static_range(K):
-        of_label, fill = tl.full((), -INF, REAL), tl.full((), -INF, REAL)
+        of_label, fill = tl.full((), -INF, REAL), (tl.full((), 0, REAL), tl.full((), 0, REAL))
         if LISTED[k] > 0:
-            fill = fill_of(
+            fill = shift_and_fill(
                 teachers[k],
                 masses[k],
                 row,
                 strides[k + 1],
                 strides[k + 1 + 2 * K],
+                valid,
                 classes,
                 temperature,
                 LISTED[k],
@@ -220,7 +224,8 @@ def taught_rows(
         zero = tl.full((), 0, REAL)
         labels = joined(labels, (of_label,))
         fills = joined(fills, (fill,))
-        states = joined(states, ((tl.full((), -INF, REAL), zero, zero, zero),))
+        nothing = (tl.full((), -INF, REAL), zero, zero, zero, tl.full((), 0, tl.int32))
+        states = joined(states, (nothing,))
 
     state = unseen(REAL)
     inputs = (student, teachers, strides, indices, target, target_stride)
@@ -248,7 +253,7 @@ def taught_rows(
         z1 = split(state[2], label - now)
     taught, taught_now = none(), none()
     for k in tl.static_range(K):
-        peak, total, crossed, total1 = states[k]
+        peak, total, crossed, total1, _ = states[k]
         t_now = shift_of(peak, labels[k])
         t_label = (labels[k] - t_now) * step * LN2
         t = split(total, t_label)
@@ -290,5 +295,9 @@ def taught_rows(
                 within = some < classes
                 part = read_tiles(inputs, row, some, within, y, fills, SETTINGS)
                 put_gradient(gradient, row, units, part, some, within, y, shifts, factors, SETTINGS)
+    for k in tl.static_range(K):  # here few numbers are alive, none of which a call makes spill
+        if LISTED[k] > 0:
+            whole = (states[k][4] == LISTED[k]) | (valid == 0)
+            tl.device_assert(whole, "kdfuse: a class out of range or listed twice")
     ENDING: tl.constexpr = (TARGET, REDUCTION, COLUMNS, WIDTH, COUNTS, LINES)
     total_rows(values, loss, terms, counter, batch, scale, ENDING)

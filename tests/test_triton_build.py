@@ -112,6 +112,20 @@ def test_float64_compiles_without_spills(monkeypatch, name):
         assert code.stack == 0 and code.count("LDL|STL") == 0
 
 
+@pytest.mark.parametrize("name", ("kd", "nkd"))
+def test_listed_teachers_compile_without_spills(monkeypatch, name):
+    """20 of 1000 logits and what was left out: no access is as long as the whole row."""
+    case = zeros(name, 4, 1000, torch.bfloat16)
+    k, none = 20, torch.empty(0)
+    students, _, _, _, *end = inputs_of(monkeypatch, name, case)
+    for mass in (none, torch.zeros(4)):
+        lists = [torch.zeros(4, k)], [torch.zeros(4, k, dtype=torch.int64)], [mass]
+        [launch] = triton_aot.launches(monkeypatch, name, students, *lists, *end)
+        code = triton_aot.Code(triton_aot.compile_for(90, *launch))
+        assert code.stack == 0 and code.count("LDL|STL") == 0
+        assert code.count(r"STG\.E\.(\w+\.)*128") == 1
+
+
 def test_labels_for_all_are_counted_by_one_program_more(monkeypatch):
     n = triton_call.COUNTED_BY_EACH
     case = zeros("kd", n + 1, 16, torch.float32)

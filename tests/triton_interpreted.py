@@ -458,11 +458,11 @@ def listed(t, k, mass, temperature, seed):
 
 @of(("kd", "nkd"))
 @pytest.mark.parametrize("held", (None, torch.float32, torch.float64), ids=str)
-def test_listed_teachers(name, dtype_by_residency, monkeypatch, held):
+def test_listed_teachers(name, dtype_by_residency, held):
     """One of the k largest logits alone, beside a whole one where the loss takes several."""
     n, c, k, dtype = 5, 33, 6, dtype_by_residency
     case = cast(make(name, n, c, teachers=2), dtype)
-    students, teachers, target, params = arguments(monkeypatch, name, case, **FULL[name])
+    students, teachers, target = case.students, case.teachers, case.target
     mass = torch.empty(0)
     if held is not None:
         mass = torch.tensor([0.1, 0.0, 0.9, 1e-4, 0.5], dtype=held)
@@ -470,17 +470,19 @@ def test_listed_teachers(name, dtype_by_residency, monkeypatch, held):
     values, indices, whole = listed(teachers[0], k, mass if held else None, t, 1)
     target[3] = indices[3, 0]
     upstream = torch.linspace(-2, 3, n).double()
-    none = torch.empty(0)
-    lists = [indices, none][: len(teachers)], [mass, none][: len(teachers)]
-    op = getattr(torch.ops.kdfuse_triton, name).default
-    end = (target, None, upstream, params, 0, -100, True)
-    got = op(students, [values, *teachers[1:]], *lists, *end)
-    dense = Case(students, [whole, *teachers[1:]], target)
-    true = truth(name, dense, **FULL[name])
+    sparse = kdfuse.SparseTeacher(values, indices.int(), mass if held else None)
+    mixed = Case(students, [sparse, *teachers[1:]], target)
+    settings = {**FULL[name], "backend": "triton", "reduction": "none"}
+    loss, (g,) = loss_and_gradients(name, mixed, upstream, **settings)
+    true = truth(name, Case(students, [whole, *teachers[1:]], target), **FULL[name])
     rtol, atol = (1e-11, 1e-11) if dtype == torch.float64 else (3e-5, 2e-5)
-    close(got[0], true.loss, f"{name} loss", rtol, atol)
-    want = upstream.numpy()[:, None] * true.gradients[0]
-    close(got[2][0], want, f"{name} gradient", rtol, atol)
+    close(loss, true.loss, f"{name} loss", rtol, atol)
+    close(g, upstream.numpy()[:, None] * true.gradients[0], f"{name} gradient", rtol, atol)
+    far = kdfuse.SparseTeacher(values + 4096, indices, mass if held else None)
+    moved, _ = loss_and_gradients(name, Case(students, [far, *teachers[1:]], target), **settings)
+    close(
+        moved, true.loss, f"{name} loss far from 0", rtol, 2e-3 if dtype == torch.float32 else atol
+    )
 
 
 @of(NAMES)
