@@ -135,7 +135,7 @@ def _on_gpu(student: Tensor, op: str) -> str:
         warnings.warn(
             f"logits on a GPU take the plain-PyTorch reference ({why}); backend='reference' ends "
             "this warning",
-            stacklevel=6,
+            stacklevel=5,
         )
     return "reference"
 

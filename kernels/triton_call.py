@@ -35,6 +35,13 @@ class Call:
         student = self.students[0]
         self.rows, self.classes = student.shape
         logits = (*self.students, *self.teachers)
+        for x in (*logits, *([] if self.target is None else [self.target])):
+            if x.device != student.device or (x.dim() == 2 and x.stride(1) != 1 and self.rows):
+                raise ValueError(
+                    f"{self.op.name} takes logits and target on one device, {student.device}, with "
+                    f"unit stride along the classes; got {x.device}, strides {x.stride()}; call "
+                    ".contiguous()"
+                )
         self.wide = any(x.dtype == torch.float64 for x in logits)
         self.real = torch.float64 if self.wide else torch.float32
         self.kind = 0 if self.target is None else self.target.dim()

@@ -9,10 +9,13 @@ from typing import Any
 try:
     import triton
     import triton.language as tl
+    from triton import knobs
+    from triton.runtime import driver
 except ImportError as error:
     MISSING = f"triton cannot be imported ({error}); pip install triton (Linux)"
     VERSION: tuple[int, ...] = (0, 0)
     INTERPRETED = False
+    driver = knobs = None
     # Annotations and module constants of kernels are evaluated; the kernels themselves never run.
     tl = SimpleNamespace(constexpr=lambda value: value, int64=None)
 
@@ -21,5 +24,5 @@ except ImportError as error:
 else:
     MISSING = ""
     VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
-    INTERPRETED = bool(triton.knobs.runtime.interpret)
+    INTERPRETED = bool(knobs.runtime.interpret)
     jit = triton.jit

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .triton_lang import INTERPRETED, VERSION
+from .triton_lang import INTERPRETED, VERSION, driver, knobs
 
 # Releases of Triton whose CompiledKernel.run has the arguments that `launch` gives it.
 DIRECT = (3, 6) <= VERSION <= (3, 9)
@@ -81,9 +81,6 @@ def launch(kernel: Any, programs: int, args: tuple, constants: tuple, warps: int
         if DIRECT:
             _KERNELS[key] = compiled
         return
-    from triton import knobs
-    from triton.runtime import driver
-
     stream = driver.active.get_current_stream(device)
     compiled.run(
         programs,

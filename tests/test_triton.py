@@ -7,12 +7,15 @@ import ast
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from calls import NAMES
 
-from kdfuse.kernels import triton_lang
+from kdfuse.kernels import backends, triton_lang
 
 HERE = Path(__file__).parent
 KERNELS = HERE.parent / "kernels"
@@ -57,3 +60,65 @@ def test_losses_need_no_triton():
         [sys.executable, "-c", code], cwd=HERE.parent, capture_output=True, text=True, check=True
     )
     assert "pip install triton" in done.stdout
+
+
+class OnGpu:
+    """What the choice of a backend asks of logits."""
+
+    device = torch.device("cuda", 0)
+
+    def __init__(self, classes):
+        self.shape = (4, classes)
+
+
+@pytest.mark.parametrize(
+    "op, classes, missing, taken",
+    [
+        ("kd", 1000, (), "cuda"),
+        ("kd", 21841, ("cuda",), "triton"),
+        ("slkd", 10**6, ("triton",), "cuda"),
+        ("uskd", 4096, ("cuda",), "triton"),
+        ("uskd", 4097, (), "cuda"),
+    ],
+)
+def test_choice_on_a_gpu(monkeypatch, op, classes, missing, taken):
+    reasons = {name: "gone" if name in missing else "" for name in backends.REASONS}
+    monkeypatch.setattr(backends, "REASONS", {k: lambda v=v: v for k, v in reasons.items()})
+    monkeypatch.setattr(backends, "has_code", lambda *_: True)
+    monkeypatch.setattr(backends, "compiled", lambda: (SimpleNamespace(cuda_archs=[]), ""))
+    found = SimpleNamespace(major=9, minor=0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: found)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert backends.choose(None, OnGpu(classes), op) == taken
+
+
+@pytest.mark.parametrize(
+    "op, classes, why", [("kd", 10, "cuda: gone; triton: gone"), ("uskd", 8193, "does not fit")]
+)
+def test_the_reference_on_a_gpu_comes_with_a_warning(monkeypatch, op, classes, why):
+    monkeypatch.setattr(backends, "REASONS", dict.fromkeys(backends.REASONS, lambda: "gone"))
+    with pytest.warns(UserWarning, match=f"plain-PyTorch reference .*{why}.*ends this warning"):
+        assert backends.choose(None, OnGpu(classes), op) == "reference"
+
+
+@pytest.mark.parametrize(
+    "archs, capability, runs",
+    [
+        (["sm_80", "sm_90", "compute_90"], (9, 0), True),
+        (["sm_80"], (8, 6), True),
+        (["sm_80"], (9, 0), False),
+        (["sm_90", "compute_90"], (10, 0), True),
+        (["sm_90", "compute_90"], (8, 9), False),
+        (["sm_100"], (10, 3), True),
+        ([], (9, 0), False),
+    ],
+)
+def test_code_for_a_device(archs, capability, runs):
+    assert backends.has_code(archs, *capability) == runs
+
+
+def test_rules_are_reasons_in_words():
+    assert backends.RULES[-1].op == "" and backends.RULES[-1].longest == backends.ANY
+    for line in backends.rules():
+        assert line.count("reference") == 1 and "not measured" in line

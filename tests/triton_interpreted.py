@@ -526,6 +526,14 @@ def test_more_teachers_than_are_unrolled():
 
 
 @once
+def test_columns_apart_are_refused_by_the_op_itself():
+    z, y = torch.zeros(3, 18)[:, ::2], torch.zeros(3, dtype=torch.int64)
+    end = (y, None, None, [4.0, 16.0, 1.0, 0.0, 1.0], 1, -100, True)
+    with pytest.raises(ValueError, match=r"unit stride along the classes; .* call .contiguous\(\)"):
+        torch.ops.kdfuse_triton.kd([z], [z], [], [], *end)
+
+
+@once
 def test_the_interpreter_is_taken_by_name_alone():
     assert kdfuse.backends()["triton"] == ""
     z = torch.randn(3, 9)
