@@ -43,7 +43,7 @@ bench: install
 GPU_RESULTS ?= docs/results/gpu
 gpu:
 	KDFUSE_CUDA=1 KDFUSE_CUDA_ARCHS=native KDFUSE_REQUIRE_BUILD=1 $(PYTHON) setup.py build_ext --inplace
-	$(PYTHON) -m pytest -m gpu tests/test_gpu.py
+	$(PYTHON) -m pytest -m gpu tests/test_gpu.py tests/test_triton_gpu.py
 	mkdir -p $(GPU_RESULTS)
 	$(PYTHON) -m kdfuse.kernels.bench --device cuda --dtypes float32 bfloat16 --seconds 1 \
 	    --cases kd+ce dkd+ce nkd+ce slkd2 --sizes 256x1000 4096x1000 1024x21841 8192x32000 \
