@@ -94,11 +94,14 @@ def _compiled_module() -> list[Finding]:
 
 
 def _backends() -> list[Finding]:
-    from .. import backends
+    from ..kernels.backends import backends, rules
 
     return [
-        Finding(f"backend {name}", "absent" if why else "ok", why or "ready")
-        for name, why in backends().items()
+        *[
+            Finding(f"backend {name}", "absent" if why else "ok", why or "ready")
+            for name, why in backends().items()
+        ],
+        *[Finding("backend of a GPU", "ok", line) for line in rules()],
     ]
 
 

@@ -1,15 +1,14 @@
-"""Which backends this machine can run, why not the others, and which one a call takes.
-
-The CUDA kernels are experimental: backend="cuda" takes them; on a GPU backend=None takes the
-reference.
-"""
+"""Which backends this machine can run, why not the others, and which one a call takes."""
 
 import importlib
 import warnings
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from . import triton_lang
 
 
 def _load() -> tuple[ModuleType | None, str]:
@@ -49,9 +48,13 @@ def _cuda() -> str:
 
 
 def _triton() -> str:
+    if triton_lang.MISSING:
+        return triton_lang.MISSING
+    if triton_lang.INTERPRETED or torch.cuda.is_available():
+        return ""
     return (
-        "this version of kdfuse has no Triton kernels yet; "
-        "use backend='cuda' or 'reference' on a GPU"
+        "torch sees no CUDA or ROCm device; TRITON_INTERPRET=1 in the environment runs the kernels "
+        "on CPU tensors, for tests"
     )
 
 
@@ -62,6 +65,79 @@ REASONS = {
     "cuda": _cuda,
     "triton": _triton,
 }
+
+
+class Rule(NamedTuple):
+    """On a GPU, rows of up to `longest` classes take the first of `order` that can run."""
+
+    op: str  # "" for any
+    longest: int
+    order: tuple[str, ...]
+    why: str
+
+
+ANY = 2**31
+# The first rule that fits a call decides where backend=None. Derived from compiled code and
+# complexity, not measured.
+RULES = (
+    Rule("uskd", 4096, ("cuda", "triton"), "CUDA sorts a row, Triton compares all its classes"),
+    Rule("uskd", 8192, ("cuda",), "Triton ranks rows of up to 4096 classes"),
+    Rule("uskd", ANY, (), "a longer row does not fit the memory in which it is ranked"),
+    Rule("", ANY, ("cuda", "triton"), "CUDA moves 16 bytes at any C; Triton where 8 divides C"),
+)
+
+
+def rules() -> list[str]:
+    """What a call without a backend takes on a GPU, and why, in words."""
+    lines = []
+    for rule in RULES:
+        what = rule.op or "any loss"
+        size = "any C" if rule.longest == ANY else f"C up to {rule.longest}"
+        order = ", else ".join((*rule.order, "reference"))
+        lines.append(f"{what}, {size}: {order} ({rule.why}; derived, not measured)")
+    return lines
+
+
+def has_code(archs: list[str], major: int, minor: int) -> bool:
+    """Whether one of `archs` ("sm_90", "compute_80") runs on a device of this capability."""
+    for name in archs:
+        kind, number = name.split("_")
+        of = (int(number[:-1]), int(number[-1]))
+        if kind == "compute" and of <= (major, minor):  # compiled by the driver
+            return True
+        if kind == "sm" and of[0] == major and of[1] <= minor:
+            return True
+    return False
+
+
+def _fits(name: str, device: torch.device) -> bool:
+    if REASONS[name]():
+        return False
+    # torch.compile cannot trace a device's properties; one without code says so when it is run.
+    if name != "cuda" or is_tracing():
+        return True
+    module = compiled()[0]
+    found = torch.cuda.get_device_properties(device)
+    return module is not None and has_code(module.cuda_archs, found.major, found.minor)
+
+
+def _on_gpu(student: Tensor, op: str) -> str:
+    """The backend of a call without one, for logits on a GPU."""
+    if in_functorch():
+        return "reference"
+    classes = student.shape[1]
+    rule = next(r for r in RULES if r.op in ("", op) and classes <= r.longest)
+    for name in rule.order:
+        if _fits(name, student.device):
+            return name
+    if not is_tracing():
+        why = "; ".join(f"{name}: {REASONS[name]()}" for name in rule.order) or rule.why
+        warnings.warn(
+            f"logits on a GPU take the plain-PyTorch reference ({why}); backend='reference' ends "
+            "this warning",
+            stacklevel=5,
+        )
+    return "reference"
 
 
 def in_functorch() -> bool:
@@ -82,10 +158,10 @@ def scales_in_place(upstream: Tensor) -> bool:
     return module is not None and bool(module.cuda_archs)
 
 
-def choose(backend: str | None, student: Tensor) -> str:
-    """The backend of a call on `student`; None takes the fused one on a CPU.
+def choose(backend: str | None, student: Tensor, op: str = "") -> str:
+    """The backend of a call of `op` on `student`; None takes the fused one of its device.
 
-    Elsewhere, without a fused one, and under torch.func transforms, None takes the reference.
+    Without a fused one, and under torch.func transforms, None takes the reference.
 
     Raises:
         ValueError: an unknown name, or a backend for another device.
@@ -93,13 +169,9 @@ def choose(backend: str | None, student: Tensor) -> str:
     """
     device = student.device.type
     if backend is None:
+        if device == "cuda":
+            return _on_gpu(student, op)
         usable = device == "cpu" and compiled()[0] is not None and not in_functorch()
-        if device == "cuda" and not is_tracing():
-            warnings.warn(
-                "logits on a GPU take the plain-PyTorch reference; backend='cuda' names the "
-                "experimental fused kernels, backend='reference' ends this warning",
-                stacklevel=5,
-            )
         return "cpu" if usable else "reference"
     if backend not in REASONS:
         raise ValueError(
@@ -108,7 +180,8 @@ def choose(backend: str | None, student: Tensor) -> str:
     reason = REASONS[backend]()
     if reason:
         raise RuntimeError(f"backend={backend!r} cannot run here: {reason}")
-    if backend in ("cpu", "cuda") and device != backend:
+    of = {"triton": "cpu" if triton_lang.INTERPRETED else "cuda"}.get(backend, backend)
+    if backend != "reference" and device != of:
         raise ValueError(
             f"backend={backend!r} cannot take logits on {student.device}; "
             "move them or use backend=None"

@@ -13,6 +13,8 @@ from . import reference
 from .checks import positive, scale, weight
 from .op import Loss, LossModule, Op, Options, run
 from .parts import Logits
+from .rows import gated, kl_rest, number, param, spread
+from .triton_lang import jit, tl
 
 
 def rows(students, teachers, y, params):
@@ -34,6 +36,27 @@ def rows(students, teachers, y, params):
     loss = loss + torch.zeros_like(ce)
     top1, top5 = reference.hits(z, y, 1), reference.hits(z, y, 5)
     return loss, {"tckd": tckd, "nckd": nckd, "ce": ce, "top1": top1, "top5": top5}
+
+
+@jit
+def coefficients(params, z, taught, REAL: tl.constexpr):
+    """From the statistics of a row (triton_taught.py) to its value and the gradient's factors."""
+    z_total, _, at, _ = z
+    t_total, _, t, _, crossed = taught[0]
+    square, alpha = param(params, 1, REAL), param(params, 2, REAL)
+    beta, ce_weight = param(params, 3, REAL), param(params, 4, REAL)
+    step = square / param(params, 0, REAL)
+    # log((1 - q_y) / (1 - p_y)) as a difference of log-sum-exps.
+    others_ratio = (tl.log(t_total) - t[0]) - (tl.log(z_total) - at[0])
+    tckd = square * (gated(t[1], t[3] - at[3]) + gated(t[2], others_ratio))
+    value, a, b = kl_rest(z_total, t_total, crossed)
+    nckd = square * value
+    # d TCKD / d z_j = -gap * p_j / (1 - p_y), and p_j / (1 - p_y) = e_j / sum.
+    gap = at[1] - t[1]
+    a = step * (beta * a - alpha * gap * spread(z_total))
+    own = gated(alpha, tckd) + gated(beta, nckd)
+    at_label = step * alpha * gap
+    return own, (tckd, nckd), a, number(0, REAL), (step * (beta * b),), at_label, ce_weight
 
 
 OP = Op("dkd", rows, lambda _: ("tckd", "nckd", "ce", "top1", "top5"), labels=0)

@@ -15,7 +15,9 @@ from . import reference
 from .checks import as_list, check_weights, positive, scale, weight
 from .op import Loss, LossModule, Op, Options, run
 from .parts import Logits
+from .rows import gated, joined, kl, none, number, param
 from .sparse import SparseTeacher
+from .triton_lang import jit, tl
 
 
 def rows(students, teachers, y, params):
@@ -36,6 +38,25 @@ def rows(students, teachers, y, params):
     loss = loss + torch.zeros_like(kd)
     top1, top5 = reference.hits(z, y, 1), reference.hits(z, y, 5)
     return loss, {"kd": kd, "ce": ce, "top1": top1, "top5": top5}
+
+
+@jit
+def coefficients(params, z, taught, REAL: tl.constexpr):
+    """From the statistics of a row (triton_taught.py) to its value and the gradient's factors."""
+    _, z_label, at, _ = z
+    temperature, square = param(params, 0, REAL), param(params, 1, REAL)
+    kd_weight, ce_weight = param(params, 2, REAL), param(params, 3, REAL)
+    value, a, at_label, bs = number(0, REAL), number(0, REAL), number(0, REAL), none()
+    for k in tl.static_range(len(taught)):
+        _, t_label, t, _, crossed = taught[k]
+        pair, gap, _ = kl(z_label, at, t_label, t, crossed)
+        weight = param(params, 4 + k, REAL)
+        step = kd_weight * weight * square / temperature
+        value += gated(weight * square, pair)
+        a += gated(step, at[4])
+        at_label += gated(step, gap)
+        bs = joined(bs, (gated(step, t[4]),))
+    return gated(kd_weight, value), (value,), a, number(0, REAL), bs, at_label, ce_weight
 
 
 OP = Op("kd", rows, lambda _: ("kd", "ce", "top1", "top5"), needs_target=False, sparse=True)

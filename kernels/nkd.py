@@ -16,7 +16,9 @@ from . import reference
 from .checks import positive, scale, weight
 from .op import Loss, LossModule, Op, Options, run
 from .parts import Logits
+from .rows import INF, gated, param, spread
 from .sparse import SparseTeacher
+from .triton_lang import jit, tl
 
 
 def rows(students, teachers, y, params):
@@ -32,6 +34,24 @@ def rows(students, teachers, y, params):
     loss = target + sum(w * x for w, x in ((gamma, others), (ce_weight, ce)) if w)
     top1, top5 = reference.hits(z, y, 1), reference.hits(z, y, 5)
     return loss, {"target": target, "others": others, "ce": ce, "top1": top1, "top5": top5}
+
+
+@jit
+def coefficients(params, z, taught, REAL: tl.constexpr):
+    """From the statistics of a row (triton_taught.py) to its value and the gradient's factors."""
+    z_total, _, _, at1 = z
+    t_total, _, _, t1, weighted = taught[0]
+    square, gamma = param(params, 1, REAL), param(params, 2, REAL)
+    step = gamma * square / param(params, 0, REAL)
+    weight = t1[1]
+    target = gated(weight, -at1[3])
+    others = square * (tl.log(z_total) - weighted * spread(t_total))
+    others = tl.where(z_total == 0, INF, others)
+    others = tl.where(t_total == 0, 0.0, others)
+    a = tl.where(t_total == 0, 0.0, step * spread(z_total))
+    own = target + gated(gamma, others)
+    c, at_label, b = weight * at1[4], -weight * at1[2], step * spread(t_total)
+    return own, (target, others), a, c, (b,), at_label, param(params, 3, REAL)
 
 
 OP = Op("nkd", rows, lambda _: ("target", "others", "ce", "top1", "top5"), sparse=True)

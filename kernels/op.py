@@ -8,7 +8,7 @@ are empty where all teachers are whole, and hold an empty tensor for what a teac
 
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,6 +20,8 @@ from .parts import ClassPart
 from .sparse import Teacher, check_teachers, lists_of, logits_of, whole_logits
 
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
+# The namespaces of torch.ops: of the compiled module, for CPU and CUDA, and of the Triton kernels.
+COMPILED, TRITON = "kdfuse", "kdfuse_triton"
 
 # rows(students, teachers, labels, params) -> (N,) loss, and (N,) values of the terms by name.
 Rows = Callable[
@@ -87,7 +89,8 @@ def run(
     if options.denominator is not None:
         check_denominator(options.denominator, hidden=backends.is_tracing())
 
-    if backends.choose(options.backend, students[0]) == "reference":
+    options = replace(options, backend=backends.choose(options.backend, students[0], op.name))
+    if options.backend == "reference":
         loss, terms = run_reference(op, students, teachers, target, params, options)
     else:
         loss, terms = run_fused(op, students, teachers, target, params, options)
@@ -149,6 +152,10 @@ def run_reference(
     return total / divisor.reshape(()), report
 
 
+def compiled_op(namespace: str, name: str) -> Callable[..., Any]:
+    return getattr(getattr(torch.ops, namespace), name).default
+
+
 def unit_stride(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 else x.contiguous()
 
@@ -175,7 +182,7 @@ def run_fused(
         denominator = denominator.to(students[0].device, torch.float64)
     elif denominator is not None:  # filled on the device: a copy from the host would wait for it
         denominator = torch.full((), denominator, dtype=torch.float64, device=students[0].device)
-    call = getattr(torch.ops.kdfuse, op.name).default
+    call = compiled_op(TRITON if options.backend == "triton" else COMPILED, op.name)
     static = (list(params), REDUCTIONS[options.reduction], options.ignore_index)
     if not (torch.is_grad_enabled() and any(x.requires_grad for x in students)):
         lists = (students, values, indices, masses)
@@ -267,9 +274,9 @@ def scaled(gradient: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
     return (gradient * factor.to(gradient.dtype)).to(dtype)
 
 
-def register(op: Op) -> None:
-    """Shapes for tracing, and the gradient for those who call torch.ops.kdfuse.<op> themselves."""
-    name = f"kdfuse::{op.name}"
+def register(op: Op, namespace: str) -> None:
+    """Shapes for tracing, and the gradient for those who call torch.ops.<namespace>.<op>."""
+    name = f"{namespace}::{op.name}"
 
     def shapes(
         students,
@@ -312,7 +319,7 @@ def register(op: Op) -> None:
             return *nothing, *[None] * 7
         target, denominator, *given = ctx.saved_tensors
         lists = split(given, counts)
-        call = getattr(torch.ops.kdfuse, op.name).default
+        call = compiled_op(namespace, op.name)
         made = call(*lists, target, denominator, upstream, *ctx.static, True)[2]
         gradients = [g.to(x.dtype) for g, x in zip(made, lists[0], strict=True)]
         return gradients, *nothing[1:], *[None] * 7

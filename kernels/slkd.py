@@ -19,6 +19,8 @@ from . import reference
 from .checks import as_list, check_weights, positive, scale, weight
 from .op import Loss, LossModule, Op, Options, run
 from .parts import Logits
+from .rows import gated, joined, none, number, param
+from .triton_lang import jit, tl
 
 
 def rows(students, teachers, y, params):
@@ -51,6 +53,55 @@ def term_names(students: int) -> tuple[str, ...]:
     own = ("kd", "fused_kd", "ce", "top1", "top5")
     each = ("kd", "ce", "top1", "top5")
     return own + tuple(f"slt{k}_{name}" for k in range(students - 1) for name in each)
+
+
+@jit
+def coefficients(
+    params,
+    fusion,
+    students,
+    at_one,
+    hits,
+    t,
+    of_f,
+    PULLED: tl.constexpr,
+    REAL: tl.constexpr,
+):
+    """From the statistics of a row (triton_slkd.py) to its value, terms and gradients' factors."""
+    temperature, square = param(params, 0, REAL), param(params, 1, REAL)
+    kd_weight, slt_ce = param(params, 2, REAL), param(params, 3, REAL)
+    fused_kd, ce_weight = param(params, 4, REAL), slt_ce + param(params, 5, REAL)
+    step = square / temperature
+    f_label, f, fused = of_f
+    own, terms, factors = number(0, REAL), none(), none()
+    for k in tl.static_range(len(students)):
+        z_label, at, pair = students[k]
+        at1, ce = at_one[k]
+        of_ce = ce_weight if k == 0 else slt_ce
+        value = square * pair[0]
+        own += gated(kd_weight, value) + gated(of_ce, ce[0])
+        a = gated(step * kd_weight, at[4])
+        at_label = gated(step * kd_weight, pair[1]) + gated(of_ce, ce[1])
+        of_fused = number(0, REAL)
+        if k == 0:
+            of_f_value = square * fused[0]
+            own += gated(fused_kd, of_f_value)
+            terms = joined(terms, (value, of_f_value, ce[0], hits[k][0], hits[k][1]))
+            a += gated(step * fused_kd, at[4])
+            of_fused = gated(step * fused_kd, f[4])
+            at_label += gated(step * fused_kd, fused[1])
+        else:
+            terms = joined(terms, (value, ce[0], hits[k][0], hits[k][1]))
+            if PULLED:
+                # d KL(f || z) / d s_k = fusion_k / T * p^f (u_f - u_z - drift).
+                reach = fusion[k - 1] * fused_kd * step
+                of_fused = gated(reach, f[4])
+                at_label += gated(reach * f[1], f_label - students[0][0] - fused[2])
+        c = gated(of_ce, ce[2] * at1[4])
+        factors = joined(
+            factors, ((a, c, gated(step * kd_weight, t[4]), of_fused, -of_ce, at_label),)
+        )
+    return own, terms, factors
 
 
 OP = Op("slkd", rows, term_names)

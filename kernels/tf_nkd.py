@@ -16,6 +16,8 @@ from . import reference
 from .checks import weight as finite
 from .op import Loss, LossModule, Op, Options, run
 from .parts import Logits
+from .rows import param
+from .triton_lang import jit, tl
 
 
 def rows(students, teachers, y, params):
@@ -27,6 +29,12 @@ def rows(students, teachers, y, params):
     loss = sum(w * x for w, x in ((gain, value), (ce_weight, ce)) if w) + torch.zeros_like(ce)
     top1, top5 = reference.hits(z, y, 1), reference.hits(z, y, 5)
     return loss, {"target": value, "ce": ce, "top1": top1, "top5": top5}
+
+
+@jit
+def coefficients(params, REAL: tl.constexpr):
+    """The weights of the smoothed target and of cross-entropy, whose sum a row is."""
+    return param(params, 0, REAL), param(params, 1, REAL)
 
 
 OP = Op("tf_nkd", rows, lambda _: ("target", "ce", "top1", "top5"), labels=2)

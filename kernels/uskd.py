@@ -17,6 +17,8 @@ from torch import Tensor
 from . import reference
 from .checks import weight
 from .op import Loss, LossModule, Op, Options, run
+from .rows import param
+from .triton_lang import jit, tl
 
 RANKS = {"released": 0.0, "paper": 1.0}
 
@@ -51,6 +53,13 @@ def rows(students, teachers, y, params):
     top1, top5 = reference.hits(z, y, 1), reference.hits(z, y, 5)
     terms = {"target": target, "others": others, "weak": weak_ce, "ce": ce}
     return loss, {**terms, "top1": top1, "top5": top5}
+
+
+@jit
+def coefficients(params, REAL: tl.constexpr):
+    """The weights of the smoothed target, the ranked rest, the weak head and cross-entropy."""
+    alpha, beta = param(params, 0, REAL), param(params, 1, REAL)
+    return alpha, beta, param(params, 2, REAL), param(params, 4, REAL)
 
 
 OP = Op("uskd", rows, lambda _: ("target", "others", "weak", "ce", "top1", "top5"), labels=2)
