@@ -20,7 +20,10 @@ struct Span {
   int classes, shift, chunks;
 
   KDFUSE_MEMBER int first(int i) const { return i * kChunk - shift; }
-  KDFUSE_MEMBER bool whole(int i) const { return first(i) >= 0 && first(i) + kChunk <= classes; }
+  KDFUSE_MEMBER bool whole(int i) const {
+    const unsigned starts = classes < kChunk ? 0 : classes - kChunk + 1;  // where a whole chunk may
+    return static_cast<unsigned>(first(i)) < starts;
+  }
   KDFUSE_MEMBER int chunk_of(int label) const { return label < 0 ? -1 : (label + shift) / kChunk; }
 };
 

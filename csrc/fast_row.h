@@ -56,6 +56,9 @@ class FastRows {
     if (labelled) next_label_ = p_.labels[row * p_.label_stride];
   }
 
+  // After the batch has been opened.
+  KDFUSE_MEMBER void begin() { scale_ = static_cast<float>(team_.batch().scale); }
+
  protected:
   KDFUSE_MEMBER void* gradient(int k, int64_t row) const {
     return static_cast<char*>(p_.gradients[k]) + row * p_.classes * bytes_of(gradient_type<type>);
@@ -71,7 +74,7 @@ class FastRows {
     at.span = span_at(at.logits[0]);
     if constexpr (labelled) open_label(at);
     wait_for_copies();
-    stage_.trim(at.span);
+    if (!p_.whole) stage_.trim(at.span);
     if (labelled && at.label.mine) take_label(at);
     uint32_t top[kInputs];
 #pragma unroll
@@ -109,12 +112,19 @@ class FastRows {
   // at -inf and tie with such a label.
   KDFUSE_MEMBER Hit hit(const Row& at, int k, float count) const {
     const float label = at.label.values[k];
-    return hit_of(label, label == -INFINITY && at.label.chunk > 0 ? count - at.span.shift : count);
+    if (!p_.whole && label == -INFINITY && at.label.chunk > 0) count -= at.span.shift;
+    return hit_of(label, count);
+  }
+
+  // What the row's loss counts for in what is differentiated.
+  KDFUSE_MEMBER float weight(const Row& at) const {
+    return p_.upstream.data ? row_weight<float>(team_, p_, at.row) : scale_;
   }
 
   // The classes of chunks that are not whole, shared among the team.
   template <class F>
   KDFUSE_MEMBER void each_edge(const Span& span, F run) const {
+    if (p_.whole) return;
     const int head = span.shift ? kChunk - span.shift : 0, tail = (span.classes + span.shift) % kChunk;
     const int count = span.chunks > 1 ? head + tail : span.whole(0) ? 0 : span.classes;
 #pragma unroll 1
@@ -176,6 +186,7 @@ class FastRows {
   // Of the row that is on its way.
   const char* next_[kInputs];
   int64_t next_label_ = 0;
+  float scale_ = 0;  // the batch's
 };
 
 }  // namespace kdfuse

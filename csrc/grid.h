@@ -6,7 +6,6 @@
 #pragma once
 #include <cassert>
 
-#include "bits.h"
 #include "task.h"
 
 namespace kdfuse {
@@ -75,13 +74,14 @@ KDFUSE_HD void put(void* to, DType type, int64_t i, double value) {
   }
 }
 
-// The k-th of n numbers. Put together from masks: a chain of choices would be made a table in local memory.
+// The k-th of n numbers, bit by bit of k: a chain of choices would be made a table in local memory.
 template <int n>
 KDFUSE_HD float pick(const float (&values)[n], int k) {
-  uint32_t bits = 0;
-#pragma unroll
-  for (int i = 0; i < n; ++i) bits |= i == k ? as_bits(values[i]) : 0u;
-  return as_float(bits);
+  static_assert(n <= 8, "three bits");
+  const auto of = [&](int i) { return values[i < n ? i : n - 1]; };
+  const auto one = [&](int i) { return k & 1 ? of(i + 1) : of(i); };
+  const auto two = [&](int i) { return i + 2 < n && k & 2 ? one(i + 2) : one(i); };
+  return n > 4 && k & 4 ? two(4) : two(0);
 }
 
 // Numbers of a row that counts, from column `first` on: column 0 is its loss, the others its terms. Each thread
@@ -181,6 +181,7 @@ KDFUSE_HD void run_batch(const Team& team, const Task& p, unsigned* ticket) {
   const int64_t first = team.index(), step = team.teams();
   rows.fetch(first);
   open_batch(team, p);
+  rows.begin();
   if constexpr (Rows::kScored) {
 #pragma unroll 1
     for (int64_t row = first; row < p.rows; row += step) rows.score(row, row + step < p.rows ? row + step : first);

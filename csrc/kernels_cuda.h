@@ -62,6 +62,10 @@ constexpr int kChunksOfPair = 4;
 template <DType type>
 constexpr int kChunksOfSlkd = type == DType::f32 ? 1 : 2;
 
+// Rows longer than a block's registers; of float16, in which few train with so many classes, they are general ones.
+template <DType type>
+constexpr bool kLongRows = type != DType::f16;
+
 // Of a student with one teacher, or alone.
 template <Loss loss, DType type, bool labelled>
 struct PairKernels {
@@ -75,8 +79,10 @@ struct PairKernels {
     k.threads = fast_block(type);
     k.warps = address(fast_warps<Rows<Warp>, fast_block(type)>);
     k.blocks = address(fast_blocks<Rows<Block>, fast_block(type)>);
-    if (!Rows<Block>::kScored) k.clusters = address(fast_clusters<Rows, fast_block(type)>);
-    k.streams = address(fast_streams<Streamed<loss, type, labelled, Block>>);
+    if constexpr (kLongRows<type>) {
+      if constexpr (!Rows<Block>::kScored) k.clusters = address(fast_clusters<Rows, fast_block(type)>);
+      k.streams = address(fast_streams<Streamed<loss, type, labelled, Block>>);
+    }
     return k;
   }
 };
@@ -93,7 +99,7 @@ struct SlkdKernels {
     k.threads = fast_block(type);
     k.warps = address(fast_warps<Rows<Warp>, fast_block(type)>);
     k.blocks = address(fast_blocks<Rows<Block>, fast_block(type)>);
-    k.clusters = address(fast_clusters<Rows, fast_block(type)>);
+    if constexpr (kLongRows<type>) k.clusters = address(fast_clusters<Rows, fast_block(type)>);
     return k;
   }
 };

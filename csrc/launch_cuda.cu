@@ -176,6 +176,7 @@ bool make_fast(Loss loss, const Task& p, FastTask& fast) {
     if (at / own % kChunk != first / size % kChunk) return false;
     fast.gradients[k] = p.gradients[k].data;
   }
+  fast.whole = p.classes % kChunk == 0 && first % (kChunk * size) == 0;
   set_params(fast, p.params, sizeof(fast.params) / sizeof(float), loss != Loss::tf_nkd);
   return true;
 }

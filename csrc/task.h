@@ -75,6 +75,7 @@ struct FastTask : Call {
   float step;  // log2(e) / T
   KdWeight<float> kd;  // of the one teacher of kd
   bool hold;  // rows that are read twice stay in the block's memory
+  bool whole;  // every row is of whole chunks, on 16-byte boundaries
 };
 
 constexpr float kLog2e = 1.44269504088896340736f;

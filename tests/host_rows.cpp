@@ -183,10 +183,10 @@ struct Listed {
 
 // path: see Path; hold: of the streamed rows.
 extern "C" int host_rows(int op, int path, int hold, int threads, int held, int wide, int64_t rows, int64_t classes,
-                         int students, int teachers, const Given* logits, const Given* gradients, const Listed* listed, const int64_t* labels,
-                         const Given* soft, const double* params, int num_params, const double* denominator,
-                         const Given* upstream, int reduction, int num_terms, const uint64_t* counts, void* loss,
-                         void* terms) {
+                         int students, int teachers, const Given* logits, const Given* gradients, const Listed* listed,
+                         const int64_t* labels, const Given* soft, const double* params, int num_params,
+                         const double* denominator, const Given* upstream, int reduction, int num_terms,
+                         const uint64_t* counts, void* loss, void* terms) {
   using namespace kdfuse;
   Task p = {};
   p.rows = rows;
@@ -232,6 +232,7 @@ extern "C" int host_rows(int op, int path, int hold, int threads, int held, int 
   }
   if (path != kGeneral) set_params(fast, params, num_params, op != 3);
   fast.hold = hold;
+  fast.whole = classes % kChunk == 0 && logits[0].stride % kChunk == 0;
 
   const size_t size = wide ? 8 : 4, chunks = max_chunks(p.classes);
   const size_t general = (kNotes + size_t(held) * kChunk * chunks) * size + size_t(p.sorted) * 16;
