@@ -30,6 +30,7 @@ def doctor() -> list[Finding]:
         _apex,
         _compiled_module,
         _backends,
+        _gpu_losses,
         _compilers,
         _gpus,
         _cores,
@@ -103,6 +104,25 @@ def _backends() -> list[Finding]:
         ],
         *[Finding("backend of a GPU", "ok", line) for line in rules()],
     ]
+
+
+def _gpu_losses() -> list[Finding]:
+    """The fused losses on this machine's own device, beside the reference."""
+    import torch
+
+    from ..kernels.backends import backends
+    from ..kernels.selfcheck import disagreements
+
+    if not torch.cuda.is_available():
+        return []
+    found = []
+    for name in ("cuda", "triton"):
+        if backends()[name]:
+            continue
+        wrong = disagreements(name, "cuda")
+        detail = "; ".join(wrong) or "every loss agrees with the reference on this device"
+        found.append(Finding(f"losses by {name}", "wrong" if wrong else "ok", detail))
+    return found
 
 
 def _compilers() -> list[Finding]:

@@ -1,5 +1,6 @@
 """Which backends this machine can run, why not the others, and which one a call takes."""
 
+import functools
 import importlib
 import warnings
 from types import ModuleType
@@ -111,14 +112,38 @@ def has_code(archs: list[str], major: int, minor: int) -> bool:
 
 
 def _fits(name: str, device: torch.device) -> bool:
+    # torch.compile cannot trace a device's properties; one without code says so when it is run.
+    if is_tracing():
+        return not REASONS[name]()
+    return _runs_on(name, device)
+
+
+@functools.cache
+def _runs_on(name: str, device: torch.device) -> bool:
+    """What does not change while a process lives; asking costs more than a small loss."""
     if REASONS[name]():
         return False
-    # torch.compile cannot trace a device's properties; one without code says so when it is run.
-    if name != "cuda" or is_tracing():
+    if name != "cuda":
         return True
     module = compiled()[0]
     found = torch.cuda.get_device_properties(device)
     return module is not None and has_code(module.cuda_archs, found.major, found.minor)
+
+
+_WARNED: set[str] = set()
+
+
+def _warn_of_untried(name: str) -> None:
+    """Once a process, until a device's results stand in docs/results."""
+    if name in _WARNED:
+        return
+    _WARNED.add(name)
+    warnings.warn(
+        f"kdfuse's {name} kernels are checked on the host, but have not been run on a GPU by their "
+        f"authors; `kdfuse doctor` compares them with the reference here, backend={name!r} ends "
+        "this warning",
+        stacklevel=7,
+    )
 
 
 def _on_gpu(student: Tensor, op: str) -> str:
@@ -129,6 +154,8 @@ def _on_gpu(student: Tensor, op: str) -> str:
     rule = next(r for r in RULES if r.op in ("", op) and classes <= r.longest)
     for name in rule.order:
         if _fits(name, student.device):
+            if not is_tracing():
+                _warn_of_untried(name)
             return name
     if not is_tracing():
         why = "; ".join(f"{name}: {REASONS[name]()}" for name in rule.order) or rule.why

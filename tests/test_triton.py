@@ -71,6 +71,23 @@ class OnGpu:
         self.shape = (4, classes)
 
 
+@pytest.fixture(autouse=True)
+def nothing_remembered(monkeypatch):
+    monkeypatch.setattr(backends, "_WARNED", {"cuda", "triton"})
+    backends._runs_on.cache_clear()
+    yield
+    backends._runs_on.cache_clear()
+
+
+def gpu_with_everything(monkeypatch, missing=()):
+    reasons = {name: "gone" if name in missing else "" for name in backends.REASONS}
+    monkeypatch.setattr(backends, "REASONS", {k: lambda v=v: v for k, v in reasons.items()})
+    monkeypatch.setattr(backends, "has_code", lambda *_: True)
+    monkeypatch.setattr(backends, "compiled", lambda: (SimpleNamespace(cuda_archs=[]), ""))
+    found = SimpleNamespace(major=9, minor=0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: found)
+
+
 @pytest.mark.parametrize(
     "op, classes, missing, taken",
     [
@@ -82,15 +99,20 @@ class OnGpu:
     ],
 )
 def test_choice_on_a_gpu(monkeypatch, op, classes, missing, taken):
-    reasons = {name: "gone" if name in missing else "" for name in backends.REASONS}
-    monkeypatch.setattr(backends, "REASONS", {k: lambda v=v: v for k, v in reasons.items()})
-    monkeypatch.setattr(backends, "has_code", lambda *_: True)
-    monkeypatch.setattr(backends, "compiled", lambda: (SimpleNamespace(cuda_archs=[]), ""))
-    found = SimpleNamespace(major=9, minor=0)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: found)
+    gpu_with_everything(monkeypatch, missing)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert backends.choose(None, OnGpu(classes), op) == taken
+
+
+def test_kernels_that_no_gpu_has_run_say_so_once(monkeypatch):
+    gpu_with_everything(monkeypatch)
+    monkeypatch.setattr(backends, "_WARNED", set())
+    with pytest.warns(UserWarning, match="not been run on a GPU .* `kdfuse doctor`"):
+        assert backends.choose(None, OnGpu(10), "kd") == "cuda"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert backends.choose(None, OnGpu(10), "kd") == "cuda"
 
 
 @pytest.mark.parametrize(
