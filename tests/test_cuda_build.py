@@ -37,7 +37,7 @@ on_every_arch = pytest.mark.parametrize("arch", CUBINS)
 
 
 def kinds_of(loss: str, dtype: str, _variant: str) -> list[str]:
-    """Long rows: not of float16. tf_nkd waits for the whole grid, which clusters do not; SLKD's rows
+    """Long rows: not of float16. tf_nkd waits for the whole grid, as clusters cannot; SLKD's rows
     are not streamed."""
     long = [] if loss == "tf_nkd" else ["fast_clusters"]
     long += [] if loss == "slkd" else ["fast_streams"]
