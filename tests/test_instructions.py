@@ -4,8 +4,8 @@ counted_rows.cu is compiled with -lineinfo, which changes no code; a path throug
 rows is then found in its control flow. Counted is all that a whole row on 16-byte boundaries runs
 through in training, with its gradient, under a mean over the batch: 32 classes to each lane, 1024
 to the row. Not counted are the shared beginning and end of a launch, rows that are skipped, chunks
-that a row shares with its neighbours, what a single lane does for the label, losses of each row, and
-gradients from above; what these leave on the path (their conditions) is.
+that a row shares with its neighbours, what a single lane does for the label, losses of each row,
+and gradients from above; what these leave on the path (their conditions) is.
 """
 
 import ast
