@@ -70,6 +70,7 @@ def test_a_large_batch_counts_its_rows_in_a_kernel_before():
         assert all(any(kind in x for x in seen) for kind in kinds), seen
 
 
+@pytest.mark.filterwarnings("ignore:kdfuse's")
 def test_no_backend_named_takes_these():
     case = case_of("kd", 70, 100)
     seen = kernels_of(lambda: call("kd", case, **FULL["kd"]))
