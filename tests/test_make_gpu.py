@@ -97,7 +97,8 @@ def test_counts_of_a_test_run(script, tmp_path):
 
 def test_stages_and_their_files(script, tmp_path):
     stages = script.stages(tmp_path)
-    assert [s.name for s in stages] == ["build", "tests", "memcheck", "racecheck", "bench"]
+    names = ["build", "tests", "memcheck", "racecheck", "bench", "compiled"]
+    assert [s.name for s in stages] == names
     assert len(stages) + 2 <= 8  # a log for each, and two files of records
     tests = next(s for s in stages if s.name == "tests")
     assert all((script.ROOT / word).is_file() for word in tests.command if word.endswith(".py"))
@@ -112,3 +113,14 @@ def test_the_table(script):
     lines = script.table(records).split("\n")
     assert len(lines) == 3 and lines[1].endswith("5 tests, 1 failures")
     assert lines[2].endswith("no tool")
+
+
+def test_the_benchmark_knows_its_options(script, tmp_path):
+    from kdfuse.kernels import bench
+
+    for stage in script.stages(tmp_path):
+        if "kdfuse.kernels.bench" in stage.command:
+            words = ["30" if word == script.LEFT else word for word in stage.command[3:]]
+            device = words.index("--device")
+            chosen = bench.arguments(words[:device] + words[device + 2 :])
+            assert chosen.budget == 30 and chosen.out == tmp_path / "losses.jsonl"
