@@ -42,13 +42,13 @@ __global__ void __launch_bounds__(kStreamBlock, 3) fast_streams(const __grid_con
 }
 
 template <class Rows>
-__global__ void __launch_bounds__(Warp::kTeams* kWarp, 3) general_warps(const __grid_constant__ Task p) {
+__global__ void __launch_bounds__(Warp::kTeams* kWarp, 2) general_warps(const __grid_constant__ Task p) {
   const Warp team(head_bytes(Warp::kTeams, p.columns()), p.team_bytes);
   run_batch<Rows>(team, p, tickets + p.ticket);
 }
 
 template <class Rows>
-__global__ void __launch_bounds__(kMaxBlock) general_blocks(const __grid_constant__ Task p) {
+__global__ void __launch_bounds__(kGeneralBlock) general_blocks(const __grid_constant__ Task p) {
   const Block team(head_bytes(1, p.columns()), 0);
   run_batch<Rows>(team, p, tickets + p.ticket);
 }
@@ -77,7 +77,7 @@ struct PairKernels {
     k.chunks = kChunksOfPair;
     k.thread_bytes = Rows<Block>::kThreadBytes;
     k.threads = fast_block(type);
-    k.warps = address(fast_warps<Rows<Warp>, fast_block(type)>);
+    k.warps = address(fast_warps<Rows<Warp>, fast_warp_blocks(type)>);
     k.blocks = address(fast_blocks<Rows<Block>, fast_block(type)>);
     if constexpr (kLongRows<type>) {
       if constexpr (!Rows<Block>::kScored) k.clusters = address(fast_clusters<Rows, fast_block(type)>);
@@ -97,7 +97,7 @@ struct SlkdKernels {
     k.chunks = kChunksOfSlkd<type>;
     k.thread_bytes = Rows<Block>::kThreadBytes;
     k.threads = fast_block(type);
-    k.warps = address(fast_warps<Rows<Warp>, fast_block(type)>);
+    k.warps = address(fast_warps<Rows<Warp>, fast_warp_blocks(type)>);
     k.blocks = address(fast_blocks<Rows<Block>, fast_block(type)>);
     if constexpr (kLongRows<type>) k.clusters = address(fast_clusters<Rows, fast_block(type)>);
     return k;

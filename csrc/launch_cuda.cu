@@ -257,7 +257,7 @@ std::string shape_general(Loss loss, const GeneralKernels& k, Task& p, bool wide
   p.team_bytes = static_cast<int>((reserved + p.held * row + 15) / 16 * 16);
   l.kernel = warps ? k.warps : wide ? k.wide : k.blocks;
   l.teams = teams;
-  l.threads = warps ? teams * kWarp : std::min(whole_warps(max_chunks(p.classes) / 2), kMaxBlock);
+  l.threads = warps ? teams * kWarp : std::min(whole_warps(max_chunks(p.classes) / 2), kGeneralBlock);
   l.bytes = head + teams * p.team_bytes;
   l.together = loss == Loss::tf_nkd || loss == Loss::uskd;
   return "";

@@ -11,10 +11,12 @@
 
 #if defined(__CUDACC__)
 #define KDFUSE_HD static __host__ __device__ __forceinline__
+#define KDFUSE_CALL static __host__ __device__ __noinline__
 #define KDFUSE_MEMBER __host__ __device__ __forceinline__
 #else
 // static: each instruction-set level compiles its own copy, none may leak into another.
 #define KDFUSE_HD static inline
+#define KDFUSE_CALL static inline
 #define KDFUSE_MEMBER inline
 #endif
 
