@@ -41,7 +41,7 @@ def row_scale(batch, REAL: tl.constexpr, MEAN: tl.constexpr):
         return 1 / tl.maximum(tl.load(scratch), 1.0).to(REAL)
 
 
-@jit
+@jit(do_not_specialize=["stride", "rows", "ignore"])
 def count_rows(target, scratch, stride, rows, ignore):
     """A launch of one program: the count of valid rows, where there are too many labels for all."""
     tl.store(scratch, count_valid(target, stride, rows, ignore).to(tl.float64))

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from .triton_lang import INTERPRETED, VERSION, driver, knobs
 
-# Releases of Triton whose CompiledKernel.run has the arguments that `launch` gives it.
-DIRECT = (3, 6) <= VERSION <= (3, 9)
+# Releases of Triton whose CompiledKernel.run has the arguments that `launch` gives it. On ROCm code
+# also depends on a tensor's size, which is not in the key below.
+DIRECT = (3, 6) <= VERSION <= (3, 9) and torch.version.hip is None
 # Contraction is off (rows.py); debug keeps the assertion that labels are inside the classes.
 OPTIONS = {"enable_fp_fusion": False, "debug": True, "sanitize_overflow": False, "num_stages": 2}
 
@@ -48,14 +49,18 @@ def ranking_shape(classes: int) -> tuple[int, int]:
 _KERNELS: dict[tuple, Any] = {}
 
 
-def _facts(args: tuple) -> tuple:
-    """What Triton compiles for beside the constants: types, alignment of pointers, long numbers."""
+def _facts(args: tuple, nested: bool = False) -> tuple:
+    """What Triton compiles for beside the constants: types, alignment of pointers, long numbers.
+
+    Within tuples it also compiles for 1 and for multiples of 16; other whole numbers are in their
+    kernel's do_not_specialize.
+    """
     return tuple(
         (x.dtype, x.data_ptr() % 16 == 0)
         if isinstance(x, Tensor)
-        else _facts(x)
+        else _facts(x, True)
         if isinstance(x, tuple)
-        else x.bit_length() > 31
+        else (x.bit_length() > 31, nested and x == 1, nested and x % 16 == 0)
         if isinstance(x, int)
         else x is None
         for x in args

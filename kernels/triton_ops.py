@@ -71,7 +71,10 @@ def run_taught(call: Call, indices: list[Tensor], masses: list[Tensor]) -> None:
         call.scratch,
         call.params(),
         tuple(steps),
-        (call.rows, call.classes // whole, call.target_stride(whole), call.upstream_stride()),
+        call.rows,
+        call.classes // whole,
+        call.target_stride(whole),
+        call.upstream_stride(),
         call.ignore,
     )
     constants = (
@@ -101,12 +104,10 @@ def score(call: Call, whole: int, squared: bool) -> Tensor:
         scored,
         call.scratch,
         call.counter,
-        (
-            call.rows,
-            call.classes // whole,
-            call.target_stride(whole),
-            student.stride(0) // whole,
-        ),
+        call.rows,
+        call.classes // whole,
+        call.target_stride(whole),
+        student.stride(0) // whole,
         call.ignore,
     )
     constants = (squared, whole, call.real_type(), call.kind, block, one)
@@ -132,13 +133,11 @@ def run_tf_nkd(call: Call) -> None:
         call.terms,
         call.counter,
         call.params(),
-        (
-            call.rows,
-            call.classes // whole,
-            call.target_stride(whole),
-            *strides(whole, call.students),
-            call.upstream_stride(),
-        ),
+        call.rows,
+        call.classes // whole,
+        call.target_stride(whole),
+        *strides(whole, call.students),
+        call.upstream_stride(),
         call.ignore,
     )
     constants = (tf_nkd.coefficients, whole, call.real_type(), call.kind, *call.ending(True, block))
@@ -165,13 +164,11 @@ def run_uskd(call: Call) -> None:
         call.terms,
         call.counter,
         call.params(),
-        (
-            call.rows,
-            call.classes // whole,
-            call.target_stride(whole),
-            *strides(whole, call.students),
-            call.upstream_stride(),
-        ),
+        call.rows,
+        call.classes // whole,
+        call.target_stride(whole),
+        *strides(whole, call.students),
+        call.upstream_stride(),
         call.ignore,
     )
     paper = call.numbers[3] != 0
@@ -207,7 +204,10 @@ def run_slkd(call: Call) -> None:
         call.scratch,
         call.params(),
         strides(whole, (*call.students, *call.teachers)),
-        (call.rows, call.classes // whole, call.target_stride(whole), call.upstream_stride()),
+        call.rows,
+        call.classes // whole,
+        call.target_stride(whole),
+        call.upstream_stride(),
         call.ignore,
     )
     pulled, at_one = call.numbers[6] == 0, 2 if call.numbers[0] == 1 else 1

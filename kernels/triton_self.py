@@ -78,14 +78,17 @@ def join(total, labels, now, TARGET: tl.constexpr):
         return lse, logs, (tl.exp(logs[0]), tl.exp(logs[1])), 1 - tl.exp(logs[0]), unit / whole
 
 
-@jit(do_not_specialize=["numbers"])
+@jit(do_not_specialize=["rows", "units", "target_stride", "stride", "ignore"])
 def scores(
     student,  # (N, C)
     target,  # (N,) or (N, C)
     values,  # (N, 2): S_t of both targets, or its square
     batch,  # (3,) float64: valid rows, both means
     counter,
-    numbers,  # N, C / WHOLE, and the strides of target and student
+    rows,  # N
+    units,  # C / WHOLE
+    target_stride,  # of the rows, as the others; those of matrices / WHOLE
+    stride,
     ignore: tl.int64,
     SQUARED: tl.constexpr,
     WHOLE: tl.constexpr,
@@ -94,7 +97,6 @@ def scores(
     BLOCK: tl.constexpr,
     ONE: tl.constexpr,
 ):
-    rows, units, target_stride, stride = numbers
     row = tl.program_id(0).to(tl.int64)
     classes = units * WHOLE
     read = read_targets(

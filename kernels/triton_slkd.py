@@ -137,7 +137,7 @@ def put_gradients(
         put_tile(gradients[k], row, units, offs, inside, g, WHOLE)
 
 
-@jit(do_not_specialize=["strides", "numbers"])
+@jit(do_not_specialize=["rows", "units", "target_stride", "upstream_stride", "ignore"])
 def slkd_rows(
     students,  # the student and K SL-Ts, (N, C) each
     teacher,  # (N, C)
@@ -152,7 +152,10 @@ def slkd_rows(
     scratch,  # the count of valid rows
     scalars,  # the op's numbers, see `rows.param`
     strides,  # of the students and the teacher
-    numbers,  # N, C / WHOLE, and the strides of target and upstream
+    rows,  # N
+    units,  # C / WHOLE
+    target_stride,  # of the rows, as the others; those of matrices / WHOLE
+    upstream_stride,
     ignore: tl.int64,
     COEFFICIENTS: tl.constexpr,
     PULLED: tl.constexpr,
@@ -172,7 +175,6 @@ def slkd_rows(
 ):
     COUNT: tl.constexpr = len(students)
     SETTINGS: tl.constexpr = (WHOLE, REAL, TARGET, AT_ONE, PULLED)
-    rows, units, target_stride, upstream_stride = numbers
     row = tl.program_id(0).to(tl.int64)
     classes = units * WHOLE
     batch = (denominator, scratch, target, target_stride, rows, ignore)

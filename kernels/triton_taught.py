@@ -136,7 +136,7 @@ def put_gradient(
     put_tile(gradient, row, units, offs, inside, g, WHOLE)
 
 
-@jit(do_not_specialize=["strides", "numbers"])
+@jit(do_not_specialize=["rows", "units", "target_stride", "upstream_stride", "ignore"])
 def taught_rows(
     student,  # (N, C)
     teachers,  # K of (N, C), or (N, LISTED[k])
@@ -153,7 +153,10 @@ def taught_rows(
     scratch,  # the count of valid rows
     scalars,  # the op's numbers, see `rows.param`
     strides,  # of the student, the teachers, the indices and the masses
-    numbers,  # N, C / WHOLE, and the strides of target and upstream
+    rows,  # N
+    units,  # C / WHOLE
+    target_stride,  # of the rows, as the others; those of matrices / WHOLE
+    upstream_stride,
     ignore: tl.int64,
     COEFFICIENTS: tl.constexpr,
     WHOLE: tl.constexpr,
@@ -175,7 +178,6 @@ def taught_rows(
 ):
     K: tl.constexpr = len(teachers)
     SETTINGS: tl.constexpr = (WHOLE, REAL, TARGET, LISTED, AT_ONE)
-    rows, units, target_stride, upstream_stride = numbers
     row = tl.program_id(0).to(tl.int64)
     classes = units * WHOLE
     batch = (denominator, scratch, target, target_stride, rows, ignore)

@@ -57,7 +57,7 @@ def put_gradient(
     put_tile(gradient, row, units, offs, inside, g, WHOLE)
 
 
-@jit(do_not_specialize=["numbers"])
+@jit(do_not_specialize=["rows", "units", "target_stride", "stride", "upstream_stride", "ignore"])
 def tf_nkd_rows(
     student,  # (N, C)
     gradient,  # (N, C)
@@ -71,7 +71,11 @@ def tf_nkd_rows(
     terms,
     counter,
     scalars,  # the op's numbers, see `rows.param`
-    numbers,  # N, C / WHOLE, and the strides of target, student and upstream
+    rows,  # N
+    units,  # C / WHOLE
+    target_stride,  # of the rows, as the others; those of matrices / WHOLE
+    stride,
+    upstream_stride,
     ignore: tl.int64,
     COEFFICIENTS: tl.constexpr,
     WHOLE: tl.constexpr,
@@ -88,7 +92,6 @@ def tf_nkd_rows(
     ONE: tl.constexpr,
 ):
     SETTINGS: tl.constexpr = (WHOLE, REAL, TARGET)
-    rows, units, target_stride, stride, upstream_stride = numbers
     row = tl.program_id(0).to(tl.int64)
     classes = units * WHOLE
     batch = (denominator, scratch, target, target_stride, rows, ignore)

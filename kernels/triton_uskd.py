@@ -101,7 +101,17 @@ def put(gradient, row, units, offs, inside, g, ys, at, valid, WHOLE: tl.constexp
     put_tile(gradient, row, units, offs, inside, g, WHOLE)
 
 
-@jit(do_not_specialize=["numbers"])
+@jit(
+    do_not_specialize=[
+        "rows",
+        "units",
+        "target_stride",
+        "stride",
+        "weak_stride",
+        "upstream_stride",
+        "ignore",
+    ]
+)
 def uskd_rows(
     student,  # (N, C)
     weak,  # (N, C)
@@ -116,7 +126,12 @@ def uskd_rows(
     terms,
     counter,
     scalars,  # the op's numbers, see `rows.param`
-    numbers,  # N, C / WHOLE, and the strides of target, student, weak and upstream
+    rows,  # N
+    units,  # C / WHOLE
+    target_stride,  # of the rows, as the others; those of matrices / WHOLE
+    stride,
+    weak_stride,
+    upstream_stride,
     ignore: tl.int64,
     COEFFICIENTS: tl.constexpr,
     PAPER: tl.constexpr,
@@ -132,7 +147,6 @@ def uskd_rows(
     GRADIENT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    rows, units, target_stride, stride, weak_stride, upstream_stride = numbers
     row = tl.program_id(0).to(tl.int64)
     classes = units * WHOLE
     batch = (denominator, scratch, target, target_stride, rows, ignore)
