@@ -215,9 +215,9 @@ def recorded(monkeypatch):
     for kernel in KERNELS:  # what is compiled here must not be launched elsewhere
         monkeypatch.setattr(kernel, "device_caches", defaultdict(kernel.create_binder))
     yield Recorder.launches
-    made = [m for kernel in KERNELS for m in kernel.device_caches[0][0].values()]
-    for made in made:
-        made.module = None  # nothing was loaded, nothing is to be unloaded
+    for kernel in KERNELS:
+        for made in kernel.device_caches[0][0].values():
+            made.module = None  # nothing was loaded, nothing is to be unloaded
 
 
 def same(a, b):
