@@ -56,9 +56,6 @@ class FastRows {
     if (labelled) next_label_ = p_.labels[row * p_.label_stride];
   }
 
-  // After the batch has been opened.
-  KDFUSE_MEMBER void begin() { scale_ = static_cast<float>(team_.batch().scale); }
-
  protected:
   KDFUSE_MEMBER void* gradient(int k, int64_t row) const {
     return static_cast<char*>(p_.gradients[k]) + row * p_.classes * bytes_of(gradient_type<type>);
@@ -114,11 +111,6 @@ class FastRows {
     const float label = at.label.values[k];
     if (!p_.whole && label == -INFINITY && at.label.chunk > 0) count -= at.span.shift;
     return hit_of(label, count);
-  }
-
-  // What the row's loss counts for in what is differentiated.
-  KDFUSE_MEMBER float weight(const Row& at) const {
-    return p_.upstream.data ? row_weight<float>(team_, p_, at.row) : scale_;
   }
 
   // The classes of chunks that are not whole, shared among the team.
@@ -186,7 +178,6 @@ class FastRows {
   // Of the row that is on its way.
   const char* next_[kInputs];
   int64_t next_label_ = 0;
-  float scale_ = 0;  // the batch's
 };
 
 }  // namespace kdfuse

@@ -17,7 +17,6 @@ class General {
   KDFUSE_MEMBER General(const Team& team, const Task& p) : team_(team), p_(p) {}
 
   KDFUSE_MEMBER void fetch(int64_t) {}
-  KDFUSE_MEMBER void begin() {}
 
   KDFUSE_MEMBER void score(int64_t row, int64_t) {
     if (ignored(p_, row)) return;

@@ -181,7 +181,6 @@ KDFUSE_HD void run_batch(const Team& team, const Task& p, unsigned* ticket) {
   const int64_t first = team.index(), step = team.teams();
   rows.fetch(first);
   open_batch(team, p);
-  rows.begin();
   if constexpr (Rows::kScored) {
 #pragma unroll 1
     for (int64_t row = first; row < p.rows; row += step) rows.score(row, row + step < p.rows ? row + step : first);

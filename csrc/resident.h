@@ -68,7 +68,7 @@ class Resident : public FastRows<type, 1, loss != Loss::tf_nkd, labelled, kChunk
   }
 
   KDFUSE_MEMBER void write_gradient(const Row& at, const Conclusion<loss>& found) {
-    const Conclusion<loss> g = weighted(found, this->weight(at));
+    const Conclusion<loss> g = weighted(found, row_weight<float>(team_, p_, at.row));
     if (labelled && Of::is_bare(g)) {
       write_bare(at, g);
     } else {

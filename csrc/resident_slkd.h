@@ -47,7 +47,7 @@ class ResidentSlkd : public FastRows<type, 1 + K, 1, true, kChunks, Team> {
     float loss = gated(ce_weight, ce) + gated(q_.kd_weight, kd) + gated(q_.fused_kd_weight, fused_kd);
     write_values(team_, p_, row, 1, {kd, fused_kd, ce, hit.top1, hit.top5});
 
-    const float weight = this->weight(at);
+    const float weight = row_weight<float>(team_, p_, row);
     if (p_.with_gradient) {
       const float a = step * (q_.kd_weight * pair.a + q_.fused_kd_weight * fused.a);
       const float at_label =

@@ -25,7 +25,6 @@ class Streamed {
   KDFUSE_MEMBER Streamed(const Team& team, const FastTask& p) : team_(team), p_(p) {}
 
   KDFUSE_MEMBER void fetch(int64_t) {}
-  KDFUSE_MEMBER void begin() {}
 
   KDFUSE_MEMBER void score(int64_t row, int64_t) {
     if (ignored(p_, row)) return;
