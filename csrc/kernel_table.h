@@ -8,7 +8,7 @@ enum class Loss { kd, dkd, nkd, tf_nkd, uskd, slkd };
 
 constexpr int kTickets = 1 << 16;
 // Threads of a fast block, and fast blocks of warps on a multiprocessor, so that each thread has the registers
-// that it needs: bfloat16 rows 200 in a block and 168 in a warp, the others 255.
+// that it needs: bfloat16 rows 168, the others 255.
 constexpr int fast_block(DType type) { return type == DType::bf16 ? 320 : 256; }
 constexpr int fast_warp_blocks(DType type) { return type == DType::bf16 ? 3 : 2; }
 constexpr int kStreamBlock = 256, kGeneralBlock = 256;  // threads

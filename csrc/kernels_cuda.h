@@ -13,9 +13,8 @@ namespace {
 
 __device__ unsigned tickets[kTickets];  // each is 0 again after a launch
 
-template <class Rows, int kThreads>
-__global__ void __launch_bounds__(Warp::kTeams* kWarp, kThreads / (Warp::kTeams * kWarp))
-    fast_warps(const __grid_constant__ FastTask p) {
+template <class Rows, int kBlocks>
+__global__ void __launch_bounds__(Warp::kTeams* kWarp, kBlocks) fast_warps(const __grid_constant__ FastTask p) {
   const Warp team(head_bytes(Warp::kTeams, p.columns()), kWarp * Rows::kThreadBytes);
   run_batch<Rows>(team, p, tickets + p.ticket);
 }

@@ -26,8 +26,9 @@ FAST = {"kd": ("bare", "labelled"), "slkd": ("1", "2")}
 FAST |= dict.fromkeys(("dkd", "nkd", "tf_nkd"), ("labelled",))
 TYPES = ("bf16", "f16", "f32")
 FAST_ROWS = [(loss, t, variant) for loss, these in FAST.items() for t in TYPES for variant in these]
-# Threads of a fast block; a multiprocessor holds one such, or as many warps in blocks of four.
-THREADS = {"bf16": 384, "f16": 320, "f32": 256}
+# Threads that a multiprocessor holds of fast rows: a block, or blocks of four warps.
+BLOCKS = {"bf16": 320, "f16": 256, "f32": 256}
+WARPS = {"bf16": 384, "f16": 256, "f32": 256}
 
 needs_kernels = pytest.mark.skipif(not ARCHS, reason="_C was built without its CUDA kernels")
 needs_tool = pytest.mark.skipif(
@@ -59,9 +60,9 @@ def has_code(kernel: Kernel, arch: str) -> bool:
 def registers(kernel: Kernel) -> int:
     """What the launch bounds leave to a thread: four warps at a time, each to a register file of
     its own, of 65536 in all, in steps of 8."""
-    threads = {"fast_streams": 768, "general_warps": 384, "general_blocks": 512}
-    own = THREADS.get(kernel.type, 0)
-    threads |= {"fast_warps": own // 128 * 128, "fast_blocks": own, "fast_clusters": own}
+    threads = {"fast_streams": 768, "general_warps": 256, "general_blocks": 256}
+    threads["fast_warps"] = WARPS.get(kernel.type, 0)
+    threads |= dict.fromkeys(("fast_blocks", "fast_clusters"), BLOCKS.get(kernel.type, 0))
     together = -(-threads[kernel.kind] // 128) * 128
     return min(255, 65536 // together // 8 * 8)
 
