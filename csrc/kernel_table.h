@@ -7,16 +7,15 @@ namespace kdfuse {
 enum class Loss { kd, dkd, nkd, tf_nkd, uskd, slkd };
 
 constexpr int kTickets = 1 << 16;
-// Threads of a fast block, and fast blocks of warps on a multiprocessor, so that each thread has the registers
-// that it needs: bfloat16 rows 168, the others 255.
-constexpr int fast_block(DType type) { return type == DType::bf16 ? 320 : 256; }
-constexpr int fast_warp_blocks(DType type) { return type == DType::bf16 ? 3 : 2; }
+// So that every row stays in registers: 255 for a thread of a fast block; in fast warps 168 for bfloat16, 255 for
+// the others.
+constexpr int kFastBlock = 256;  // threads
+constexpr int fast_warp_blocks(DType type) { return type == DType::bf16 ? 3 : 2; }  // of a multiprocessor
 constexpr int kStreamBlock = 256, kGeneralBlock = 256;  // threads
 
 // Rows of one type with labels, or none. A kernel may be missing.
 struct FastKernels {
   int chunks = 0, thread_bytes = 0;  // of each thread; not of streams
-  int threads = 0;  // of a block at most
   const void* warps = nullptr;  // a warp for each row
   const void* blocks = nullptr;
   const void* clusters = nullptr;

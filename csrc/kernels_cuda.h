@@ -19,14 +19,14 @@ __global__ void __launch_bounds__(Warp::kTeams* kWarp, kBlocks) fast_warps(const
   run_batch<Rows>(team, p, tickets + p.ticket);
 }
 
-template <class Rows, int kThreads>
-__global__ void __launch_bounds__(kThreads, 1) fast_blocks(const __grid_constant__ FastTask p) {
+template <class Rows>
+__global__ void __launch_bounds__(kFastBlock, 1) fast_blocks(const __grid_constant__ FastTask p) {
   const Block team(head_bytes(1, p.columns()), 0);
   run_batch<Rows>(team, p, tickets + p.ticket);
 }
 
-template <template <class> class Rows, int kThreads>
-__global__ void __launch_bounds__(kThreads, 1) fast_clusters(const __grid_constant__ FastTask p) {
+template <template <class> class Rows>
+__global__ void __launch_bounds__(kFastBlock, 1) fast_clusters(const __grid_constant__ FastTask p) {
 #if __CUDA_ARCH__ >= 900
   const Cluster team(head_bytes(1, p.columns()), 0);
   run_batch<Rows<Cluster>>(team, p, tickets + p.ticket);
@@ -75,11 +75,10 @@ struct PairKernels {
     FastKernels k;
     k.chunks = kChunksOfPair;
     k.thread_bytes = Rows<Block>::kThreadBytes;
-    k.threads = fast_block(type);
     k.warps = address(fast_warps<Rows<Warp>, fast_warp_blocks(type)>);
-    k.blocks = address(fast_blocks<Rows<Block>, fast_block(type)>);
+    k.blocks = address(fast_blocks<Rows<Block>>);
     if constexpr (kLongRows<type>) {
-      if constexpr (!Rows<Block>::kScored) k.clusters = address(fast_clusters<Rows, fast_block(type)>);
+      if constexpr (!Rows<Block>::kScored) k.clusters = address(fast_clusters<Rows>);
       k.streams = address(fast_streams<Streamed<loss, type, labelled, Block>>);
     }
     return k;
@@ -95,10 +94,9 @@ struct SlkdKernels {
     FastKernels k;
     k.chunks = kChunksOfSlkd<type>;
     k.thread_bytes = Rows<Block>::kThreadBytes;
-    k.threads = fast_block(type);
     k.warps = address(fast_warps<Rows<Warp>, fast_warp_blocks(type)>);
-    k.blocks = address(fast_blocks<Rows<Block>, fast_block(type)>);
-    if constexpr (kLongRows<type>) k.clusters = address(fast_clusters<Rows, fast_block(type)>);
+    k.blocks = address(fast_blocks<Rows<Block>>);
+    if constexpr (kLongRows<type>) k.clusters = address(fast_clusters<Rows>);
     return k;
   }
 };

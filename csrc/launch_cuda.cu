@@ -211,7 +211,7 @@ bool shape_fast(Loss loss, const FastKernels& k, FastTask& p, DType type, int de
     return true;
   }
   const int head = head_bytes(1, p.columns());
-  const int fewest = (chunks + k.threads - 1) / k.threads;  // chunks of a thread
+  const int fewest = (chunks + kFastBlock - 1) / kFastBlock;  // chunks of a thread
   if (fewest <= k.chunks) {
     const int each = p.rows > 8 * d.processors ? k.chunks : fewest;
     l.kernel = k.blocks, l.threads = whole_warps((chunks + each - 1) / each);
@@ -220,7 +220,7 @@ bool shape_fast(Loss loss, const FastKernels& k, FastTask& p, DType type, int de
   }
   for (l.cluster = 2; k.clusters && d.major >= 9 && l.cluster <= kMaxCluster; l.cluster *= 2) {
     const int each = (chunks + l.cluster * k.chunks - 1) / (l.cluster * k.chunks);
-    if (each > k.threads) continue;
+    if (each > kFastBlock) continue;
     l.kernel = k.clusters, l.threads = whole_warps(each);
     l.bytes = head + l.threads * k.thread_bytes;
     if (blocks_at_once(l, device) > 0) return true;

@@ -13,13 +13,23 @@ def finite(value: float) -> bool:
     return -math.inf < value < math.inf
 
 
+def constant(name: str, value: object) -> None:
+    if isinstance(value, Tensor) and value.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            f"{name} requires grad, but gets none from this loss; pass {name}.item(), or multiply "
+            "the loss by it"
+        )
+
+
 def positive(name: str, value: float) -> float:
+    constant(name, value)
     if not (value > 0 and finite(value)):
         raise ValueError(f"{name} must be a positive number, got {value}")
     return float(value)
 
 
 def weight(name: str, value: float) -> float:
+    constant(name, value)
     if not finite(value):
         raise ValueError(f"{name} must be a finite number, got {value}")
     return float(value)
@@ -121,6 +131,7 @@ def check_range(target: Tensor, classes: int, ignore_index: int) -> None:
 
 def check_denominator(denominator: Tensor | float, hidden: bool) -> None:
     """hidden: the values of tensors cannot be read now. Nothing waits for a GPU."""
+    constant("denominator", denominator)
     if isinstance(denominator, Tensor):
         if denominator.numel() != 1:
             raise ValueError(

@@ -88,18 +88,19 @@ def cpu_name() -> str:
 
 def append(path: Path, record: Record) -> None:
     """One line more, on the disk when this returns: a run that is killed keeps what it measured."""
+    torn = path.exists() and path.read_bytes()[-1:] not in (b"", b"\n")
     with path.open("a") as file:
-        file.write(json.dumps(record) + "\n")
+        file.write("\n" * torn + json.dumps(record) + "\n")
 
 
 def read(paths: Iterable[Path]) -> list[Record]:
     """The measurements of some files, each with the number of its run.
 
     Records of the first version have no device (cpu), turn (warm) or clock (host) and call the
-    device's own backend "fused".
+    device's own backend "fused". A line that was cut off is left out, and said.
 
     Raises:
-        ValueError: a line that is no record. A last line that was cut off is left out, and said.
+        ValueError: a line that is no record.
     """
     records: list[Record] = []
     run = 0
@@ -110,12 +111,15 @@ def read(paths: Iterable[Path]) -> list[Record]:
                 continue
             try:
                 record = json.loads(line)
-                kind = record["kind"]
-            except (ValueError, TypeError, KeyError):
-                if number < len(lines):
-                    raise ValueError(f"{path}:{number} is not a record of this benchmark") from None
+            except ValueError:
                 print(f"{path}:{number} was cut off; it is left out", file=sys.stderr)
                 continue
+            try:
+                kind = record["kind"]
+                if kind == "loss":
+                    record["provider"], record["case"]
+            except (TypeError, KeyError):
+                raise ValueError(f"{path}:{number} is not a record of this benchmark") from None
             run += kind == "facts"
             if kind == "loss":
                 record = {"device": "cpu", "turn": "warm", "clock": "host", "run": run} | record

@@ -132,8 +132,9 @@ def slkd_loss(
 
     fusion: K weights >= 0 that sum to 1 (default equal). detach_slts=False is the released code:
     the student's KD(f, z) then reaches the SL-Ts as well. A fusion weight of 0 leaves that SL-T
-    out, whatever its logits. `kd_loss` describes the other arguments, the value and the errors;
-    the terms are kd, fused_kd, ce, top1, top5, and slt0_kd, slt0_ce, slt0_top1, slt0_top5, ...
+    out of the fusion; its own losses stay. `kd_loss` describes the other arguments, the value and
+    the errors; the terms are kd, fused_kd, ce, top1, top5, and slt0_kd, slt0_ce, slt0_top1,
+    slt0_top5, ...
 
     Raises:
         ValueError: also for fusion weights that do not sum to 1.

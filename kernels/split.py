@@ -4,8 +4,8 @@ Two passes over a process's own classes with one collective between them: the st
 are a few sums that merge (`split_merge`), its gradient needs only what all parts merged into. One
 collective is enough because each sum travels with the peak that it is relative to, where the usual
 vocabulary-parallel loss reduces the peaks first and the sums after; and an all-gather, because
-these statistics do not add. It moves 8 W S bytes a row: 17 numbers for one teacher, which is
-1.1 KB a row on eight processes, however many classes there are. Where the gradient is stored, the
+these statistics do not add. It moves 8 W S bytes a row: 18 numbers for one teacher, which is
+1.2 KB a row on eight processes, however many classes there are. Where the gradient is stored, the
 part is read twice and the gradient written once: 2K + 3 elements a logit for K teachers.
 """
 
@@ -48,8 +48,10 @@ def run(
         packed = stats(*logits, target, *where, list(params), options.ignore_index)
     else:
         packed = nothing(at, part.logits)
-    merged = merge(gather(packed, part.group), at)
-    check_parts(merged, part)
+    first = torch.full_like(packed[:, :1], part.first_class)
+    gathered = gather(torch.cat([packed, first], 1), part.group)
+    check_parts(gathered[..., -1], gathered[..., 1], part)
+    merged = merge(gathered[..., :-1], at)
 
     denominator = options.denominator
     if isinstance(denominator, Tensor):
@@ -142,15 +144,23 @@ def check_part(name: str, x: Any, student: Tensor) -> None:
         )
 
 
-def check_parts(merged: Tensor, part: ClassPart) -> None:
-    """That the parts add up to all classes: a process left out would be silently wrong."""
-    whole = (merged[:, 1] == part.classes).all()
-    if merged.device.type != "cpu" or backends.is_tracing():
-        torch._assert_async(whole, "kdfuse: the parts' classes do not add up to ClassPart.classes")
+def check_parts(first: Tensor, size: Tensor, part: ClassPart) -> None:
+    """That the parts hold every class once: a process or an offset left out is silently wrong.
+
+    first, size: (W, N) first class and number of classes of each part.
+    """
+    empty = size == 0
+    first, order = torch.where(empty, part.classes, first).sort(dim=0, stable=True)
+    sizes = size.gather(0, order)
+    side_by_side = (first == sizes.cumsum(0) - sizes) | empty.gather(0, order)
+    whole = side_by_side.all() & (sizes.sum(0) == part.classes).all()
+    if size.device.type != "cpu" or backends.is_tracing():
+        torch._assert_async(whole, "kdfuse: the parts do not hold every class once")
     elif not whole:
+        parts = [f"[{int(f)}, {int(f + s)})" for f, s in zip(first[:, 0], sizes[:, 0], strict=True)]
         raise ValueError(
-            f"the parts of this group hold {int(merged[0, 1])} classes together, "
-            f"ClassPart.classes is {part.classes}"
+            f"the parts of this group hold the classes {', '.join(parts)}, which is not each of "
+            f"ClassPart.classes={part.classes} once; look at first_class and classes"
         )
 
 

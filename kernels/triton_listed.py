@@ -35,7 +35,7 @@ def shift_and_fill(
     else:
         total = tl.sum(tl.exp((x - peak) / temperature), 0)
         left = tl.load(mass + row * mass_stride).to(REAL)
-        fine = (left >= 0) & (left < 1)
+        fine = ~((left < 0) | (left >= 1))  # NaN reaches the loss, as in logits
         tl.device_assert(fine | (valid == 0), "kdfuse: a mass outside [0, 1)")
         others = number(tl.maximum(classes - LISTED, 1), REAL)
         odds = tl.log(left) - tl.log(1 - left)

@@ -233,11 +233,20 @@ def test_a_provider_that_fails_midway_leaves_no_record_of_its_first_rounds(
     assert all(r["samples"] >= 15 for r in records(out, "loss"))
 
 
-def test_a_line_that_is_no_record_is_an_error(tmp_path) -> None:
+@pytest.mark.parametrize("line", ("[1, 2]", '{"kind": "loss"}'))
+def test_a_line_that_is_no_record_is_an_error(tmp_path, line) -> None:
     path = tmp_path / "other.jsonl"
-    path.write_text('{"kind": "facts"}\n[1, 2]\n')
+    path.write_text('{"kind": "facts"}\n' + line + "\n")
     with pytest.raises(ValueError, match="other.jsonl:2"):
         report.read([path])
+
+
+def test_what_follows_a_torn_line_is_read(tmp_path, capsys) -> None:
+    path = tmp_path / "torn.jsonl"
+    path.write_text('{"kind": "facts"}\n{"kind": "loss", "case": "k')
+    report.append(path, {"kind": "loss", "case": "kd", "provider": "cpu"})
+    (record,) = report.read([path])
+    assert record["case"] == "kd" and "torn.jsonl:2 was cut off" in capsys.readouterr().err
 
 
 def test_recorded_results_still_make_the_table(capsys) -> None:

@@ -27,7 +27,7 @@ FAST |= dict.fromkeys(("dkd", "nkd", "tf_nkd"), ("labelled",))
 TYPES = ("bf16", "f16", "f32")
 FAST_ROWS = [(loss, t, variant) for loss, these in FAST.items() for t in TYPES for variant in these]
 # Threads that a multiprocessor holds of fast rows: a block, or blocks of four warps.
-BLOCKS = {"bf16": 320, "f16": 256, "f32": 256}
+FAST_BLOCK = 256
 WARPS = {"bf16": 384, "f16": 256, "f32": 256}
 
 needs_kernels = pytest.mark.skipif(not ARCHS, reason="_C was built without its CUDA kernels")
@@ -62,7 +62,7 @@ def registers(kernel: Kernel) -> int:
     its own, of 65536 in all, in steps of 8."""
     threads = {"fast_streams": 768, "general_warps": 256, "general_blocks": 256}
     threads["fast_warps"] = WARPS.get(kernel.type, 0)
-    threads |= dict.fromkeys(("fast_blocks", "fast_clusters"), BLOCKS.get(kernel.type, 0))
+    threads |= dict.fromkeys(("fast_blocks", "fast_clusters"), FAST_BLOCK)
     together = -(-threads[kernel.kind] // 128) * 128
     return min(255, 65536 // together // 8 * 8)
 

@@ -238,3 +238,20 @@ def test_a_refusal_leaves_nothing_behind(name):
     assert torch.equal(call(name, case, **FULL[name]), before)
     pairs = zip(kept, (*case.students, *case.teachers), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
+
+
+@pytest.mark.parametrize("backend", (None, "reference"))
+def test_a_value_outside_is_a_value_error(backend):
+    """Of the compiled op too, which can raise but RuntimeError."""
+    z = torch.zeros(3, 5)
+    with pytest.raises(ValueError, match="target.1. is 9, outside the 5 classes"):
+        kdfuse.kd_loss(z, z, torch.tensor([0, 9, 1]), ce_weight=1.0, backend=backend)
+
+
+@pytest.mark.parametrize("name", ("temperature", "kd_weight", "denominator"))
+def test_a_number_that_wants_a_gradient_is_refused(name):
+    z, number = torch.zeros(3, 5), torch.tensor(2.0, requires_grad=True)
+    with pytest.raises(ValueError, match=f"{name} requires grad, but gets none"):
+        kdfuse.kd_loss(z, z, **{name: number})
+    with torch.no_grad():
+        kdfuse.kd_loss(z, z, **{name: number})

@@ -9,7 +9,7 @@ pytestmark = MARKS
 
 INF = float("inf")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-# A warp takes a row of up to 1024 classes in a large batch, a block up to 8192 (10240 of bfloat16),
+# A warp takes a row of up to 1024 classes in a large batch, a block up to 8192,
 # a cluster up to some hundred thousand; longer ones are read twice, those of float16 are general.
 CLASSES = (2, 3, 31, 100, 1000, 1001, 1024, 1025, 4096, 8000, 21841, 32000, 50257, 128256, 300000)
 

@@ -64,6 +64,11 @@ def pack(name, case, cuts, **settings):
     return torch.stack(sent)
 
 
+def statistics(name, case, cuts, **settings):
+    """Without what else is sent: the parts' first classes."""
+    return pack(name, case, cuts, **settings)[..., :-1]
+
+
 def in_parts(name, case, cuts, upstream=None, **settings):
     """What each part returns, and the gradients of all parts side by side."""
     sent = pack(name, case, cuts, **settings)
@@ -311,6 +316,17 @@ def same_statistics(got, expected):
     torch.testing.assert_close(got, expected, rtol=3e-6, atol=3e-6)
 
 
+@pytest.mark.parametrize("first", ((0, 0), (0, 3), (1, 5), (0, 5)))
+def test_parts_that_do_not_hold_every_class_once_are_named(first):
+    """Their sizes add up to all classes: an offset was left out or miscounted."""
+    part = kdfuse.ClassPart(torch.zeros(2, 7), 0, 11)
+    size = torch.tensor([[4.0, 4.0], [7.0, 7.0]])
+    split.check_parts(torch.tensor([[0.0, 0.0], [4.0, 4.0]]), size, part)
+    split.check_parts(torch.tensor([[7.0, 7.0], [0.0, 0.0]]), size, part)
+    with pytest.raises(ValueError, match=r"hold the classes \[.*first_class"):
+        split.check_parts(torch.tensor(first)[:, None].double().repeat(1, 2), size, part)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", SPLIT)
 @FEW
@@ -321,12 +337,12 @@ def test_merging_the_parts_gives_the_statistics_of_the_whole(name, backend, cuts
     case.students[0][4] += 5000
     keep = {**FULL[name], "backend": backend}
     at = layout_of(name, case, keep)
-    parts, whole = pack(name, case, cuts, **keep), pack(name, case, (0, 33), **keep)
+    parts, whole = statistics(name, case, cuts, **keep), statistics(name, case, (0, 33), **keep)
     same_statistics(merge(parts, at), whole[0])
     k = len(parts) // 2
     if k:  # some of the parts, then all
         halves = torch.stack([merge(parts[:k], at), merge(parts[k:], at)])
-        same_statistics(halves, pack(name, case, (0, cuts[k], 33), **keep))
+        same_statistics(halves, statistics(name, case, (0, cuts[k], 33), **keep))
         same_statistics(merge(halves, at), whole[0])
 
 
@@ -349,8 +365,8 @@ def test_compiled_and_plain_statistics_are_the_same(name, dtype):
     case = cast(make(name, 20, 33, seed=3), dtype)
     case.target[4] = -100
     case.students[0][5, 6:22] = -INF
-    plain = pack(name, case, CUTS, backend="reference", **FULL[name])
-    same_statistics(pack(name, case, CUTS, backend="cpu", **FULL[name]), plain)
+    plain = statistics(name, case, CUTS, backend="reference", **FULL[name])
+    same_statistics(statistics(name, case, CUTS, backend="cpu", **FULL[name]), plain)
 
 
 @pytest.mark.skipif("cpu" not in BACKENDS, reason="no compiled module")
@@ -416,7 +432,7 @@ Y = torch.zeros(4, dtype=torch.int64)
         ),
         (
             ValueError,
-            "the parts of this group hold 6 classes together, ClassPart.classes is 12",
+            "the parts of this group hold the classes ",
             lambda: kdfuse.kd_loss(kdfuse.ClassPart(Z, 0, 12), Z),
         ),
         (

@@ -199,7 +199,11 @@ def main() -> int:
     start = time.monotonic()
     look = subprocess.run([sys.executable, "-c", LOOK], capture_output=True, text=True)
     if look.returncode:
-        print(f"make gpu needs a GPU: {last_line(look.stderr)}", file=sys.stderr)
+        print(
+            f"make gpu needs a GPU and a Python whose PyTorch sees it: {last_line(look.stderr)}; "
+            "name another one with `make gpu GPU_PYTHON=...`",
+            file=sys.stderr,
+        )
         return 2
     gpu = look.stdout.strip()
     results = ROOT / "docs/results" / re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-")
