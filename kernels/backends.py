@@ -90,10 +90,12 @@ RULES = (
 
 def rules() -> list[str]:
     """What a call without a backend takes on a GPU, and why, in words."""
-    lines = []
+    lines, seen = [], set()
     for rule in RULES:
-        what = rule.op or "any loss"
-        size = "any C" if rule.longest == ANY else f"C up to {rule.longest}"
+        what = rule.op or "any other loss"
+        above = "longer rows" if rule.op in seen else "any C"
+        size = above if rule.longest == ANY else f"C up to {rule.longest}"
+        seen.add(rule.op)
         order = ", else ".join((*rule.order, "reference"))
         lines.append(f"{what}, {size}: {order} ({rule.why}; derived, not measured)")
     return lines

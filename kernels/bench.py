@@ -8,6 +8,7 @@ counted. Runs without kdfuse's compiled part, on the reference alone.
 
 import argparse
 import importlib.util
+import math
 from pathlib import Path
 
 import torch
@@ -33,6 +34,29 @@ def size(text: str) -> tuple[int, int]:
     return rows, classes
 
 
+def duration(text: str) -> float:
+    number = float(text)
+    if not 0 <= number < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is no length of time in seconds")
+    return number
+
+
+def threads(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is fewer than 1")
+    return number
+
+
+def picture(text: str) -> Path:
+    path = Path(text)
+    if path.suffix not in (".svg", ".png"):
+        raise argparse.ArgumentTypeError(f"{text!r} does not end in .svg or .png")
+    if not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"there is no folder {str(path.parent)!r}")
+    return path
+
+
 def arguments(words: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="kdfuse bench losses", description=__doc__)
     several = parser.add_argument_group("what is measured, the most important first")
@@ -44,9 +68,9 @@ def arguments(words: list[str] | None) -> argparse.Namespace:
     how = parser.add_argument_group("how")
     how.add_argument("--backends", nargs="*", choices=BACKENDS, help="default: all of the device")
     how.add_argument("--peers", nargs="*", choices=[*PEERS, "all"], help="default: eager")
-    how.add_argument("--threads", type=int)
-    how.add_argument("--seconds", type=float, help="timing of a case, size and type; default: 3")
-    how.add_argument("--budget", type=float, help="seconds, after which no case is begun")
+    how.add_argument("--threads", type=threads)
+    how.add_argument("--seconds", type=duration, help="timing of a case, size and type; default: 3")
+    how.add_argument("--budget", type=duration, help="seconds, after which no case is begun")
     how.add_argument("--out", type=Path, help="append JSON lines to this file, as they come")
     shown = parser.add_argument_group("what is shown")
     shown.add_argument("--from", dest="read", nargs="+", type=Path, metavar="FILE",
@@ -55,7 +79,7 @@ def arguments(words: list[str] | None) -> argparse.Namespace:
         "--clock", choices=["host", "events", "graph"], help="show these times alone"
     )
     shown.add_argument("--markdown", action="store_true", help="print Markdown tables")
-    shown.add_argument("--plot", type=Path, help="draw into this file (.svg, .png)")
+    shown.add_argument("--plot", type=picture, help="draw into this file (.svg, .png)")
     chosen = parser.parse_args(words)
     for name in ("backends", "peers", "threads", "seconds", "budget", "out"):
         if chosen.read and getattr(chosen, name) is not None:

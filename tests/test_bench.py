@@ -366,3 +366,19 @@ def test_on_a_gpu_every_clock_turn_and_gauge(tmp_path) -> None:
             assert r["forward_median_ms"] > 0
     launches = {r["provider"]: r.get("launches") for r in records(out, "loss")}
     assert launches["eager"] > 5
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["--seconds", "nan"], "nan is no length of time"),
+        (["--budget", "-3"], "-3 is no length of time"),
+        (["--threads", "0"], "0 is fewer than 1"),
+        (["--plot", "ratios.pdf"], "'ratios.pdf' does not end in .svg or .png"),
+        (["--plot", "/nonexistent/ratios.svg"], "there is no folder '/nonexistent'"),
+    ],
+)
+def test_options_are_checked_before_anything_is_measured(words, said, capsys) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        bench.main(words)
+    assert stopped.value.code == 2 and said in capsys.readouterr().err
