@@ -11,9 +11,10 @@ from torch import Tensor
 
 from . import reference
 from .checks import positive, scale, weight
-from .op import Loss, LossModule, Op, Options, run
+from .op import Loss, LossModule, Op, Options
 from .parts import Logits
 from .rows import gated, kl_rest, number, param, spread
+from .run import run
 from .triton_lang import jit, tl
 
 

@@ -1,4 +1,4 @@
-"""The path that every loss takes: checks, torch.library registration, and one autograd Function.
+"""What all losses share: their reference form, torch.library registration, one autograd Function.
 
 N rows, C classes. An op has `students` (logits that get a gradient), `teachers` (that do not), an
 optional target and a list of numbers, its `params`; the compiled ops share the one schema. There a
@@ -8,16 +8,15 @@ are empty where all teachers are whole, and hold an empty tensor for what a teac
 
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import backends, reference
-from .checks import check_denominator, check_logits, check_range, check_target
-from .parts import ClassPart
-from .sparse import Teacher, check_teachers, lists_of, logits_of, whole_logits
+from .checks import check_range
+from .sparse import Teacher, lists_of, logits_of, whole_logits
 
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 # The namespaces of torch.ops: of the compiled module, for CPU and CUDA, and of the Triton kernels.
@@ -55,54 +54,6 @@ class Options:
 
 
 Loss = Tensor | tuple[Tensor, dict[str, Tensor]]
-
-
-def run(
-    op: Op,
-    students: Sequence[Any],  # tensors; the first may be a ClassPart
-    teachers: Sequence[Teacher],
-    target: Tensor | None,
-    params: Sequence[float],
-    options: Options,
-) -> Loss:
-    """Checks a call, takes it to its backend, and names the terms."""
-    if options.reduction not in REDUCTIONS:
-        raise ValueError(
-            f"reduction must be one of {', '.join(REDUCTIONS)}, got {options.reduction!r}"
-        )
-    if options.denominator is not None and options.reduction != "mean":
-        raise ValueError(f"denominator goes with reduction='mean', not {options.reduction!r}")
-    if isinstance(student := students[0], ClassPart):
-        from .split import run as run_part
-
-        return run_part(op, student, students[1:], teachers, target, params, options)
-    if hasattr(student, "device_mesh"):
-        from .split_dtensor import run as run_dtensors
-
-        return run_dtensors(op, students, teachers, target, params, options)
-    check_logits("student", students[0])
-    for x in students[1:]:
-        check_logits("every SL-T and weak head", x, students[0])
-    check_teachers(op.name, op.sparse, teachers, students[0])
-    if target is not None or op.needs_target:
-        check_target(target, students[0], op.labels > 0, op.name)
-    if options.denominator is not None:
-        check_denominator(options.denominator, hidden=backends.is_tracing())
-
-    options = replace(options, backend=backends.choose(options.backend, students[0], op.name))
-    if options.backend == "reference":
-        loss, terms = run_reference(op, students, teachers, target, params, options)
-    elif options.backend == "cpu" and not backends.is_tracing():
-        try:
-            loss, terms = run_fused(op, students, teachers, target, params, options)
-        except RuntimeError as error:  # all that a compiled op can raise
-            said = str(error).split("\n", 1)[0]
-            if not said.startswith("kdfuse: "):
-                raise
-            raise ValueError(said) from None
-    else:
-        loss, terms = run_fused(op, students, teachers, target, params, options)
-    return named(op, len(students), loss, terms, target, options)
 
 
 def named(

@@ -17,9 +17,10 @@ from torch import Tensor
 
 from . import reference
 from .checks import as_list, check_weights, positive, scale, weight
-from .op import Loss, LossModule, Op, Options, run
+from .op import Loss, LossModule, Op, Options
 from .parts import Logits
 from .rows import gated, joined, none, number, param
+from .run import run
 from .triton_lang import jit, tl
 
 

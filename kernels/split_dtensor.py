@@ -11,7 +11,7 @@ reduction="none"; the terms are plain 0-dim tensors, the same on every process. 
 the logits' placements.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -22,7 +22,6 @@ from torch.distributed.tensor import DeviceMesh, DTensor, Placement, Replicate, 
 
 from .checks import check_denominator
 from .op import Loss, Op, Options
-from .op import run as run_local
 from .parts import ClassPart
 
 # Their target's weight is a mean over the batch, which the rows of one process do not make.
@@ -36,8 +35,11 @@ def run(
     target: Tensor | None,
     params: Sequence[float],
     options: Options,
+    run_local: Callable[..., Loss],
 ) -> Loss:
     """The loss of DTensors, and the terms where the options ask for them.
+
+    run_local: the same for the tensors of one process, or a ClassPart of them.
 
     Raises:
         ValueError: other placements, or placements that differ; uskd_loss with Shard(1), and
@@ -61,7 +63,7 @@ def run(
         options = replace(options, denominator=options.denominator.full_tensor())
     given = (local, [x.to_local() for x in teachers], local_target(target, mesh, rows), params)
     if rows is not None:
-        return over_rows(op, given, options, mesh, rows, students[0].shape[0])
+        return over_rows(op, given, options, mesh, rows, students[0].shape[0], run_local)
     result = run_local(op, *given, options)
     loss, terms = result if isinstance(result, tuple) else (result, None)
     loss = DTensor.from_local(loss, mesh, [Replicate()] * mesh.ndim, run_check=False)
@@ -133,6 +135,7 @@ def over_rows(
     mesh: DeviceMesh,
     rows: int,
     count: int,
+    run_local: Callable[..., Loss],
 ) -> Loss:
     """The loss of all rows from those of each process, in one all-reduce."""
     whole, denominator = options.reduction, options.denominator

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from . import reference
 from .checks import weight as finite
-from .op import Loss, LossModule, Op, Options, run
+from .op import Loss, LossModule, Op, Options
 from .parts import Logits
 from .rows import param
+from .run import run
 from .triton_lang import jit, tl
 
 

@@ -10,7 +10,7 @@ import torch
 from calls import Case, call
 from torch import Tensor
 
-from kdfuse.kernels import op as ops
+from kdfuse.kernels import run as front
 from kdfuse.kernels.table import OPS
 
 SOURCE = Path(__file__).with_name("host_rows.cpp")
@@ -60,7 +60,7 @@ def arguments(monkeypatch, name: str, case: Case, **settings) -> tuple:
         caught.append((list(students), list(teachers), target, list(params)))
         return torch.zeros(()), torch.zeros(64)
 
-    monkeypatch.setattr(ops, "run_fused", catch)
+    monkeypatch.setattr(front, "run_fused", catch)
     call(name, case, backend="cpu", **settings)
     return caught[0]
 

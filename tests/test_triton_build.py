@@ -9,7 +9,7 @@ import pytest
 import torch
 from calls import FULL, NAMES, Case, call, cast, make
 
-from kdfuse.kernels import op as ops
+from kdfuse.kernels import run as front
 from kdfuse.kernels import triton_lang
 from kdfuse.kernels.table import OPS
 
@@ -53,7 +53,7 @@ def inputs_of(monkeypatch, name, case, **more):
         return torch.zeros(()), torch.zeros(64)
 
     with monkeypatch.context() as patch:
-        patch.setattr(ops, "run_fused", catch)
+        patch.setattr(front, "run_fused", catch)
         call(name, case, backend="cpu", **{**FULL[name], **more})
     return (*caught[0], 1, -100, True)
 

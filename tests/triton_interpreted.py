@@ -25,7 +25,7 @@ from calls import (
 )
 
 import kdfuse
-from kdfuse.kernels import op as ops
+from kdfuse.kernels import run as front
 from kdfuse.kernels import triton_call, triton_launch
 
 LOSS = os.environ.get("KDFUSE_TEST_LOSS", "")
@@ -436,7 +436,7 @@ def arguments(monkeypatch, name, case, **settings):
         return torch.zeros(()), torch.zeros(64)
 
     with monkeypatch.context() as patch:
-        patch.setattr(ops, "run_fused", catch)
+        patch.setattr(front, "run_fused", catch)
         call(name, case, backend="triton", **settings)
     return caught[0]
 
