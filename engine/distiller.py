@@ -1,8 +1,10 @@
 """The networks of a run and their forward pass: what is wrapped for many processes.
 
-The student, the SL-Ts and the heads are in the module tree; the teacher is not, so that no
-state dict, no train() and no optimiser ever reaches it.
+Students, SL-Ts and heads are in the module tree; the teachers are not, so that no state dict, no
+train() and no optimiser ever reaches them.
 """
+
+from __future__ import annotations
 
 import hashlib
 import warnings
@@ -10,9 +12,13 @@ import warnings
 import torch
 from torch import Tensor, nn
 
-from .methods import Method, Outputs
-from .models import FoldError, Tap, create, fold_batchnorm, stage_channels, stages
-from .schema import Data, Network, Normalize, Run
+from .branch import Branch
+from .methods import Outputs
+from .models import FoldError, Taps, create, fold_batchnorm
+from .recipe import Recipe
+from .schema import Network, Normalize
+
+MAIN = "main"  # the branch of the recipe's own student
 
 
 class Inputs(nn.Module):
@@ -34,73 +40,109 @@ class Inputs(nn.Module):
 
 
 class Distiller(nn.Module):
-    """Student, SL-Ts and heads to train, and a frozen teacher beside them."""
+    """Branches to train, and frozen teachers beside them whose forward pass they share."""
 
     def __init__(
         self,
-        method: Method,
-        student: nn.Module,
-        teacher: nn.Module | None,
-        slts: list[nn.Module],
-        classes: int,
-        inputs: dict[str, Inputs],  # of "student", "teacher" and "slts"; equal ones are one object
+        branches: dict[str, Branch],  # the main one first
+        teachers: list[nn.Module],  # the teacher and the assistants, to be frozen
+        inputs: dict[str, Inputs],  # by role (see `build`); equal ones are one object
         amp: bool,
     ) -> None:
         super().__init__()
-        self.student = student
-        self.slts = nn.ModuleList(slts)
-        stage = stages(student)[method.tap] if method.tap is not None else None
-        channels = stage_channels(student, stage) if stage is not None else None
-        self.heads = method.heads(channels, classes)
+        self.branches = nn.ModuleDict(branches)
         self.inputs = nn.ModuleDict(inputs)
         self.amp = amp
-        self._stage = stage
-        self._tap: Tap | None = None
-        # In a tuple, the teacher is no part of the module tree.
-        self._teacher: tuple[nn.Module, ...] = ()
         self.teacher_digest: str | None = None
-        if teacher is not None:
-            self.teacher_digest = digest(teacher)
-            self._teacher = (folded(teacher).eval().requires_grad_(False),)
+        parts = self.parts.values()
+        names = list(dict.fromkeys(n for part in parts for n in part.reads.get("teacher", ())))
+        self.trains_teacher = any(part.method.teacher_mode == "train" for part in parts)
+        # In a tuple, the teachers are no part of the module tree.
+        self._teachers: tuple[nn.Module, ...] = ()
+        self._taps: Taps | None = None
+        if teachers:
+            self.teacher_digest = digest(teachers)
+            self._taps = Taps(teachers[0], names)
+            kept = [self._frozen(teacher) for teacher in teachers]
+            if kept[0] is not teachers[0]:
+                self._taps.remove()
+                self._taps = self._taps.moved(kept[0])
+            self._teachers = tuple(kept)
+
+    def _frozen(self, teacher: nn.Module) -> nn.Module:
+        kept = teacher if self.trains_teacher else folded(teacher)
+        return kept.eval().requires_grad_(False)
+
+    @property
+    def parts(self) -> dict[str, Branch]:
+        """The branches by name, the main one first."""
+        return {n: part for n, part in self.branches.items() if isinstance(part, Branch)}
+
+    @property
+    def main(self) -> Branch:
+        return self.parts[MAIN]
+
+    @property
+    def teacher(self) -> nn.Module | None:
+        return self._teachers[0] if self._teachers else None
 
     def prepare(self, compile: bool) -> None:
-        """Tap the student, and compile the networks if asked: once, after the student was copied.
+        """Tap the networks and compile them if asked: once, after the students were copied.
 
         Networks are compiled in place, so that state-dict keys stay. Training and evaluation
         batches have one shape each, for which dynamic shapes would only make slower kernels.
         """
-        if self._stage is not None:
-            self._tap = Tap(self.student, self._stage)
+        for part in self.parts.values():
+            part.prepare(compile)
         if compile:
-            for network in (self.student, *self.slts, *self._teacher):
-                network.compile(dynamic=False)
+            for teacher in self._teachers:
+                teacher.compile(dynamic=False)
 
-    @property
-    def teacher(self) -> nn.Module | None:
-        return self._teacher[0] if self._teacher else None
+    def train(self, mode: bool = True) -> Distiller:
+        """As every module; the teacher follows where a method wants its batch statistics."""
+        super().train(mode)
+        if self.trains_teacher and self.teacher is not None:
+            self.teacher.train(mode)
+        return self
 
     def networks(self) -> dict[str, tuple[nn.Module, str]]:
-        """The networks that are trained, by the name in logs, each with its role in `inputs`."""
-        slts = {f"slt{i}": (slt, "slts") for i, slt in enumerate(self.slts)}
-        return {"student": (self.student, "student"), **slts}
+        """The networks that are evaluated, by the name in logs, each with its role in `inputs`."""
+        found = {}
+        for name, part in self.parts.items():
+            found[f"{prefix(name)}student"] = (part.deployed, role(name, "student"))
+            for i, slt in enumerate(part.slts):
+                found[f"{prefix(name)}slt{i}"] = (slt, role(name, "slts"))
+        return found
 
-    def forward(self, images: Tensor) -> Outputs:
-        """Logits of every network for uint8 images (N, 3, H, W) on the networks' device."""
+    def forward(self, images: Tensor, target: Tensor, index: Tensor) -> dict[str, Outputs]:
+        """What every branch gives for uint8 images (N, 3, H, W) on the networks' device.
+
+        `target` (N,) are their labels, `index` (N,) their numbers in the training set.
+        """
         made = {inputs: inputs(images) for inputs in dict.fromkeys(self.inputs.values())}
-        teacher_logits = None
+        named = {name: made[inputs] for name, inputs in self.inputs.items()}
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self.amp):
-            if self.teacher is not None:
-                with torch.no_grad():
-                    teacher_logits = self.teacher(made[self.inputs["teacher"]])
-            student_logits = self.student(made[self.inputs["student"]])
-            tap = self._tap.take() if self._tap is not None else None
-            return Outputs(
-                student=student_logits,
-                teacher=teacher_logits,
-                slts=[slt(made[self.inputs["slts"]]) for slt in self.slts],
-                tap=tap,
-                heads={name: head(tap) for name, head in self.heads.items()},
-            )
+            taught = self._taught(named)
+            found = {}
+            for name, part in self.parts.items():
+                roles = {own: role(name, own) for own in ("student", "slts")}
+                own = {short: named[full] for short, full in roles.items() if full in named}
+                found[name] = part(own, taught, target, index)
+        return found
+
+    @torch.no_grad()
+    def _taught(self, named: dict[str, Tensor]) -> Outputs:
+        """The frozen teachers' part of the outputs."""
+        out = Outputs(student=torch.empty(0))
+        for i, teacher in enumerate(self._teachers):
+            logits = teacher(named["teacher" if i == 0 else f"assistant{i - 1}"])
+            if i == 0:
+                out.teacher = logits
+                assert self._taps is not None
+                out.teacher_taps = self._taps.take()
+            else:
+                out.assistants.append(logits)
+        return out
 
     @torch.no_grad()
     def predict(self, network: nn.Module, role: str, images: Tensor) -> Tensor:
@@ -109,44 +151,67 @@ class Distiller(nn.Module):
             return network(self.inputs[role](images))
 
 
+def prefix(branch: str) -> str:
+    """What stands before the names of a branch's networks and loss terms."""
+    return "" if branch == MAIN else f"{branch}_"
+
+
+def role(branch: str, network: str) -> str:
+    """The name in `inputs` of a branch's "student" or "slts"."""
+    return network if branch == MAIN else f"{branch}/{network}"
+
+
 def build(
-    method: Method,
-    student: Network,
-    teacher: Network | None,
-    slt: Network | None,
-    data: Data,
-    run: Run,
-    classes: int,
-    device: torch.device,
+    recipe: Recipe, classes: int, device: torch.device, labels: Tensor | None = None
 ) -> Distiller:
-    """The networks that a method needs, on `device`; the caller seeds their random weights first.
+    """The networks that a recipe needs, on `device`; the caller seeds their random weights first.
 
-    An SL-T is the teacher's architecture with random weights unless `slt` says otherwise.
-    Raises ValueError and FileNotFoundError as `create` does.
+    An SL-T is the teacher's architecture with random weights unless the recipe says otherwise.
+    `labels` are the training set's (images,); None to evaluate. Each branch's random weights are
+    those that it would have alone. Raises ValueError and FileNotFoundError as `create` does.
     """
-    if slt is None and teacher is not None:
-        slt = teacher.model_copy(update={"checkpoint": None})
-    roles = {"student": student, "teacher": teacher, "slts": slt}
-    norms = {role: net.normalize or data.normalize for role, net in roles.items() if net}
-    inputs = {norm: Inputs(norm, run.channels_last) for norm in norms.values()}
+    seed = torch.random.get_rng_state()
+    data, run = recipe.data, recipe.run
+    layout = torch.channels_last if run.channels_last else torch.contiguous_format
+    found: dict[str, Network] = {}
 
-    def make(network: Network | None) -> nn.Module:
+    def make(name: str, network: Network | None) -> nn.Module:
         assert network is not None  # a recipe has the networks that its method needs
-        return create(network.name, classes, network.checkpoint)
+        found[name] = network
+        made = create(network.name, classes, network.checkpoint)
+        return made.to(device).to(memory_format=layout)
 
+    teachers: list[nn.Module] = []
+    branches = {}
+    for name, part in recipe.branches(MAIN).items():
+        torch.random.set_rng_state(seed)
+        slt = part.slt
+        if slt is None and recipe.teacher is not None:
+            slt = recipe.teacher.model_copy(update={"checkpoint": None})
+        student = make(role(name, "student"), part.student)
+        if name == MAIN and recipe.teacher is not None:
+            teachers.append(make("teacher", recipe.teacher).eval().requires_grad_(False))
+        slts = [make(role(name, "slts"), slt) for _ in range(part.method.slt_count)]
+        branches[name] = Branch(
+            part.method,
+            student,
+            slts,
+            teachers[0] if teachers and part.method.uses_teacher else None,
+            classes,
+            data.size,
+            labels,
+        )
+    for i, assistant in enumerate(recipe.assistants):
+        teachers.append(make(f"assistant{i}", assistant))
+    norms = {name: network.normalize or data.normalize for name, network in found.items()}
+    inputs = {norm: Inputs(norm, run.channels_last) for norm in norms.values()}
     distiller = Distiller(
-        method,
-        make(student),
-        make(teacher) if method.uses_teacher else None,
-        [make(slt) for _ in range(method.slts)],
-        classes,
-        {role: inputs[norm] for role, norm in norms.items()},
+        branches,
+        teachers,
+        {name: inputs[norm] for name, norm in norms.items()},
         amp=run.amp == "bf16",
     )
-    layout = torch.channels_last if run.channels_last else torch.contiguous_format
-    for network in (distiller, *distiller._teacher):
-        network.to(device).to(memory_format=layout)
-    return distiller
+    return distiller.to(device).to(memory_format=layout)
 
 
 def folded(teacher: nn.Module) -> nn.Module:
@@ -158,10 +223,11 @@ def folded(teacher: nn.Module) -> nn.Module:
         return teacher
 
 
-def digest(network: nn.Module) -> str:
+def digest(networks: list[nn.Module]) -> str:
     """sha256 of all weights and buffers."""
     found = hashlib.sha256()
-    for name, value in network.state_dict().items():
-        found.update(name.encode())
-        found.update(value.cpu().contiguous().numpy().tobytes())
+    for network in networks:
+        for name, value in network.state_dict().items():
+            found.update(name.encode())
+            found.update(value.cpu().contiguous().numpy().tobytes())
     return found.hexdigest()

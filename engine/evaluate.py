@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from . import checkpoint
 from .data import Batch, Loader, make_loader, open_source
-from .distiller import Distiller
+from .distiller import Distiller, prefix, role
 from .distributed import Group, join
 from .environment import settings
 from .meters import Diverged
@@ -49,8 +49,8 @@ def accuracy(
     for batch in batches:
         images = batch.images.to(group.device, non_blocking=True)
         target = batch.target.to(group.device, non_blocking=True)[: batch.valid]
-        for count, (network, role) in zip(counts, networks.values(), strict=True):
-            count += hits(distiller.predict(network, role, images)[: batch.valid], target)
+        for count, (network, inputs) in zip(counts, networks.values(), strict=True):
+            count += hits(distiller.predict(network, inputs, images)[: batch.valid], target)
     found = {}
     for name, row in zip(networks, group.sum(counts).tolist(), strict=True):
         top1, top5, rows, broken = row
@@ -71,8 +71,8 @@ def accuracy(
 def evaluate_state(state: State, val: Loader, group: Group) -> dict[str, float]:
     """Percent: top1 and top5 of the student; slt0_top1, ema_top1 and so on of the others."""
     networks = state.distiller.networks()
-    if state.ema is not None:
-        networks["ema"] = (state.ema.module, "student")
+    for name, average in state.averages.items():
+        networks[f"{prefix(name)}ema"] = (average.module, role(name, "student"))
     state.average_batchnorm()
     found = accuracy(state.distiller, networks, val.epoch(0), group)
     student = found.pop("student")
@@ -130,11 +130,15 @@ def checkpoints_of(run: Path) -> dict[str, tuple[dict[str, Any], dict[str, Any]]
 
 def _alone(recipe: Recipe) -> Recipe:
     """The recipe without the files that it started from: all weights come from the checkpoint."""
-    roles = ("student", "teacher", "slt")
-    given = {role: getattr(recipe, role) for role in roles if getattr(recipe, role) is not None}
-    bare = {role: net.model_copy(update={"checkpoint": None}) for role, net in given.items()}
-    run = recipe.run.model_copy(update={"compile": False})
-    return recipe.model_copy(update={**bare, "run": run})
+    plain = recipe.model_dump()
+    for part in (plain, *plain["also"].values()):
+        for network in ("student", "teacher", "slt"):
+            if part.get(network):
+                part[network]["checkpoint"] = None
+    for assistant in plain["assistants"]:
+        assistant["checkpoint"] = None
+    plain["run"]["compile"] = False
+    return Recipe.model_validate(plain)
 
 
 def _words(found: dict[str, float]) -> str:

@@ -4,6 +4,8 @@ from contextlib import closing, nullcontext
 from functools import partial
 from pathlib import Path
 
+import torch
+
 from .checkpoint import step_name
 from .data import Loader, Manifest, make_loader, open_source
 from .distributed import Group, join
@@ -56,7 +58,8 @@ def train(recipe: Recipe, out: str | Path | None = None, resume: bool = False) -
                     f"of {len(train_set.classes)} classes, loader {loader.name}",
                     flush=True,
                 )
-            state = State(recipe, group, len(train_set.classes), sources)
+            labels = torch.from_numpy(train_set.target)
+            state = State(recipe, group, len(train_set.classes), sources, labels)
             Training(recipe, folder, group, state, loader, val).run(resume)
         group.wait()
     return folder
@@ -88,12 +91,14 @@ class Training:
         self.state, self.loader, self.val = state, loader, val
         self.checkpoints = folder / "checkpoints"
         self.epoch_steps = loader.steps
-        ema, student = state.ema, state.distiller.student
         self.step = Step(
             group.wrap(state.distiller),
-            recipe.method,
+            state.branches,
             list(state.optimizers.values()),
-            None if ema is None else partial(ema.update, student),
+            [
+                partial(average.update, state.branches[name].deployed)
+                for name, average in state.averages.items()
+            ],
         )
 
     def run(self, resume: bool) -> None:
@@ -155,7 +160,8 @@ class Training:
                 set_lr(optimizer, lr_at(optim, run.epochs, at))
             images = batch.images.to(self.group.device, non_blocking=True)
             target = batch.target.to(self.group.device, non_blocking=True)
-            terms = self.step(images, target, at)
+            index = batch.index.to(self.group.device, non_blocking=True)
+            terms = self.step(images, target, index, at)
             state.done += 1
             state.meters.add(state.done, terms)
             last = state.done % self.epoch_steps == 0

@@ -14,14 +14,46 @@ from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
 from .schema import Optim
 
 
-def build_optimizer(optim: Optim, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-    """The optimiser that `optim` describes, weight decay on every parameter.
+def decay_groups(optim: Optim, modules: Iterable[nn.Module]) -> list[dict[str, Any]]:
+    """The trainable parameters of `modules`, those without weight decay in a group of their own.
+
+    These are what a module names in `no_weight_decay` (a tuple of its parameters' names, or
+    timm's method of that name with dotted names), and with optim.decay = "matrices" everything
+    that has one dimension or none: biases and the parameters of norms.
+    """
+    decayed: list[nn.Parameter] = []
+    free: list[nn.Parameter] = []
+    for module in modules:
+        excluded = {
+            f"{path}.{name}" if path else name
+            for path, inner in module.named_modules()
+            for name in _undecayed(inner)
+        }
+        for name, parameter in module.named_parameters():
+            vector = optim.decay == "matrices" and parameter.ndim < 2
+            if parameter.requires_grad:
+                (free if vector or name in excluded else decayed).append(parameter)
+    groups: list[dict[str, Any]] = [{"params": decayed}] if decayed else []
+    return groups + ([{"params": free, "weight_decay": 0.0}] if free else [])
+
+
+def _undecayed(module: nn.Module) -> Iterable[str]:
+    named: Any = getattr(module, "no_weight_decay", ())
+    return named() if callable(named) else named
+
+
+def build_optimizer(
+    optim: Optim, parameters: Iterable[nn.Parameter] | Iterable[dict[str, Any]]
+) -> torch.optim.Optimizer:
+    """The optimiser that `optim` describes, for parameters or groups of them.
 
     It is torch's fused one where torch has that for the device and type of all parameters.
     """
-    params = list(parameters)
+    params: list[Any] = list(parameters)
+    grouped = [g["params"] if isinstance(g, dict) else [g] for g in params]
+    flat = [parameter for group in grouped for parameter in group]
     devices = _get_fused_kernels_supported_devices()
-    fused = all(p.device.type in devices and p.is_floating_point() for p in params)
+    fused = all(p.device.type in devices and p.is_floating_point() for p in flat)
     if optim.name == "adamw":
         return torch.optim.AdamW(
             params, lr=optim.lr, betas=optim.betas, weight_decay=optim.weight_decay, fused=fused

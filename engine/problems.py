@@ -83,8 +83,7 @@ def lines(error: ValidationError, known: list[str], tags: set[str]) -> list[str]
     found: list[str] = []
     for one in error.errors():
         loc = list(one["loc"])
-        if len(loc) > 1 and loc[0] == "method" and loc[1] in tags:
-            del loc[1]
+        loc = [p for i, p in enumerate(loc) if not (i and loc[i - 1] == "method" and p in tags)]
         key = ".".join(str(part) for part in loc)
         found += _lines_of(key, dict(one), known)
     return found

@@ -25,6 +25,17 @@ else:
     AnyMethod = Annotated[reduce(or_, METHODS.values()), Field(discriminator="name")]
 
 
+BRANCH = r"^[a-z][a-z0-9_]*$"
+
+
+class Also(Strict):
+    """Another student or other settings, trained on the same batches and teacher outputs."""
+
+    method: AnyMethod
+    student: Network
+    slt: Network | None = Field(None, description="null: the teacher's network, random weights")
+
+
 class Recipe(Strict):
     """Everything that decides what a run computes."""
 
@@ -35,18 +46,48 @@ class Recipe(Strict):
     student: Network
     teacher: Network | None = None
     slt: Network | None = Field(None, description="null: the teacher's network, random weights")
+    assistants: Annotated[tuple[Network, ...], Field(strict=False)] = Field(
+        (), description="further frozen teachers, for the methods that read them"
+    )
+    also: dict[Annotated[str, Field(pattern=BRANCH)], Also] = Field(
+        {}, description="name: method and student that share loader and teacher with this one"
+    )
     optim: Optim
     run: Run
     expect: Expect | None = None
 
     @model_validator(mode="after")
     def _networks_match_method(self) -> Recipe:
-        found = _teacher_problems(self.method, self.teacher is not None)
-        if self.slt is not None and self.method.slts == 0:
-            found.append(f"slt: method {self.method.name} has no SL-Ts; leave it out")
+        methods = [part.method for part in self.branches("").values()]
+        found = [] if self.also else _teacher_problems(self.method, self.teacher is not None)
+        if "main" in self.also:
+            found.append("also.main: that name is the recipe's own student's; choose another")
+        if self.also:
+            used = [method for method in methods if method.uses_teacher]
+            found += _teacher_problems((used or methods)[0], self.teacher is not None)
+        for name, part in self.branches("").items():
+            if part.slt is not None and part.method.slt_count == 0:
+                where = f"also.{name}.slt" if name else "slt"
+                found.append(f"{where}: method {part.method.name} has no SL-Ts; leave it out")
+            if part.method.uses_assistants and not self.assistants:
+                found.append(
+                    f"assistants: method {part.method.name} needs at least one; add the networks"
+                )
+            if part.method.uses_average and self.optim.ema is None:
+                found.append(
+                    f"optim.ema: method {part.method.name} reads the student's average; "
+                    "add optim.ema=0.999"
+                )
+        if self.assistants and not any(method.uses_assistants for method in methods):
+            found.append(f"assistants: method {self.method.name} reads none; leave them out")
         if found:
             raise ValueError("\n".join(found))
         return self
+
+    def branches(self, main: str) -> dict[str, Also]:
+        """All students with their methods by name, this recipe's own first as `main`."""
+        own = Also.model_construct(method=self.method, student=self.student, slt=self.slt)
+        return {main: own, **self.also}
 
     @classmethod
     def load(cls, name_or_path: str | Path, overrides: Iterable[str] = ()) -> Recipe:

@@ -143,6 +143,9 @@ class Optim(Strict):
     nesterov: bool = Field(False, description="sgd: look-ahead momentum")
     betas: Pair = Field((0.9, 0.999), description="adamw: decay of the two moments, per step")
     weight_decay: float = Field(5e-4, ge=0, description="sgd: L2 term; adamw: decoupled decay")
+    decay: Literal["all", "matrices"] = Field(
+        "all", description="what decays; matrices: not biases, nor the parameters of norms"
+    )
     schedule: Literal["step", "cosine", "constant"] = "step"
     milestones: Annotated[tuple[float, ...], Field(strict=False)] = Field(
         (), description="step: the rate drops after so many finished epochs"

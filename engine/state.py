@@ -5,13 +5,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from . import checkpoint, rng
-from .distiller import build
+from .branch import Branch
+from .distiller import MAIN, build, prefix
 from .distributed import Group
 from .environment import seed
 from .meters import Diverged, Meters
-from .optim import EMA, build_optimizer
+from .optim import EMA, build_optimizer, decay_groups
 from .recipe import Recipe
 from .rundir import changes, refuse
 
@@ -20,27 +22,36 @@ class State:
     """Networks, optimisers, average, meters, and how far the run is."""
 
     def __init__(
-        self, recipe: Recipe, group: Group, classes: int, sources: Mapping[str, str]
+        self,
+        recipe: Recipe,
+        group: Group,
+        classes: int,
+        sources: Mapping[str, str],
+        labels: Tensor | None = None,
     ) -> None:
-        """`sources` name the data; a checkpoint made from other data will not be resumed."""
+        """`sources` name the data; a checkpoint made from other data will not be resumed.
+
+        `labels` are the training set's, None for a state that only evaluates.
+        """
         self.recipe, self.group, self.classes = recipe, group, classes
         seed(recipe.run.seed)  # the same random weights in every process
-        self.distiller = build(
-            recipe.method,
-            recipe.student,
-            recipe.teacher,
-            recipe.slt,
-            recipe.data,
-            recipe.run,
-            classes,
-            group.device,
-        )
-        student, slts, heads = self.distiller.student, self.distiller.slts, self.distiller.heads
-        self.ema = EMA(student, recipe.optim.ema) if recipe.optim.ema is not None else None
+        self.distiller = build(recipe, classes, group.device, labels)
+        self.branches = self.distiller.parts
+        self.averages = {
+            name: EMA(branch.deployed, recipe.optim.ema)
+            for name, branch in self.branches.items()
+            if recipe.optim.ema is not None
+        }
+        for name, average in self.averages.items():
+            self.branches[name].follow(average.module)
         self.distiller.prepare(recipe.run.compile)
-        parameters = {"student": [*student.parameters(), *heads.parameters()]}
-        parameters |= {f"slt{i}": list(slt.parameters()) for i, slt in enumerate(slts)}
-        self.optimizers = {k: build_optimizer(recipe.optim, p) for k, p in parameters.items()}
+        self.optimizers = {
+            f"{prefix(name)}{network}": build_optimizer(
+                recipe.optim, decay_groups(recipe.optim, modules)
+            )
+            for name, branch in self.branches.items()
+            for network, modules in _trained(branch).items()
+        }
         self.meters = Meters(group)
         self.done = 0  # finished steps
         self.results: dict[str, dict[str, float]] = {}  # the best and the last evaluation
@@ -56,8 +67,8 @@ class State:
     def average_batchnorm(self) -> None:
         """Give all processes the same running statistics, before anything reads them."""
         self.group.average_batchnorm(self.distiller)
-        if self.ema is not None:
-            self.group.average_batchnorm(self.ema.module)
+        for average in self.averages.values():
+            self.group.average_batchnorm(average.module)
 
     def save(self, folder: Path, name: str) -> None:
         """Write a checkpoint: what a resumed run needs, or for "best" the networks alone.
@@ -65,6 +76,7 @@ class State:
         Raises Diverged instead when the losses since the last log record, or the weights, are
         not finite.
         """
+        best = name == "best"
         self.average_batchnorm()
         self.meters.gather()
         weights = self.distiller.parameters()
@@ -73,14 +85,10 @@ class State:
                 f"the weights after step {self.done} are not finite: stopped, checkpoints before "
                 "it are kept; lower optim.lr, add optim.warmup_epochs or look at the data"
             )
-        state: dict[str, Any] = {
-            "student": self.distiller.student.state_dict(),
-            "slts": [slt.state_dict() for slt in self.distiller.slts],
-            "ema": None if self.ema is None else self.ema.state_dict(),
-        }
-        if name != "best":
+        networks = {name: self._networks(name, whole=not best) for name in self.branches}
+        state: dict[str, Any] = {**networks.pop(MAIN), "also": networks}
+        if not best:
             state |= {
-                "heads": self.distiller.heads.state_dict(),
                 "optimizers": {k: o.state_dict() for k, o in self.optimizers.items()},
                 "meters": self.meters.state_dict(),
                 "rng": self.group.all(rng.capture()),
@@ -107,7 +115,6 @@ class State:
         drift = changes(facts["sources"], self.sources)
         refuse(drift, f"cannot resume {found.path}: it was made from other data (was -> is)")
         self.load_networks(state)
-        self.distiller.heads.load_state_dict(state["heads"])
         for name, optimizer in self.optimizers.items():
             optimizer.load_state_dict(state["optimizers"][name])
         self.meters.load_state_dict(state["meters"])
@@ -120,9 +127,32 @@ class State:
         return [*notes, f"resumed from {found.path.name}"]
 
     def load_networks(self, state: dict[str, Any]) -> None:
-        """Take the student's, the SL-Ts' and the average's weights from a checkpoint."""
-        self.distiller.student.load_state_dict(state["student"])
-        for slt, weights in zip(self.distiller.slts, state["slts"], strict=True):
-            slt.load_state_dict(weights)
-        if self.ema is not None:
-            self.ema.load_state_dict(state["ema"])
+        """Take the weights of everything that is trained from a checkpoint."""
+        for name, held in {MAIN: state, **state["also"]}.items():
+            branch = self.branches[name]
+            branch.student.load_state_dict(held["student"])
+            for slt, weights in zip(branch.slts, held["slts"], strict=True):
+                slt.load_state_dict(weights)
+            if branch.head is not None:
+                branch.head.load_state_dict(held["head"])
+            if name in self.averages:
+                self.averages[name].load_state_dict(held["ema"])
+
+    def _networks(self, name: str, whole: bool) -> dict[str, Any]:
+        """What a checkpoint holds of a branch; the head only where it is `whole` or deployed."""
+        branch = self.branches[name]
+        average = self.averages.get(name)
+        head = branch.head if whole or branch.method.deploys_head else None
+        return {
+            "student": branch.student.state_dict(),
+            "slts": [slt.state_dict() for slt in branch.slts],
+            "head": None if head is None else head.state_dict(),
+            "ema": None if average is None else average.state_dict(),
+        }
+
+
+def _trained(branch: Branch) -> dict[str, list[nn.Module]]:
+    """The modules of each optimiser: the student with its head, and every SL-T."""
+    heads = [] if branch.head is None else [branch.head]
+    slts: dict[str, list[nn.Module]] = {f"slt{i}": [slt] for i, slt in enumerate(branch.slts)}
+    return {"student": [branch.student, *heads], **slts}

@@ -5,7 +5,9 @@ from collections.abc import Callable, Sequence
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .methods import Method, Terms
+from .branch import Branch
+from .distiller import prefix
+from .methods import Terms
 
 
 class Step:
@@ -14,26 +16,36 @@ class Step:
     def __init__(
         self,
         model: nn.Module,  # a Distiller, or what wraps it for many processes
-        method: Method,
+        branches: dict[str, Branch],  # the distiller's
         optimizers: Sequence[Optimizer],
-        average: Callable[[], None] | None = None,  # called after the optimisers
+        averages: Sequence[Callable[[], None]] = (),  # called after the optimisers
     ) -> None:
         self.model = model
-        self.method = method
+        self.branches = branches
         self.optimizers = optimizers
-        self.average = average
+        self.averages = averages
 
-    def __call__(self, images: Tensor, target: Tensor, epoch: float) -> Terms:
-        """Train on uint8 images (N, 3, H, W) with int64 labels (N,), both on the device.
+    def __call__(self, images: Tensor, target: Tensor, index: Tensor, epoch: float) -> Terms:
+        """Train on uint8 images (N, 3, H, W), labels and image numbers (N,) int64, on the device.
 
-        `epoch` is 0-based and fractional. Returns the loss and the method's terms, detached.
+        `epoch` is 0-based and fractional. Returns the losses and the methods' terms, detached; the
+        branches beside the main one with their name before a term's.
         """
-        loss, terms = self.method.loss(self.model(images), target, epoch)
+        losses: list[Tensor] = []
+        found: Terms = {}
+        for name, out in self.model(images, target, index).items():
+            loss, terms = self.branches[name].loss(out, target, epoch)
+            terms = {"loss": loss.detach(), **terms}
+            if losses:
+                del terms["rows"]  # the main branch's rows are everybody's
+            found |= {f"{prefix(name)}{term}": value for term, value in terms.items()}
+            losses.append(loss)
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        # The branches share no parameter, so that the sum trains each as if it were alone.
+        sum(losses[1:], start=losses[0]).backward()
         for optimizer in self.optimizers:
             optimizer.step()
-        if self.average is not None:
-            self.average()
-        return {"loss": loss.detach(), **terms}
+        for average in self.averages:
+            average()
+        return found

@@ -22,16 +22,7 @@ def make(method, *, prepare=True, **changes):
         None, method, data={"source": "synthetic", "classes": CLASSES, "subset": None}, **changes
     )
     torch.manual_seed(0)
-    made = build(
-        recipe.method,
-        recipe.student,
-        recipe.teacher,
-        recipe.slt,
-        recipe.data,
-        recipe.run,
-        CLASSES,
-        CPU,
-    )
+    made = build(recipe, CLASSES, CPU, torch.arange(100) % CLASSES)
     if prepare:
         made.prepare(recipe.run.compile)
     return recipe, made
@@ -40,7 +31,7 @@ def make(method, *, prepare=True, **changes):
 def batch(n=8, seed=0):
     generator = torch.Generator().manual_seed(seed)
     images = torch.randint(0, 256, (n, 3, 16, 16), dtype=torch.uint8, generator=generator)
-    return images, torch.arange(n) % CLASSES
+    return images, torch.arange(n) % CLASSES, torch.arange(n)
 
 
 def sgd(distiller):
@@ -54,9 +45,9 @@ def test_nothing_reaches_the_teacher():
     inside = set(map(id, distiller.modules()))
     assert not any(id(module) in inside for module in teacher.modules())
     assert not any(key.startswith("teacher") for key in distiller.state_dict())
-    assert len(list(distiller.parameters())) == 3 * len(list(distiller.student.parameters()))
+    assert len(list(distiller.parameters())) == 3 * len(list(distiller.main.student.parameters()))
     distiller.train()
-    step = Step(distiller, recipe.method, [sgd(distiller)])
+    step = Step(distiller, distiller.parts, [sgd(distiller)])
     step(*batch(), epoch=0.0)
     assert not any(module.training for module in teacher.modules())
     assert not any(p.requires_grad or p.grad is not None for p in teacher.parameters())
@@ -68,7 +59,7 @@ def test_a_step_trains_everything_else():
     recipe, distiller = make({"name": "slkd", "slts": 2})
     before = copy.deepcopy(distiller.state_dict())
     distiller.train()
-    Step(distiller, recipe.method, [sgd(distiller)])(*batch(), epoch=0.0)
+    Step(distiller, distiller.parts, [sgd(distiller)])(*batch(), epoch=0.0)
     same = [k for k, v in distiller.state_dict().items() if torch.equal(v, before[k])]
     assert not same
 
@@ -78,9 +69,9 @@ def test_the_folded_teacher_and_every_input_are_what_each_network_expects():
     recipe, distiller = make("kd", teacher={"name": "resnet8", "normalize": own})
     torch.manual_seed(0)  # as the distiller's: first the student, then the teacher
     student, teacher = create("resnet8", CLASSES).eval(), create("resnet8", CLASSES).eval()
-    images, _ = batch()
+    images, target, index = batch()
     distiller.eval()
-    out = distiller(images)
+    out = distiller(images, target, index)["main"]
 
     def reference(network, normalize):
         mean, std = (torch.tensor(v).view(3, 1, 1) for v in (normalize.mean, normalize.std))
@@ -102,7 +93,7 @@ def test_equal_normalisation_is_computed_once():
 def test_channels_last_reaches_weights_and_inputs():
     for wanted in (True, False):
         _, distiller = make("kd", run={"channels_last": wanted})
-        weight = distiller.student.layer1[0].conv1.weight
+        weight = distiller.main.student.layer1[0].conv1.weight
         assert weight.is_contiguous(memory_format=torch.channels_last) is wanted
         images = distiller.inputs["student"](batch()[0])
         assert images.is_contiguous(memory_format=torch.channels_last) is wanted
@@ -110,32 +101,32 @@ def test_channels_last_reaches_weights_and_inputs():
 
 def test_uskd_head_is_trained_through_the_tap_and_is_no_part_of_the_student():
     recipe, distiller = make("uskd")
-    assert set(distiller.heads) == {"weak"}
-    assert not any("weak" in key for key in distiller.student.state_dict())
-    out = distiller(batch()[0])
-    assert out.tap.shape == (8, 32, 8, 8)
-    out.heads["weak"].sum().backward()
-    assert distiller.heads["weak"][-1].weight.grad.abs().max() > 0
-    assert distiller.student.conv1.weight.grad.abs().max() > 0
-    assert distiller.student.layer3[0].conv1.weight.grad is None
+    student, head = distiller.main.student, distiller.main.head
+    assert set(head.state_dict()) == {"classifier.weight", "classifier.bias"}
+    out = distiller(*batch())["main"]
+    assert out.student_taps["stage2"].shape == (8, 32, 8, 8)
+    out.head["weak"].sum().backward()
+    assert head.classifier.weight.grad.abs().max() > 0
+    assert student.conv1.weight.grad.abs().max() > 0
+    assert student.layer3[0].conv1.weight.grad is None
 
 
 def test_bf16_logits_and_float32_weights():
     recipe, distiller = make("slkd", run={"amp": "bf16"})
-    out = distiller(batch()[0])
+    out = distiller(*batch())["main"]
     assert {z.dtype for z in (out.student, out.teacher, *out.slts)} == {torch.bfloat16}
     loss, _ = recipe.method.loss(out, batch()[1], 0.0)
     assert loss.dtype == torch.float32
     loss.backward()
     assert {p.grad.dtype for p in distiller.parameters()} == {torch.float32}
-    assert distiller.predict(distiller.student, "student", batch()[0]).dtype == torch.bfloat16
+    assert distiller.predict(distiller.main.student, "student", batch()[0]).dtype == torch.bfloat16
 
 
 def test_compiled_in_place_keeps_keys_and_losses():
     losses, keys = {}, {}
     for compiled in (False, True):
         recipe, distiller = make("uskd", run={"compile": compiled})
-        step = Step(distiller.train(), recipe.method, [sgd(distiller)])
+        step = Step(distiller.train(), distiller.parts, [sgd(distiller)])
         losses[compiled] = [float(step(*batch(), epoch=0.0)["loss"]) for _ in range(3)]
         keys[compiled] = list(distiller.state_dict())
     assert keys[True] == keys[False]
@@ -175,17 +166,10 @@ def test_a_teacher_that_cannot_be_folded_is_used_as_it_is():
     recipe, distiller = make("kd")
     teacher = Branching()
     with pytest.warns(UserWarning, match="BatchNorm layers unfolded: .*Branching"):
-        made = Distiller(
-            recipe.method,
-            distiller.student,
-            teacher,
-            [],
-            CLASSES,
-            {name: distiller.inputs[name] for name in ("student", "teacher")},
-            amp=False,
-        )
+        made = Distiller(distiller.parts, [teacher], dict(distiller.inputs.items()), amp=False)
     images = batch()[0]
-    assert torch.equal(made(images).teacher, teacher(made.inputs["teacher"](images)))
+    expected = teacher(made.inputs["teacher"](images))
+    assert torch.equal(made(*batch())["main"].teacher, expected)
 
 
 def test_the_clock_counts_steps_and_waits():

@@ -28,26 +28,18 @@ def one_step(group):
     """A step on this process's share of a fixed batch of eight, and what came of it."""
     recipe = tiny(None, "slkd", data={"source": "synthetic", "classes": 10, "subset": None})
     torch.manual_seed(0)
-    distiller = build(
-        recipe.method,
-        recipe.student,
-        recipe.teacher,
-        recipe.slt,
-        recipe.data,
-        recipe.run,
-        10,
-        group.device,
-    )
+    distiller = build(recipe, 10, group.device, torch.arange(8))
+    distiller.prepare(compile=False)
     distiller.eval()  # in training, BatchNorm's statistics are those of each process's own images
     images = torch.randint(
         0, 256, (8, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(1)
     )
     share = slice(group.rank * 8 // group.world, (group.rank + 1) * 8 // group.world)
     optimizer = torch.optim.SGD(distiller.parameters(), lr=0.1)
-    step = Step(group.wrap(distiller), recipe.method, [optimizer])
-    meters = Meters(group)
-    meters.add(1, step(images[share], torch.arange(8)[share], epoch=0.0))
-    norm = distiller.student.bn1
+    step = Step(group.wrap(distiller), distiller.parts, [optimizer])
+    meters, labels = Meters(group), torch.arange(8)
+    meters.add(1, step(images[share], labels[share], labels[share], epoch=0.0))
+    norm = distiller.main.student.bn1
     norm.running_mean.fill_(float(group.rank))
     group.average_batchnorm(distiller)
     return {

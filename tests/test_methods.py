@@ -4,8 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from pydantic import ValidationError
+from torch import nn
 
-from kdfuse.engine.methods import METHODS, Outputs
+from kdfuse.engine.methods import METHODS, Networks, Outputs
 
 N, C = 6, 7
 
@@ -21,7 +22,7 @@ def out():
         student=logits(0),
         teacher=logits(1).detach(),
         slts=[logits(2), logits(3)],
-        heads={"weak": logits(4)},
+        head={"weak": logits(4)},
     )
 
 
@@ -52,15 +53,15 @@ def close(actual, expected):
 def test_every_method_is_known_by_its_name():
     assert list(METHODS) == ["ce", "kd", "dkd", "nkd", "tf_nkd", "uskd", "slkd"]
     assert all(method().name == name for name, method in METHODS.items())
-    needs = {n: (m.uses_teacher, m().slts, m.tap) for n, m in METHODS.items()}
+    needs = {n: (m.uses_teacher, m().slt_count) for n, m in METHODS.items()}
     assert needs == {
-        "ce": (False, 0, None),
-        "kd": (True, 0, None),
-        "dkd": (True, 0, None),
-        "nkd": (True, 0, None),
-        "tf_nkd": (False, 0, None),
-        "uskd": (False, 0, -2),
-        "slkd": (True, 2, None),
+        "ce": (False, 0),
+        "kd": (True, 0),
+        "dkd": (True, 0),
+        "nkd": (True, 0),
+        "tf_nkd": (False, 0),
+        "uskd": (False, 0),
+        "slkd": (True, 2),
     }
 
 
@@ -87,7 +88,7 @@ def test_bf16_logits_give_a_float32_loss(name, out, target):
         student=out.student.bfloat16(),
         teacher=out.teacher.bfloat16(),
         slts=[z.bfloat16() for z in out.slts],
-        heads={"weak": out.heads["weak"].bfloat16()},
+        head={"weak": out.head["weak"].bfloat16()},
     )
     assert METHODS[name]().loss(half, target, epoch=0.0)[0].dtype == torch.float32
 
@@ -142,7 +143,7 @@ def test_tf_nkd(out, target):
 @pytest.mark.parametrize("rank", ["released", "paper"])
 def test_uskd(out, target, rank):
     method = METHODS["uskd"](alpha=0.7, beta=0.2, mu=0.05, ce_weight=0.9, rank=rank)
-    weak, one_hot = out.heads["weak"], F.one_hot(target, C)
+    weak, one_hot = out.head["weak"], F.one_hot(target, C)
     s, w = soft(out.student, 1.0), soft(weak, 1.0)
     s_t, w_t = ((p * one_hot).sum(1, keepdim=True) for p in (s, w))
     smooth = (s_t**2 + 1 - (s_t**2).mean()).detach()
@@ -160,11 +161,15 @@ def test_uskd(out, target, rank):
     close(method.loss(out, target, 0.0)[0], expected)
 
 
-def test_uskd_head_reads_the_pooled_tap():
-    head = METHODS["uskd"]().heads(channels=5, classes=C)["weak"]
-    tap = torch.randn(2, 5, 4, 4, requires_grad=True)
-    linear = head[-1]
-    close(head(tap), tap.mean((2, 3)) @ linear.weight.T + linear.bias)
+def test_uskd_head_reads_the_mean_of_maps_and_of_tokens(target):
+    for shape, places in ((2, 5, 4, 4), (2, 3)), ((2, 9, 5), (1,)):
+        feature = torch.randn(shape, requires_grad=True)
+        networks = Networks(C, nn.Identity(), shapes={"student": {"stage2": feature.shape}})
+        head = METHODS["uskd"]().head(networks)
+        out = Outputs(torch.empty(0), student_taps={"stage2": feature})
+        weight, bias = head.classifier.weight, head.classifier.bias
+        weak = head(out, target, target)["weak"]
+        close(weak, feature.mean(places) @ weight.T + bias)
 
 
 def test_slkd(out, target):

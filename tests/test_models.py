@@ -17,10 +17,11 @@ from kdfuse.engine import checkpoint
 from kdfuse.engine.models import (
     NETWORKS,
     FoldError,
-    Tap,
+    Taps,
     create,
     fold_batchnorm,
-    stage_channels,
+    points,
+    shapes,
     stages,
 )
 
@@ -276,24 +277,77 @@ def test_code_in_a_checkpoint_is_refused(tmp_path):
     ],
 )
 def test_stages(name, channels):
-    model = create(name, 10).eval()
-    keys = list(model.state_dict())
-    assert [stage_channels(model, s) for s in stages(model)] == channels
-    taps = [Tap(model, stage) for stage in stages(model)]
-    with torch.no_grad():
-        model(torch.randn(1, 3, 64, 64))
-    assert [tap.take().shape[1] for tap in taps] == channels
+    model = create(name, 10)
+    keys, before = list(model.state_dict()), copy.deepcopy(model.state_dict())
+    found = shapes(model, stages(points(model)), 64)
+    assert [shape[1] for shape in found.values()] == channels
+    assert model.training and type(model.get_submodule("layer1")) is nn.Sequential
     assert list(model.state_dict()) == keys
-    assert [stage_channels(model, s) for s in stages(model)] == channels
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
-def test_stages_of_other_networks_are_refused():
-    with pytest.raises(ValueError, match="no stages are known for AlexNet"):
-        stages(create("torchvision:alexnet", 10))
-    with pytest.raises(ValueError, match="no stages are known for GraphModule"):
-        stages(fold_batchnorm(create("resnet8", 10)))
-    with pytest.raises(ValueError, match="stage: 'layer4' is not one of CifarResNet's: layer1"):
-        Tap(create("resnet8", 10), "layer4")
+def test_points_that_are_not_there_are_refused_with_the_nearest():
+    with pytest.raises(ValueError, match="tap 'features.30': .*AlexNet; did you mean features"):
+        Taps(create("torchvision:alexnet", 10), ["features.30"])
+    with pytest.raises(ValueError, match="tap 'stage4': no such point of CifarResNet; did"):
+        Taps(create("resnet8", 10), ["stage4"])
+    assert points(create("torchvision:alexnet", 10)) == {}
+
+
+def test_any_module_path_is_a_point_and_so_is_its_input():
+    model = create("torchvision:alexnet", 10).eval()
+    taps = Taps(model, ["features.5", "features.6:in", "classifier.6:in", "classifier.6"])
+    with torch.no_grad():
+        logits = model(torch.randn(2, 3, 64, 64))
+    kept = taps.take()
+    assert torch.equal(kept["features.5"], kept["features.6:in"])
+    assert kept["classifier.6:in"].shape == (2, 4096)
+    assert torch.equal(kept["classifier.6"], logits)
+
+
+@pytest.mark.parametrize("name", ["torchvision:resnet18", "torchvision:resnet50"])
+def test_torchvision_pre_activations_are_not_overwritten(name):
+    model = trained(name).eval()
+    taps = Taps(model, ["stem.pre", "stem", "stage2.pre", "stage2"])
+    with torch.no_grad():
+        model(torch.randn(2, 3, 64, 64))
+    kept = taps.take()
+    for stage in ("stem", "stage2"):
+        assert (kept[f"{stage}.pre"] < 0).any()
+        torch.testing.assert_close(kept[f"{stage}.pre"].relu(), kept[stage])
+
+
+def test_a_tap_that_the_network_overwrites_is_an_error():
+    class Adds(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = nn.Linear(3, 3)
+
+        def forward(self, x):
+            y = self.first(x)
+            y += 1
+            return y
+
+    model = Adds()
+    taps = Taps(model, ["first"])
+    model(torch.randn(2, 3))
+    with pytest.raises(RuntimeError, match="tap first: the network overwrites"):
+        taps.take()
+
+
+def test_taps_stay_in_a_folded_network():
+    model = trained("resnet20").eval()
+    taps = Taps(model, ["stage1", "stage3", "pooled"])
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        model(x)
+        expected = taps.take()
+        folded = fold_batchnorm(model)
+        moved = taps.moved(folded)
+        folded(x)
+    for name, value in moved.take().items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-4)
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in folded.modules())
 
 
 @pytest.mark.parametrize("compiled", [False, True])
@@ -304,28 +358,28 @@ def test_tap_reads_the_stage_once_and_carries_gradient(compiled):
     expected = model.layer2(model.layer1(stem))
     runs = []
     model.layer2.register_forward_pre_hook(lambda *_: runs.append(1))
-    tap = Tap(model, "layer2")
+    taps = Taps(model, ["layer2"])
     if compiled:
         model.compile(fullgraph=True, backend="aot_eager")
     logits = model(x)
-    output = tap.take()
+    output = taps.take()["layer2"]
     torch.testing.assert_close(output, expected)
     assert len(runs) == 1
     (output.square().mean() + logits.mean()).backward()
     assert model.layer1[0].conv1.weight.grad.abs().sum() > 0
     with pytest.raises(RuntimeError, match="tap layer2: no forward pass"):
-        tap.take()
+        taps.take()
     model(2 * x)
-    assert not torch.equal(tap.take(), output)
+    assert not torch.equal(taps.take()["layer2"], output)
 
 
 def test_tap_inside_a_larger_compiled_step():
     model = trained().eval()
-    tap = Tap(model, "layer2")
+    taps = Taps(model, ["layer2"])
 
     def step(x):
         logits = model(x)
-        return logits, tap.take().mean((2, 3))
+        return logits, taps.take()["layer2"].mean((2, 3))
 
     x = torch.randn(2, 3, 32, 32)
     expected = step(x)
@@ -335,21 +389,21 @@ def test_tap_inside_a_larger_compiled_step():
 
 def test_a_tapped_model_can_be_copied():
     model = trained()
-    tap = Tap(model, "layer1")
+    taps = Taps(model, ["layer1"])
     model(torch.randn(2, 3, 32, 32))
     twin = copy.deepcopy(model)
     assert_same(twin, model)
-    output = tap.take()
+    output = taps.take()["layer1"]
     model(torch.randn(2, 3, 32, 32))
     twin(torch.randn(3, 3, 32, 32))
-    assert tap.take().shape == output.shape
+    assert taps.take()["layer1"].shape == output.shape
 
 
 def test_tap_is_not_lost_to_the_compiled_graph_of_another_network():
     """Networks of one class share compiled graphs; a tap must not be lost in one without it."""
     x = torch.randn(2, 3, 32, 32)
     plain, tapped, third = trained(seed=1), trained(seed=2), trained(seed=3)
-    first, last = Tap(tapped, "layer2"), Tap(third, "layer2")
+    first, last = Taps(tapped, ["layer2"]), Taps(third, ["layer2"])
     for model in (plain, tapped, third):
         model.eval().compile(fullgraph=True, backend="aot_eager")
     for _ in range(2):
@@ -358,8 +412,8 @@ def test_tap_is_not_lost_to_the_compiled_graph_of_another_network():
         stem = torch.relu(third.bn1(third.conv1(x)))
         expected = third.layer2(third.layer1(stem)).detach()
         third(x)
-        torch.testing.assert_close(last.take(), expected)
-        assert not torch.equal(first.take(), expected)
+        torch.testing.assert_close(last.take()["layer2"], expected)
+        assert not torch.equal(first.take()["layer2"], expected)
         plain(x)
         with pytest.raises(RuntimeError, match="no forward pass"):
             first.take()

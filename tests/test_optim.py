@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from kdfuse.engine.models import Tap, create
+from kdfuse.engine.models import Taps, create
 from kdfuse.engine.optim import EMA, build_optimizer, lr_at, set_lr
 from kdfuse.engine.schema import Optim
 
@@ -161,7 +161,7 @@ def test_ema_goes_on_bit_for_bit_from_its_state():
 
 def test_ema_of_a_compiled_and_tapped_model_is_a_network_of_its_own():
     model = create("resnet8", 10)
-    tap = Tap(model, "layer2")
+    taps = Taps(model, ["layer2"])
     model.compile(backend="aot_eager")
     x = torch.randn(2, 3, 32, 32)
     model(x)
@@ -172,4 +172,4 @@ def test_ema_of_a_compiled_and_tapped_model_is_a_network_of_its_own():
         parameter.zero_()
     assert not ema.module(x).any()
     assert torch.equal(model.fc.weight, before)
-    assert tap.take().abs().sum() > 0
+    assert taps.take()["layer2"].abs().sum() > 0

@@ -106,7 +106,7 @@ def test_a_method_with_a_teacher_reports_every_network(digits, teacher, tmp_path
     assert len(state["slts"]) == 2 and facts["step"] == 10
     assert not any("teacher" in key for key in state)
     best, _ = load(run / "checkpoints" / "best")
-    assert sorted(best) == ["ema", "slts", "student"]
+    assert sorted(best) == ["also", "ema", "head", "slts", "student"] and best["head"] is None
     shutil.rmtree(copy)  # a run is evaluated from its own checkpoints alone
     again = evaluate(run)["last"]
     for name in ("top1", "slt0_top1", "slt1_top1", "ema_top1"):
@@ -195,7 +195,7 @@ def test_weights_that_are_not_finite_are_not_saved(digits, tmp_path):
     group = join("cpu")
     state = State(tiny(digits, "ce"), group, 10, {})
     state.done = 7
-    state.distiller.student.layer2[0].conv1.weight.data[3] = torch.nan
+    state.distiller.main.student.layer2[0].conv1.weight.data[3] = torch.nan
     with pytest.raises(Diverged, match="the weights after step 7 are not finite"):
         state.save(tmp_path, "step-00000007")
     assert not list(tmp_path.iterdir())
@@ -206,7 +206,7 @@ def test_networks_that_are_not_finite_are_not_evaluated(digits, teacher):
     group = join("cpu")
     manifest = open_source(recipe.data, "val")
     state = State(recipe, group, 10, {})
-    state.distiller.student.fc.bias.data[3] = torch.inf
+    state.distiller.main.student.fc.bias.data[3] = torch.inf
     loader = make_loader(manifest, recipe.data, 100, seed=0, train=False)
     rows = len(manifest.target)
     with pytest.raises(Diverged, match=f"student: the outputs for {rows} of {rows} images"):

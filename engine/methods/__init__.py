@@ -3,7 +3,7 @@
 from .ce import CE
 from .dkd import DKD
 from .kd import KD
-from .method import Method, Outputs, Terms
+from .method import Method, Networks, Outputs, Role, Terms
 from .nkd import NKD
 from .slkd import SLKD
 from .tf_nkd import TfNKD
@@ -19,4 +19,4 @@ METHODS: dict[str, type[Method]] = {
     "slkd": SLKD,
 }
 
-__all__ = ["METHODS", "Method", "Outputs", "Terms"]
+__all__ = ["METHODS", "Method", "Networks", "Outputs", "Role", "Terms"]

@@ -1,6 +1,6 @@
 """Plain cross-entropy: the baseline without a teacher, and how teachers are trained."""
 
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,6 @@ class CE(Method):
     """Cross-entropy of the student with the labels."""
 
     name: Literal["ce"] = "ce"
-    slts: ClassVar[int] = 0
 
     def loss(self, out: Outputs, target: Tensor, epoch: float) -> tuple[Tensor, Terms]:
         logits = out.student.float()  # (N, C)

@@ -15,7 +15,6 @@ class DKD(Method):
 
     name: Literal["dkd"] = "dkd"
     uses_teacher: ClassVar[bool] = True
-    slts: ClassVar[int] = 0
 
     temperature: float = Field(4.0, gt=0, description="T of both networks' probabilities")
     alpha: float = Field(1.0, ge=0, description="weight of the target-class part")

@@ -14,7 +14,6 @@ class KD(Method):
 
     name: Literal["kd"] = "kd"
     uses_teacher: ClassVar[bool] = True
-    slts: ClassVar[int] = 0
 
     temperature: float = Field(4.0, gt=0, description="T of both networks' probabilities")
     ce_weight: float = Field(0.1, ge=0, description="weight of the cross-entropy")

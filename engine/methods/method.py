@@ -3,15 +3,21 @@
 A method is its options: adding one is one file with a subclass and one line in METHODS.
 """
 
-from abc import abstractmethod
-from dataclasses import dataclass, field
-from typing import ClassVar
+from __future__ import annotations
 
-from torch import Tensor, nn
+from abc import abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+from torch import Size, Tensor, nn
 
 from ..schema import Strict
 
 Terms = dict[str, Tensor]
+Taps = dict[str, Tensor]  # what the network gave at each of its tapped points
+Points = Mapping[str, str]  # a network's named points, as models.points gives them
+Role = Literal["student", "teacher", "slts"]
 
 
 @dataclass
@@ -20,9 +26,26 @@ class Outputs:
 
     student: Tensor  # (N, C) logits
     teacher: Tensor | None = None  # (N, C) logits, never with a gradient
+    assistants: list[Tensor] = field(default_factory=list)  # further frozen teachers' (N, C) logits
     slts: list[Tensor] = field(default_factory=list)  # each (N, C) logits
-    tap: Tensor | None = None  # (N, channels, H, W) feature map of the tapped student stage
-    heads: dict[str, Tensor] = field(default_factory=dict)  # what each head made of the tap
+    average: Tensor | None = None  # (N, C) logits of the student's average, never with a gradient
+    student_taps: Taps = field(default_factory=dict)
+    teacher_taps: Taps = field(default_factory=dict)
+    slt_taps: list[Taps] = field(default_factory=list)
+    head: dict[str, Tensor] = field(default_factory=dict)  # what the method's head made
+    features: Terms = field(default_factory=dict)  # what Method.features made
+
+
+@dataclass
+class Networks:
+    """What a head is built for: all networks of the run, and what they give at their taps."""
+
+    classes: int
+    student: nn.Module
+    teacher: nn.Module | None = None  # frozen, in evaluation mode, BatchNorm not folded
+    slts: list[nn.Module] = field(default_factory=list)
+    shapes: dict[Role, dict[str, Size]] = field(default_factory=dict)  # for one image
+    labels: Tensor | None = None  # (images,) int64, of the training set; None in evaluation
 
 
 class Method(Strict):
@@ -30,16 +53,39 @@ class Method(Strict):
 
     name: str
     uses_teacher: ClassVar[bool] = False
-    slts: ClassVar[int]  # self-learning teachers, trained beside the student
-    tap: ClassVar[int | None] = None  # which of the student's stage outputs the heads read
+    uses_assistants: ClassVar[bool] = False  # further frozen teachers
+    deploys_head: ClassVar[bool] = False  # whether the head is part of the network that is kept
+    teacher_mode: ClassVar[Literal["eval", "train"]] = "eval"  # of the teacher's BatchNorm
 
-    def heads(self, channels: int | None, classes: int) -> nn.ModuleDict:
-        """Extra modules trained with the student and dropped after training.
+    @property
+    def slt_count(self) -> int:
+        """How many networks are trained beside the student: SL-Ts, peers, or a teacher."""
+        return 0
 
-        `channels` is the width of the tapped stage, None for a method without a tap.
-        Each module maps the tap (N, channels, H, W) to (N, classes).
+    @property
+    def uses_average(self) -> bool:
+        """Whether the loss reads the logits of the student's running average (optim.ema)."""
+        return False
+
+    def reads(self, points: Mapping[Role, Points]) -> dict[Role, tuple[str, ...]]:
+        """The points that are tapped, by role; `points` are those that the networks name.
+
+        Raises ValueError for networks that do not have what the method reads.
         """
-        return nn.ModuleDict()
+        return {}
+
+    def head(self, networks: Networks) -> nn.Module | None:
+        """The module that is trained with the student: head(out, target, index) -> dict of Tensor.
+
+        It runs under autocast; `out` is all of Outputs but head and features, `index` the (N,)
+        numbers of the images in the training set. It may hold buffers, and a network of the run in
+        a tuple, so that it does not train it.
+        """
+        return None
+
+    def features(self, out: Outputs, target: Tensor) -> Terms:
+        """0-dim float32 losses of the feature maps, not weighted; compiled as one when asked."""
+        return {}
 
     @abstractmethod
     def loss(self, out: Outputs, target: Tensor, epoch: float) -> tuple[Tensor, Terms]:
@@ -48,6 +94,10 @@ class Method(Strict):
         `target` is (N,) int64; `epoch` is 0-based and fractional. Terms whose names end in top1
         or top5, and rows, are counts over the batch; all others are means over its rows.
         """
+
+    def deployed(self, student: nn.Module, head: nn.Module | None) -> nn.Module:
+        """What is evaluated and exported: images (N, 3, H, W) in, (N, C) logits out."""
+        return student
 
 
 def with_terms(result: Tensor | tuple[Tensor, Terms]) -> tuple[Tensor, Terms]:

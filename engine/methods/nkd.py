@@ -14,7 +14,6 @@ class NKD(Method):
 
     name: Literal["nkd"] = "nkd"
     uses_teacher: ClassVar[bool] = True
-    slts: ClassVar[int] = 0
 
     temperature: float = Field(1.0, gt=0, description="T of the non-target part")
     gamma: float = Field(1.5, ge=0, description="weight of the non-target part")

@@ -15,9 +15,7 @@ class SLKD(Method):
 
     name: Literal["slkd"] = "slkd"
     uses_teacher: ClassVar[bool] = True
-    # An option here, a fixed 0 elsewhere.
-    slts: int = Field(2, ge=1, description="how many SL-Ts")  # type: ignore[misc]
-
+    slts: int = Field(2, ge=1, description="how many SL-Ts")
     temperature: float = Field(4.0, gt=0, description="T of all networks' probabilities")
     ce_weight: float = Field(
         0.1, ge=0, description="cross-entropy beside the teacher, student and SL-Ts"
@@ -29,6 +27,10 @@ class SLKD(Method):
         None, description="one weight an SL-T, with sum 1; none: equal"
     )
     detach_slts: bool = Field(True, description="false: the student's loss reaches the SL-Ts")
+
+    @property
+    def slt_count(self) -> int:
+        return self.slts
 
     @model_validator(mode="after")
     def _one_fusion_weight_each(self) -> "SLKD":

@@ -1,6 +1,6 @@
 """Teacher-free NKD (Yang et al. 2023): the student's own smoothed target probability as weight."""
 
-from typing import ClassVar, Literal
+from typing import Literal
 
 from pydantic import Field
 from torch import Tensor
@@ -13,7 +13,6 @@ class TfNKD(Method):
     """CE plus the target term; its batch mean is taken over each rank's own rows."""
 
     name: Literal["tf_nkd"] = "tf_nkd"
-    slts: ClassVar[int] = 0
 
     weight: float = Field(1.0, ge=0, description="weight of the target term")
     ce_weight: float = Field(1.0, ge=0, description="weight of the cross-entropy")

@@ -13,9 +13,18 @@ from . import torchvision_models
 from .checkpoints import load_weights
 from .cifar_resnet import NARROW, WIDE, CifarResNet
 from .fold import FoldError, fold_batchnorm
-from .taps import Tap, stage_channels, stages
+from .taps import Taps, points, shapes, stages
 
-__all__ = ["NETWORKS", "FoldError", "Tap", "create", "fold_batchnorm", "stage_channels", "stages"]
+__all__ = [
+    "NETWORKS",
+    "FoldError",
+    "Taps",
+    "create",
+    "fold_batchnorm",
+    "points",
+    "shapes",
+    "stages",
+]
 
 # Each makes the network for a number of classes.
 NETWORKS: dict[str, Callable[[int], nn.Module]] = {

@@ -54,6 +54,17 @@ class CifarResNet(nn.Module):
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
+    @property
+    def taps(self) -> dict[str, str]:
+        """Where the features are: name to module path."""
+        return {
+            "stage1": "layer1",
+            "stage2": "layer2",
+            "stage3": "layer3",
+            "pooled": "pool",
+            "classifier": "fc",
+        }
+
     def forward(self, x: Tensor) -> Tensor:  # (N, 3, H, W)
         x = F.relu(self.bn1(self.conv1(x)), inplace=True)
         x = self.layer3(self.layer2(self.layer1(x)))

@@ -8,6 +8,8 @@ from collections import Counter
 from torch import fx, nn
 from torch.fx.experimental.optimization import fuse
 
+from .taps import Keep
+
 # What tracing raises for a forward that depends on values: TraceError is a ValueError.
 _UNTRACEABLE = (ValueError, TypeError, RuntimeError, AttributeError, NotImplementedError, NameError)
 
@@ -16,17 +18,25 @@ class FoldError(RuntimeError):
     """The network cannot be folded; as it is, it still works."""
 
 
+class _Tracer(fx.Tracer):
+    """Taps stay what they are."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, Keep) or super().is_leaf_module(m, module_qualified_name)
+
+
 def fold_batchnorm(model: nn.Module) -> nn.Module:
     """A copy of `model` in eval mode, frozen, with every BatchNorm after a convolution folded.
 
-    Outputs are those of `model.eval()` up to rounding; `model` itself is left as it was. The copy
-    has other state-dict keys and no stages. Raises FoldError for a network that torch.fx cannot
-    trace or that calls one layer from several places, where folding would be wrong.
+    Outputs are those of `model.eval()` up to rounding; `model` itself is left as it was. Taps stay,
+    and what they keep too. The copy has other state-dict keys and no named points. Raises FoldError
+    for a network that torch.fx cannot trace or that calls one layer from several places, where
+    folding would be wrong.
     """
     name = type(model).__name__
     still = copy.deepcopy(model).eval()
     try:
-        traced = fx.symbolic_trace(still)
+        traced = fx.GraphModule(still, _Tracer().trace(still))
     except _UNTRACEABLE as error:
         raise FoldError(f"model: {name} cannot be traced by torch.fx: {error}") from error
     calls = Counter(node.target for node in traced.graph.nodes if node.op == "call_module")

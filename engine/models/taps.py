@@ -1,81 +1,192 @@
-"""Stage outputs of a network: their names, their channels, and a tap that reads one of them."""
+"""Features of a network while it runs: named points, and taps that keep what passes there."""
 
 from __future__ import annotations
 
+import difflib
+import re
+from collections.abc import Iterable, Sequence
+from functools import cache
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torchvision.models import ResNet
 
-from .cifar_resnet import CifarResNet
+INPUT = ":in"  # behind a module's path: what goes in, not what comes out
 
 
-def stages(model: nn.Module) -> list[str]:
-    """Module paths of the stage outputs of `model`, shallow to deep.
+def points(model: nn.Module) -> dict[str, str]:
+    """The named points of a network, shallow to deep: name to module path.
 
-    Raises ValueError for a network whose stages are not known, a folded one among them.
+    Names are "stem", "stage1" to "stageN" (after the last ReLU of each), the same with ".pre"
+    (before that ReLU), "pooled", and "classifier", the last linear layer. A path with ":in" is the
+    module's input. Empty for a network that states none: its taps are module paths.
     """
-    if isinstance(model, CifarResNet):
-        return ["layer1", "layer2", "layer3"]
     if isinstance(model, ResNet):
-        return ["layer1", "layer2", "layer3", "layer4"]
+        return _torchvision_resnet(model)
+    info = getattr(model, "feature_info", None)  # timm's networks; those without a list have none
+    if isinstance(info, list):
+        return {f"stage{i + 1}": entry["module"] for i, entry in enumerate(info)}
+    return dict(getattr(model, "taps", {}))
+
+
+def stages(known: Iterable[str], suffix: str = "") -> tuple[str, ...]:
+    """The stage names among `known`, shallow to deep, with `suffix` ("" or ".pre")."""
+    return tuple(name for name in known if re.fullmatch(rf"stage\d+{re.escape(suffix)}", name))
+
+
+def shapes(model: nn.Module, names: Sequence[str], size: int) -> dict[str, torch.Size]:
+    """The shape of each point for one image of `size` x `size`, found by a forward pass.
+
+    The model is left as it was. Raises ValueError as `Taps` does.
+    """
+    if not names:
+        return {}
+    first = next(model.parameters())
+    training = model.training
+    taps = Taps(model, names)
+    try:
+        with torch.no_grad():
+            model.eval()(torch.zeros(1, 3, size, size, device=first.device, dtype=first.dtype))
+        return {name: value.shape for name, value in taps.take().items()}
+    finally:
+        taps.remove()
+        model.train(training)
+
+
+class Taps:
+    """Keeps what passes at some points of a network in each forward pass; nothing runs twice.
+
+    A point is a name of `points(model)` or a module path, with ":in" for the module's input. Of a
+    module that is called several times, the last call is kept. Make it before the model is
+    compiled or folded; state dicts do not change. Raises ValueError for a point that is not there.
+    """
+
+    # A tapped module gets a subclass of its class, as in torch.nn.utils.parametrize, and no hook:
+    # torch.compile does not look at hooks when it decides whether a network of the same class can
+    # use a graph it already has, and would drop the tap.
+    def __init__(self, model: nn.Module, names: Sequence[str]) -> None:
+        self._model = model
+        known = points(model)
+        paths = {name: known.get(name, name) for name in names}
+        for name, path in paths.items():
+            _check(model, known, name, path)
+        for module in model.modules() if names else ():
+            if getattr(module, "inplace", False):
+                vars(module)["inplace"] = False  # it would overwrite what a tap before it keeps
+        for path in dict.fromkeys(paths.values()):
+            _insert(model.get_submodule(path.removesuffix(INPUT)), path)
+        self._paths = paths
+        self._keeps = _keeps(model)
+
+    def moved(self, copy: nn.Module) -> Taps:
+        """The same taps in a copy of the model that was made with them, such as a folded one."""
+        other = object.__new__(Taps)
+        other._model, other._paths, other._keeps = copy, self._paths, _keeps(copy)
+        return other
+
+    def take(self) -> dict[str, Tensor]:
+        """What passed at each point in the last forward pass, with its gradient, by name.
+
+        It is handed over once, so that no graph outlives its step; RuntimeError the second time,
+        and when something wrote over a kept tensor.
+        """
+        kept = {path: self._keeps[path].hand_over() for path in set(self._paths.values())}
+        return {name: kept[path] for name, path in self._paths.items()}
+
+    def remove(self) -> None:
+        """Take the taps out of the model again."""
+        for module in self._model.modules():
+            if isinstance(module, _Tapped):
+                for child in [n for n, m in module._modules.items() if isinstance(m, Keep)]:
+                    del module._modules[child]
+                module.__class__ = type(module).__mro__[2]
+
+
+class Keep(nn.Module):
+    """Passes its input through and remembers it."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__()
+        self.path = path
+        self.value: Tensor | None = None
+        self.version = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.value = x
+        if not torch.compiler.is_compiling():
+            self.version = x._version
+        return x
+
+    def hand_over(self) -> Tensor:
+        value, self.value = self.value, None
+        if value is None:
+            raise RuntimeError(f"tap {self.path}: no forward pass since the last take()")
+        if not torch.compiler.is_compiling() and value._version > self.version:
+            raise RuntimeError(
+                f"tap {self.path}: the network overwrites this tensor in place; tap the module "
+                "before or behind it"
+            )
+        return value
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For a copy of the model: no value, since a tensor inside a graph cannot be copied."""
+        return super().__getstate__() | {"value": None}
+
+
+class _Tapped(nn.Module):
+    """Mixed into the class of a tapped module."""
+
+
+@cache
+def _tapped(base: type[nn.Module]) -> type[nn.Module]:
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        before, after = self._modules.get("tap_in"), self._modules.get("tap_out")
+        if before is not None:
+            args = (before(args[0]), *args[1:])
+        if base is nn.Sequential:  # its own forward would run the taps as layers
+            (out,) = args
+            for module in self._modules.values():
+                if not isinstance(module, Keep):
+                    assert module is not None
+                    out = module(out)
+        else:
+            out = base.forward(self, *args, **kwargs)
+        return out if after is None else after(out)
+
+    # torch.fx takes modules of torch.nn as one call, by the name of their module.
+    own = {"forward": forward, "__module__": base.__module__}
+    return type(f"Tapped{base.__name__}", (_Tapped, base), own)
+
+
+def _insert(module: nn.Module, path: str) -> None:
+    if not isinstance(module, _Tapped):
+        kind: Any = type(module)
+        module.__class__ = _tapped(kind)
+    module.add_module("tap_in" if path.endswith(INPUT) else "tap_out", Keep(path))
+
+
+def _keeps(model: nn.Module) -> dict[str, Keep]:
+    return {module.path: module for module in model.modules() if isinstance(module, Keep)}
+
+
+def _check(model: nn.Module, known: dict[str, str], name: str, path: str) -> None:
+    paths = [p for p, _ in model.named_modules() if p]
+    if path.removesuffix(INPUT) in paths:
+        return
+    near = difflib.get_close_matches(name, [*known, *paths], n=3)
+    hint = f"did you mean {', '.join(near)}? " if near else ""
+    own = f"its points are {', '.join(known)}; " if known else "it names no points of its own; "
     raise ValueError(
-        f"model: no stages are known for {type(model).__name__}; a stage output can be read from "
-        "the CIFAR ResNets and from torchvision:resnet*, resnext* and wide_resnet*"
+        f"tap {name!r}: no such point of {type(model).__name__}; {hint}{own}any path of a module "
+        "is one, with :in for its input"
     )
 
 
-def stage_channels(model: nn.Module, stage: str) -> int:
-    """Channels of the output of `stage`, one of `stages(model)`. Raises ValueError as it does."""
-    block: Any = _blocks(model, stage)[0]
-    return (block.conv3 if hasattr(block, "conv3") else block.conv2).out_channels
-
-
-class Tap:
-    """Keeps the output of one stage in each forward pass, without running anything twice.
-
-    Make it before the model is compiled; the state dict does not change. Raises ValueError when
-    `stage` is not one of `stages(model)`.
-    """
-
-    # A layer and no forward hook: torch.compile does not look at hooks when it decides whether a
-    # network of the same class can use a graph it already has, and would drop the tap.
-    def __init__(self, model: nn.Module, stage: str) -> None:
-        self.stage = stage
-        self._keep = _Keep()
-        _blocks(model, stage).append(self._keep)
-
-    def take(self) -> Tensor:
-        """The stage's output (N, channels, H, W) of the last forward pass, with its gradient.
-
-        It is handed over once, so that no graph outlives its step; RuntimeError the second time.
-        """
-        output, self._keep.output = self._keep.output, None
-        if output is None:
-            raise RuntimeError(f"tap {self.stage}: no forward pass since the last take()")
-        return output
-
-
-class _Keep(nn.Module):
-    """Passes its input through and remembers it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.output: Tensor | None = None
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.output = x
-        return x
-
-    def __getstate__(self) -> dict[str, Any]:
-        """For a copy of the model: no output, since a tensor inside a graph cannot be copied."""
-        return super().__getstate__() | {"output": None}
-
-
-def _blocks(model: nn.Module, stage: str) -> nn.Sequential:
-    if stage not in stages(model):
-        known = ", ".join(stages(model))
-        raise ValueError(f"stage: {stage!r} is not one of {type(model).__name__}'s: {known}")
-    blocks = model.get_submodule(stage)
-    assert isinstance(blocks, nn.Sequential)
-    return blocks
+def _torchvision_resnet(model: ResNet) -> dict[str, str]:
+    """A block calls its one ReLU several times; the last call ends the block."""
+    found = {"stem": "relu", "stem.pre": "bn1"}
+    for i, layer in enumerate((model.layer1, model.layer2, model.layer3, model.layer4), start=1):
+        last = f"layer{i}.{len(layer) - 1}.relu"
+        found |= {f"stage{i}": f"layer{i}", f"stage{i}.pre": last + INPUT}
+    return found | {"pooled": "avgpool", "classifier": "fc"}
