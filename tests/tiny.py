@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from kdfuse.engine.methods import METHODS
 from kdfuse.engine.recipe import Recipe
 
 SECTIONS: dict[str, dict[str, Any]] = {
@@ -41,6 +42,6 @@ def tiny(root: Path | None, method: str | dict[str, Any] = "ce", **changes: Any)
     sections = {name: {**values, **changes.pop(name, {})} for name, values in SECTIONS.items()}
     if root is not None:
         sections["data"]["root"] = root
-    if chosen["name"] in ("kd", "dkd", "nkd", "slkd"):
+    if METHODS[chosen["name"]].uses_teacher:
         changes.setdefault("teacher", {"name": "resnet8"})
     return Recipe.model_validate({"name": "tiny", "method": chosen, **sections, **changes})
