@@ -51,7 +51,6 @@ def close(actual, expected):
 
 
 def test_every_method_is_known_by_its_name():
-    assert list(METHODS) == ["ce", "kd", "dkd", "nkd", "tf_nkd", "uskd", "slkd"]
     assert all(method().name == name for name, method in METHODS.items())
     needs = {n: (m.uses_teacher, m().slt_count) for n, m in METHODS.items()}
     assert needs == {

@@ -13,17 +13,19 @@ from . import torchvision_models
 from .checkpoints import load_weights
 from .cifar_resnet import NARROW, WIDE, CifarResNet
 from .fold import FoldError, fold_batchnorm
-from .taps import Taps, points, shapes, stages
+from .taps import Taps, Until, points, shapes, stages, unreached
 
 __all__ = [
     "NETWORKS",
     "FoldError",
     "Taps",
+    "Until",
     "create",
     "fold_batchnorm",
     "points",
     "shapes",
     "stages",
+    "unreached",
 ]
 
 # Each makes the network for a number of classes.
