@@ -1,12 +1,10 @@
-"""Networks: published layouts, checkpoint import and its messages, stage taps, folding."""
+"""Networks: by name, checkpoint import and its messages, stage taps, folding."""
 
 import argparse
 import copy
 import io
-import json
 import os
 import tarfile
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +13,6 @@ from torch import nn
 
 from kdfuse.engine import checkpoint
 from kdfuse.engine.models import (
-    NETWORKS,
     FoldError,
     Taps,
     create,
@@ -24,26 +21,6 @@ from kdfuse.engine.models import (
     shapes,
     stages,
 )
-
-LAYOUTS = json.loads((Path(__file__).parent / "data" / "cifar_resnet_layouts.json").read_text())
-BATCHNORM = ("weight", "bias", "running_mean", "running_var")
-
-
-def layout(name):
-    """The published keys and shapes in order, written out from the layers of the fixture."""
-    entries = []
-    for layer in LAYOUTS[name]["layers"]:
-        path, kind, size = layer.split()
-        shape = tuple(int(n) for n in size.split("x"))
-        if kind == "bn":
-            entries += [(f"{path}.{leaf}", shape) for leaf in BATCHNORM]
-            entries.append((f"{path}.num_batches_tracked", ()))
-        else:
-            entries.append((f"{path}.weight", shape))
-        if kind == "linear":
-            entries.append((f"{path}.bias", shape[:1]))
-    assert len(entries) == LAYOUTS[name]["keys"]
-    return entries
 
 
 def trained(name="resnet8", num_classes=10, seed=0):
@@ -64,20 +41,6 @@ def assert_same(model, other):
         model.state_dict().items(), other.state_dict().items(), strict=True
     ):
         assert torch.equal(a, b), key
-
-
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_published_layout(name):
-    with torch.device("meta"):
-        model = create(name, 100)
-    state = model.state_dict()
-    assert [(key, tuple(tensor.shape)) for key, tensor in state.items()] == layout(name)
-    assert sum(p.numel() for p in model.parameters()) == LAYOUTS[name]["params"]
-
-
-def test_layouts_cover_the_networks():
-    assert set(LAYOUTS) == set(NETWORKS)
-    assert LAYOUTS["resnet32x4"]["params"] == 7_433_860 and LAYOUTS["resnet56"]["keys"] == 344
 
 
 def test_initial_weights():

@@ -178,7 +178,7 @@ def test_twenty_steps_lower_the_loss():
     _, distiller = made()
     distiller.train()
     optimizer = torch.optim.SGD(
-        [p for p in distiller.parameters() if p.requires_grad], lr=0.05, momentum=0.9
+        [p for p in distiller.parameters() if p.requires_grad], lr=1e-3, momentum=0.9
     )
     step = Step(distiller, distiller.parts, [optimizer])
     losses = [float(step(*batch(), epoch=0.0)["loss"]) for _ in range(20)]

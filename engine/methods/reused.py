@@ -32,7 +32,7 @@ class Projector(nn.Module):
                 f"method.factor: {factor} does not divide the teacher's {teacher} channels"
             )
         inside = teacher // factor
-        self.size = tuple(teacher_size) if student_size[0] > teacher_size[0] else None
+        self.size = (teacher_size[0], teacher_size[1]) if student_size[0] > teacher_size[0] else None
         layers: list[nn.Module] = []
         for channels_in, channels, kernel in (
             (student, inside, 1),
@@ -52,7 +52,8 @@ class Projector(nn.Module):
 
 def aligned(teacher: Tensor, size: Size) -> Tensor:
     """The teacher's map (N, C, H, W), pooled where the student's `size` is smaller."""
-    return teacher if teacher.shape[2:] == size else F.adaptive_avg_pool2d(teacher, tuple(size))
+    height, width = size
+    return teacher if teacher.shape[2:] == size else F.adaptive_avg_pool2d(teacher, (height, width))
 
 
 class Reused(nn.Module):

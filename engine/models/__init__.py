@@ -11,9 +11,16 @@ from torch import nn
 
 from . import torchvision_models
 from .checkpoints import load_weights
-from .cifar_resnet import NARROW, WIDE, CifarResNet
+from .cifar_resnet import DOUBLE, NARROW, WIDE, CifarResNet
+from .cifar_resnet_wide import BasicBlock, Bottleneck, WideCifarResNet
 from .fold import FoldError, fold_batchnorm
+from .mobilenet_v1 import MobileNetV1
+from .mobilenet_v2 import MobileNetV2
+from .shufflenet_v1 import ShuffleNetV1
+from .shufflenet_v2 import X1_0, X1_5, ShuffleNetV2
 from .taps import Taps, Until, points, shapes, stages, unreached
+from .vgg import VGG
+from .wrn import WideResNet
 
 __all__ = [
     "NETWORKS",
@@ -34,11 +41,35 @@ NETWORKS: dict[str, Callable[[int], nn.Module]] = {
     "resnet14": partial(CifarResNet, 14, NARROW),
     "resnet20": partial(CifarResNet, 20, NARROW),
     "resnet32": partial(CifarResNet, 32, NARROW),
+    "resnet38": partial(CifarResNet, 38, NARROW),
     "resnet44": partial(CifarResNet, 44, NARROW),
     "resnet56": partial(CifarResNet, 56, NARROW),
     "resnet110": partial(CifarResNet, 110, NARROW),
+    "resnet116": partial(CifarResNet, 116, NARROW),
+    "resnet14x2": partial(CifarResNet, 14, DOUBLE),
+    "resnet38x2": partial(CifarResNet, 38, DOUBLE),
+    "resnet110x2": partial(CifarResNet, 110, DOUBLE),
     "resnet8x4": partial(CifarResNet, 8, WIDE),
     "resnet32x4": partial(CifarResNet, 32, WIDE),
+    "resnet38x4": partial(CifarResNet, 38, WIDE),
+    "ResNet18": partial(WideCifarResNet, BasicBlock, (2, 2, 2, 2)),
+    "ResNet34": partial(WideCifarResNet, BasicBlock, (3, 4, 6, 3)),
+    "ResNet50": partial(WideCifarResNet, Bottleneck, (3, 4, 6, 3)),
+    "wrn_16_1": partial(WideResNet, 16, 1),
+    "wrn_16_2": partial(WideResNet, 16, 2),
+    "wrn_40_1": partial(WideResNet, 40, 1),
+    "wrn_40_2": partial(WideResNet, 40, 2),
+    "vgg8": partial(VGG, (1, 1, 1, 1, 1)),
+    "vgg11": partial(VGG, (1, 1, 2, 2, 2)),
+    "vgg13": partial(VGG, (2, 2, 2, 2, 2)),
+    "vgg16": partial(VGG, (2, 2, 3, 3, 3)),
+    "vgg19": partial(VGG, (2, 2, 4, 4, 4)),
+    "MobileNetV1": MobileNetV1,
+    "MobileNetV2": partial(MobileNetV2, 0.5),
+    "MobileNetV2_1_0": partial(MobileNetV2, 1.0),
+    "ShuffleV1": ShuffleNetV1,
+    "ShuffleV2": partial(ShuffleNetV2, X1_0),
+    "ShuffleV2_1_5": partial(ShuffleNetV2, X1_5),
 }
 
 _PREFIX = "torchvision:"
