@@ -32,7 +32,9 @@ class Projector(nn.Module):
                 f"method.factor: {factor} does not divide the teacher's {teacher} channels"
             )
         inside = teacher // factor
-        self.size = (teacher_size[0], teacher_size[1]) if student_size[0] > teacher_size[0] else None
+        self.size = (
+            (teacher_size[0], teacher_size[1]) if student_size[0] > teacher_size[0] else None
+        )
         layers: list[nn.Module] = []
         for channels_in, channels, kernel in (
             (student, inside, 1),
