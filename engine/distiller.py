@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .branch import Branch
 from .methods import Outputs
-from .models import FoldError, Taps, create, fold_batchnorm
+from .models import FoldError, Taps, create, fold_batchnorm, fold_dirac
 from .recipe import Recipe
 from .schema import Network, Normalize
 
@@ -217,7 +217,7 @@ def build(
 def folded(teacher: nn.Module) -> nn.Module:
     """The teacher with its BatchNorm folded; itself, with a warning, where that cannot be done."""
     try:
-        return fold_batchnorm(teacher)
+        return fold_batchnorm(fold_dirac(teacher))
     except FoldError as error:
         warnings.warn(f"the teacher runs with its BatchNorm layers unfolded: {error}", stacklevel=2)
         return teacher
