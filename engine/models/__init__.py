@@ -84,9 +84,9 @@ def create(name: str, num_classes: int, checkpoint: str | Path | None = None) ->
     """The network `name`: images (N, 3, H, W) of a float type in, logits (N, num_classes) out.
 
     `name` is a key of NETWORKS, "torchvision:" and one of torchvision's classifiers, or "timm:"
-    and one of timm's models. The weights are random, or those of `checkpoint`: a file (also a published teacher's), a
-    checkpoint folder of a run, or a run's folder, which stands for its best checkpoint.
-    Raises ValueError for an unknown name, fewer than two classes, or a checkpoint that does not
+    and one of timm's models. The weights are random, or those of `checkpoint`: a file (also a
+    published teacher's), a checkpoint folder of a run, or a run's folder, which stands for its best
+    checkpoint. Raises ValueError for an unknown name, fewer than two classes, or a checkpoint that does not
     fit, FileNotFoundError when there is none.
     """
     if num_classes < 2:
