@@ -86,8 +86,8 @@ def create(name: str, num_classes: int, checkpoint: str | Path | None = None) ->
     `name` is a key of NETWORKS, "torchvision:" and one of torchvision's classifiers, or "timm:"
     and one of timm's models. The weights are random, or those of `checkpoint`: a file (also a
     published teacher's), a checkpoint folder of a run, or a run's folder, which stands for its best
-    checkpoint. Raises ValueError for an unknown name, fewer than two classes, or a checkpoint that does not
-    fit, FileNotFoundError when there is none.
+    checkpoint. Raises ValueError for an unknown name, fewer than two classes, or a checkpoint that
+    does not fit, FileNotFoundError when there is none.
     """
     if num_classes < 2:
         raise ValueError(f"num_classes: {num_classes}; a classifier needs at least 2")
