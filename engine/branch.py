@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -41,12 +42,13 @@ class Branch(nn.Module):
         if slts:
             networks["slts"] = slts[0]
         named = {role: points(network) for role, network in networks.items()}
-        self.reads = method.reads(named)
+        self.reads: dict[Role, tuple[str, ...]] = {}
         self.head: nn.Module | None = None
         if labels is not None or method.deploys_head:
+            self.reads = method.reads(named)
             found = {r: shapes(networks[r], names, size) for r, names in self.reads.items()}
             self.head = method.head(Networks(classes, student, teacher, slts, named, found, labels))
-        if method.reads_student == "taps":
+        if method.reads_student == "taps" and labels is not None:
             # Without a gradient they would hold up the processes of a group, which wait for it.
             for parameter in unreached(student, self.reads["student"], size):
                 parameter.requires_grad_(False)
@@ -58,6 +60,14 @@ class Branch(nn.Module):
     def deployed(self) -> nn.Module:
         """What is evaluated and exported."""
         return self.method.deployed(self.student, self.head, partial(Until, self.student))
+
+    def load(self, held: dict[str, Any]) -> None:
+        """Take the weights of student, SL-Ts and head from what a checkpoint holds."""
+        self.student.load_state_dict(held["student"])
+        for slt, weights in zip(self.slts, held["slts"], strict=True):
+            slt.load_state_dict(weights)
+        if self.head is not None:
+            self.head.load_state_dict(held["head"])
 
     def follow(self, average: nn.Module) -> None:
         """Let a method that reads it have the student's average."""

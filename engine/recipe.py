@@ -116,6 +116,17 @@ class Recipe(Strict):
             raise RecipeError("\n".join(dict.fromkeys(found)))
         return recipe
 
+    def without_files(self) -> Recipe:
+        """The same without the files of weights that it starts from."""
+        plain = self.model_dump()
+        for part in (plain, *plain["also"].values()):
+            for role in ("student", "teacher", "slt"):
+                if part.get(role):
+                    part[role]["checkpoint"] = None
+        for assistant in plain["assistants"]:
+            assistant["checkpoint"] = None
+        return type(self).model_validate(plain)
+
     def explain(self) -> str:
         """YAML of the recipe, every default filled in, each key with its meaning; loads again."""
         return "\n".join(_rendered(self, "")) + "\n"

@@ -54,7 +54,10 @@ IMAGENET = Normalize(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 class Network(Strict):
     """One network of a run."""
 
-    name: str = Field(min_length=1, description="resnet8x4, torchvision:resnet18, ...")
+    name: str = Field(
+        min_length=1,
+        description="resnet8x4, torchvision:resnet18, timm:deit_tiny_patch16_224, run:FOLDER",
+    )
     checkpoint: FilePath | None = Field(None, description="file of weights; null: random weights")
     normalize: Normalize | None = Field(None, description="null: the statistics of data.normalize")
 

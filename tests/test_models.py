@@ -280,6 +280,20 @@ def test_torchvision_pre_activations_are_not_overwritten(name):
         torch.testing.assert_close(kept[f"{stage}.pre"].relu(), kept[stage])
 
 
+def test_timm_models_by_prefix_with_their_own_points():
+    pytest.importorskip("timm")
+    with pytest.raises(
+        ValueError, match="timm has no model 'resnet18dd'; did you mean timm:resnet"
+    ):
+        create("timm:resnet18dd", 10)
+    model = create("timm:resnet18", 10).eval()
+    found = shapes(model, ["stage1", "stage5", "layer2.1.act2:in"], 64)
+    assert [shape[1] for shape in found.values()] == [64, 512, 128]
+    vit = create("timm:deit_tiny_patch16_224", 10)
+    assert shapes(vit, ["blocks.10"], 224)["blocks.10"] == (1, 197, 192)
+    assert vit.fc if hasattr(vit, "fc") else vit.head.out_features == 10
+
+
 def test_a_tap_that_the_network_overwrites_is_an_error():
     class Adds(nn.Module):
         def __init__(self):

@@ -9,13 +9,15 @@ from pathlib import Path
 
 from torch import nn
 
-from . import torchvision_models
+from . import timm_models, torchvision_models
 from .checkpoints import load_weights
 from .cifar_resnet import DOUBLE, NARROW, WIDE, CifarResNet
 from .cifar_resnet_wide import BasicBlock, Bottleneck, WideCifarResNet
+from .dirac import fold_dirac
 from .fold import FoldError, fold_batchnorm
 from .mobilenet_v1 import MobileNetV1
 from .mobilenet_v2 import MobileNetV2
+from .plain import PLAIN
 from .shufflenet_v1 import ShuffleNetV1
 from .shufflenet_v2 import X1_0, X1_5, ShuffleNetV2
 from .taps import Taps, Until, points, shapes, stages, unreached
@@ -29,6 +31,7 @@ __all__ = [
     "Until",
     "create",
     "fold_batchnorm",
+    "fold_dirac",
     "points",
     "shapes",
     "stages",
@@ -70,29 +73,37 @@ NETWORKS: dict[str, Callable[[int], nn.Module]] = {
     "ShuffleV1": ShuffleNetV1,
     "ShuffleV2": partial(ShuffleNetV2, X1_0),
     "ShuffleV2_1_5": partial(ShuffleNetV2, X1_5),
+    **PLAIN,
 }
 
 _PREFIX = "torchvision:"
+_TIMM = "timm:"
 
 
 def create(name: str, num_classes: int, checkpoint: str | Path | None = None) -> nn.Module:
     """The network `name`: images (N, 3, H, W) of a float type in, logits (N, num_classes) out.
 
-    `name` is a key of NETWORKS or "torchvision:" and one of torchvision's classifiers. The
-    weights are random, or those of `checkpoint`: a file (also a published teacher's), a
+    `name` is a key of NETWORKS, "torchvision:" and one of torchvision's classifiers, or "timm:"
+    and one of timm's models. The weights are random, or those of `checkpoint`: a file (also a published teacher's), a
     checkpoint folder of a run, or a run's folder, which stands for its best checkpoint.
     Raises ValueError for an unknown name, fewer than two classes, or a checkpoint that does not
     fit, FileNotFoundError when there is none.
     """
     if num_classes < 2:
         raise ValueError(f"num_classes: {num_classes}; a classifier needs at least 2")
-    builders = NETWORKS | _torchvision(torchvision_models.names())
-    if name not in builders:
-        raise ValueError(_unknown(name, list(builders)))
-    model = builders[name](num_classes)
+    if name.startswith(_TIMM):
+        model = timm_models.build(name.removeprefix(_TIMM), num_classes)
+    else:
+        builders = NETWORKS | _torchvision(torchvision_models.names())
+        if name not in builders:
+            raise ValueError(_unknown(name, list(builders)))
+        model = builders[name](num_classes)
     if checkpoint is not None:
         residual = [n for n in torchvision_models.names() if "resn" in n]  # resnet*, resnext*
-        known = NETWORKS | _torchvision(residual)
+        # Where networks share a layout, the one with the more usual name is named.
+        known = (
+            {n: NETWORKS[n] for n in NETWORKS if n not in PLAIN} | _torchvision(residual) | PLAIN
+        )
         load_weights(model, checkpoint, name=name, num_classes=num_classes, known=known)
     return model
 
@@ -108,6 +119,8 @@ def _unknown(name: str, known: list[str]) -> str:
     if _PREFIX + name in known:
         near = [_PREFIX + name, *near[:2]]
     hint = f"; did you mean {', '.join(near)}?" if near else "."
+    own = [known for known in NETWORKS if known not in PLAIN]
     return (
-        f"name: {name!r} is no known network{hint} Known: {', '.join(NETWORKS)}, torchvision:NAME"
+        f"name: {name!r} is no known network{hint} Known: {', '.join(own)}, plain18, plain34, "
+        f"plain50 and their kin (engine/models/plain.py), {_PREFIX}NAME, {_TIMM}NAME"
     )
