@@ -6,6 +6,7 @@ Each verb imports what it needs when it runs, so that --help is quick.
 from __future__ import annotations
 
 import os
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -14,8 +15,11 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from . import cli_recipes
+from .cli_recipes import wide
+
 if TYPE_CHECKING:
-    from .recipe import Recipe
+    from .runset import Member
 
 app = typer.Typer(
     help="Knowledge distillation: train a small network from a large one.",
@@ -24,19 +28,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-recipes_app = typer.Typer(help="Recipes that come with the package.", invoke_without_command=True)
 data_app = typer.Typer(help="Write or check image folders.", no_args_is_help=True)
 bench_app = typer.Typer(help="Measure speed.", no_args_is_help=True)
-app.add_typer(recipes_app, name="recipes")
+app.add_typer(cli_recipes.app, name="recipes")
 app.add_typer(data_app, name="data")
 app.add_typer(bench_app, name="bench")
-
-RecipeName = Annotated[
-    str, typer.Argument(metavar="RECIPE", help="name of a recipe, or FILE.yaml[:row]")
-]
-Words = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="as in optim.lr=0.1")
-]
 
 
 def main() -> None:
@@ -44,18 +40,14 @@ def main() -> None:
     try:
         app(prog_name="kdfuse")
     except Exception as error:
-        if os.environ.get("KDFUSE_TRACEBACK") == "1" or not _for_users(error):
+        from .problems import for_users
+
+        if os.environ.get("KDFUSE_TRACEBACK") == "1" or not for_users(error):
             raise
         Console(stderr=True).print(
             f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True
         )
         sys.exit(2)
-
-
-def _for_users(error: Exception) -> bool:
-    """Errors whose text is meant for the user: bad values, files, and kdfuse's own classes."""
-    own = type(error).__module__.split(".")[0] == "kdfuse"
-    return own or isinstance(error, ValueError | OSError)
 
 
 @app.callback(invoke_without_command=True)
@@ -69,29 +61,70 @@ def _top(version: Annotated[bool, typer.Option("--version", help="show the versi
 
 @app.command()
 def train(
-    recipe: RecipeName,
-    words: Words = None,
+    given: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="RECIPE|KEY=VALUE",
+            help="names of recipes or FILE.yaml[:row], * for all rows; settings as in optim.lr=0.1",
+        ),
+    ],
     out: Annotated[
-        Path | None, typer.Option(help="folder of the run; default: runs/RECIPE-N, the next N")
+        Path | None,
+        typer.Option(help="folder; default: runs/RECIPE-N, of a set runs/RECIPES-set-N, next N"),
     ] = None,
 ) -> None:
-    """Train a recipe. The word resume=true goes on with a run that was stopped."""
+    """Train a recipe, or a set: several recipes, or several seeds with the word seeds=N.
+
+    The word resume=true goes on with a run or a set that was stopped.
+    """
+    words = [word for word in given if "=" in word]
+    resume = _take(words, "resume", "false", "true|false", "true or false") == "true"
+    seeds = int(_take(words, "seeds", "1", "[1-9][0-9]*", "a whole number above 0"))
     from .recipe import Recipe
+    from .rundir import default_folder
+    from .runset import default_base, expand, members, train_set
 
-    words = list(words or [])
-    resume = _take_resume(words)
-    loaded = Recipe.load(recipe, words)
-    from .loop import train as run  # torchvision and DALI: not before the recipe is known good
-
-    folder = out or _default_out(loaded, resume)
+    names = expand(word for word in given if "=" not in word)
+    one = Recipe.load(names[0], words) if len(names) == 1 and seeds == 1 else None
+    runs = [] if one else members(names, words, seeds)
+    folder = out or _default_out(default_folder(one) if one else default_base(runs), resume)
     try:
-        run(loaded, out=folder, resume=resume)
+        if one is None:
+            failures = train_set(runs, folder, resume)
+        else:
+            from .loop import train as run  # torchvision and DALI: not before it is known good
+
+            run(one, out=folder, resume=resume)
     except KeyboardInterrupt:
         print(f"stopped; resume=true goes on from the last checkpoint of {folder}", file=sys.stderr)
         raise typer.Exit(130) from None
+    if one is None:
+        _print_set(runs, folder, failures)
+        return
     _print_published(folder)
     if os.environ.get("RANK", "0") == "0":
         print(f"{folder}: see {folder / 'report.html'}")
+
+
+def _print_set(runs: list[Member], folder: Path, failures: list[str]) -> None:
+    """The tables of a set, then what does not count in them, then the runs that failed."""
+    from .pastruns import below
+    from .tables import summary
+
+    if os.environ.get("RANK", "0") != "0":
+        return
+    written = {member.written.name: member.written for member in runs}
+    drawn, notes = summary(written.values(), below(folder) if folder.exists() else [])
+    for part in drawn:
+        print()
+        wide(part)
+    for note in notes:
+        print(note)
+    print(f"{folder}: {len(runs) - len(failures)} of {len(runs)} runs are finished")
+    if failures:
+        for line in failures:
+            print(f"failed: {line}", file=sys.stderr)
+        raise typer.Exit(1)
 
 
 def _print_published(run: Path) -> None:
@@ -110,24 +143,21 @@ def _print_published(run: Path) -> None:
         print(f"but this run is not that recipe: {'; '.join(drift)}")
 
 
-def _take_resume(words: list[str]) -> bool:
-    """Take the words resume=... out of `words`; the last one counts."""
-    values = [word.removeprefix("resume=") for word in words if word.startswith("resume=")]
-    words[:] = [word for word in words if not word.startswith("resume=")]
+def _take(words: list[str], key: str, default: str, form: str, wants: str) -> str:
+    """Take the words KEY=... out of `words`: the value of the last one, which has to fit `form`."""
+    values = [word.removeprefix(f"{key}=") for word in words if word.startswith(f"{key}=")]
+    words[:] = [word for word in words if not word.startswith(f"{key}=")]
     for value in values:
-        if value not in ("true", "false"):
-            raise ValueError(f"resume: got {value}, wants true or false")
-    return bool(values) and values[-1] == "true"
+        if not re.fullmatch(form, value):
+            raise ValueError(f"{key}: got {value}, wants {wants}")
+    return values[-1] if values else default
 
 
-def _default_out(recipe: Recipe, resume: bool) -> Path:
-    """runs/RECIPE-N: the next number, or the newest run to go on with.
+def _default_out(base: Path, resume: bool) -> Path:
+    """BASE-N: the next number, or the newest folder to go on with.
 
     Processes of one torchrun agree: none creates its folder before all have come this far.
     """
-    from .rundir import default_folder
-
-    base = default_folder(recipe)
     tails = [path.name.removeprefix(f"{base.name}-") for path in base.parent.glob(f"{base.name}-*")]
     newest = max((int(tail) for tail in tails if tail.isdigit()), default=0)
     if resume and newest == 0:
@@ -171,35 +201,6 @@ def report(
     print(write(runs, out or default))
 
 
-@recipes_app.callback()
-def recipes(context: typer.Context) -> None:
-    """List the recipes; `kdfuse recipes show NAME` prints one."""
-    if context.invoked_subcommand is not None:
-        return
-    from .recipe import Recipe
-    from .recipe import recipes as names
-
-    table = Table(box=None, pad_edge=False)
-    table.add_column("recipe", no_wrap=True)
-    for heading in ("student", "teacher", "published top-1"):
-        table.add_column(heading, overflow="fold")
-    for name in names():
-        recipe = Recipe.load(name)
-        top1 = recipe.expect.top1 if recipe.expect else None
-        teacher = recipe.teacher.name if recipe.teacher else ""
-        published = "" if top1 is None else f"{top1:.2f}"
-        table.add_row(name, recipe.student.name, teacher, published)
-    _wide(table)
-
-
-@recipes_app.command("show")
-def show(recipe: RecipeName, words: Words = None) -> None:
-    """Print a recipe with all its settings, after the overriding words."""
-    from .recipe import Recipe
-
-    print(Recipe.load(recipe, words or []).explain(), end="")
-
-
 @data_app.command("digits")
 def digits(root: Annotated[Path, typer.Argument(metavar="DIR", help="folder to write")]) -> None:
     """Write scikit-learn's 1797 handwritten digits as an image folder."""
@@ -240,7 +241,7 @@ def doctor() -> None:
     findings = look()
     for what, state, detail in findings:
         table.add_row(what, marks[state], detail)
-    _wide(table)
+    wide(table)
     if any(finding.state == "wrong" for finding in findings):
         raise typer.Exit(1)
 
@@ -255,9 +256,3 @@ def losses(context: typer.Context) -> None:
     from ..kernels.bench import main as measure
 
     measure(context.args)
-
-
-def _wide(table: Table) -> None:
-    """Print a table; where the output is a file or a pipe, without folding its lines."""
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 400)
-    console.print(table)

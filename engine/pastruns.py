@@ -113,3 +113,18 @@ def by_seed(runs: list[PastRun]) -> list[Group]:
         recipe = {**run.recipe, "run": {**run.recipe.get("run", {}), "seed": None}}
         groups.setdefault(json.dumps(recipe, sort_keys=True), []).append(run)
     return [Group(members) for members in groups.values()]
+
+
+def below(folder: Path) -> list[PastRun]:
+    """The runs in and below a folder, by path. FileNotFoundError where it is not there."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: no such folder")
+    return [read_run(path.parent) for path in sorted(folder.rglob(RECIPE))]
+
+
+def mean_and_spread(values: list[float]) -> str | None:
+    """Mean and, of two or more, sample standard deviation; None without any value."""
+    if not values:
+        return None
+    mean = f"{statistics.mean(values):.2f}"
+    return f"{mean} \u00b1 {statistics.stdev(values):.2f}" if len(values) > 1 else mean

@@ -30,6 +30,12 @@ BOUNDS = {
 }
 
 
+def for_users(error: Exception) -> bool:
+    """Errors whose text is meant for the user: bad values, files, and kdfuse's own classes."""
+    own = type(error).__module__.split(".")[0] == "kdfuse"
+    return own or isinstance(error, ValueError | OSError)
+
+
 def keys_of(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
     """Every dotted key that `model` accepts."""
     for name, field in model.model_fields.items():

@@ -13,7 +13,7 @@ from typing import Any
 import jinja2
 
 from . import curves, problems
-from .pastruns import Group, PastRun, by_seed, read_run
+from .pastruns import Group, PastRun, by_seed, mean_and_spread, read_run
 
 TEMPLATE = Path(__file__).resolve().parent / "templates" / "report.html"
 
@@ -57,8 +57,8 @@ def _result(group: Group) -> dict[str, Any]:
         "name": group.name,
         "method": run.recipe.get("method", {}).get("name", ""),
         "runs": group.runs,
-        "last": _mean_and_spread(group.top1("last")),
-        "best": _mean_and_spread(best),
+        "last": mean_and_spread(group.top1("last")),
+        "best": mean_and_spread(best),
         "best_epoch": f"epoch {tops[0]['epoch']:g}" if len(tops) == 1 else "",
         "published": None if published is None else f"{published:.2f}",
         "source": expect.get("source", ""),
@@ -67,20 +67,14 @@ def _result(group: Group) -> dict[str, Any]:
     }
 
 
-def _mean_and_spread(values: list[float]) -> str | None:
-    if not values:
-        return None
-    mean = f"{statistics.mean(values):.2f}"
-    return f"{mean} \u00b1 {statistics.stdev(values):.2f}" if len(values) > 1 else mean
-
-
 def _differences(groups: list[Group]) -> dict[str, list[str]]:
     """Settings that are not the same in all groups: dotted key and one value a group."""
     flat = [dict(problems.leaves(group.runs[0].recipe)) for group in groups]
     keys = dict.fromkeys(key for recipe in flat for key in recipe)
-    dull = ("name", "description", "expect.top1", "expect.source", "run.seed")
+    dull = ("name", "description", "expect", "run.seed")
     rows = {key: [_text(recipe.get(key, "")) for recipe in flat] for key in keys}
-    return {k: row for k, row in rows.items() if len(set(row)) > 1 and k not in dull}
+    telling = [key for key in keys if not key.startswith("expect.") and key not in dull]
+    return {key: rows[key] for key in telling if len(set(rows[key])) > 1}
 
 
 def _section(run: PastRun) -> dict[str, Any]:

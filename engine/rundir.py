@@ -25,22 +25,30 @@ FREE = {
     "data.bad_images",
     "run.keep",
     "run.teacher_at_chance",
-    "expect.top1",
-    "expect.source",
     "expect",
 }
 
 
 def default_folder(recipe: Recipe) -> Path:
     """runs/NAME, the recipe's name in one word."""
-    return Path("runs") / re.sub(r"[^\w.-]+", "-", recipe.name)
+    return Path("runs") / one_word(recipe.name)
+
+
+def one_word(name: str) -> str:
+    """A name as that of a folder."""
+    return re.sub(r"[^\w.-]+", "-", name)
+
+
+def occupied(folder: Path) -> bool:
+    """Whether something is in the folder. ValueError for a file of that name."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"out = {folder}: a file of that name exists; choose another folder")
+    return folder.exists() and any(folder.iterdir())
 
 
 def check_folder(folder: Path, recipe: Recipe, resume: bool) -> None:
     """Raise ValueError unless the folder is new or empty, or `resume` may go on with it."""
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"out = {folder}: a file of that name exists; choose another folder")
-    if not folder.exists() or not any(folder.iterdir()):
+    if not occupied(folder):
         return
     if not resume:
         raise ValueError(
@@ -94,8 +102,12 @@ def plain(recipe: Recipe) -> dict[str, Any]:
 
 def changes(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """One line for each value that differs and can change a number of the run."""
-    names = [n for n in {**was, **now} if n not in FREE and not n.endswith(".checkpoint")]
+    names = [name for name in {**was, **now} if not _free(name)]
     return [f"{n}: {was.get(n)} -> {now.get(n)}" for n in names if was.get(n) != now.get(n)]
+
+
+def _free(name: str) -> bool:
+    return name in FREE or name.startswith("expect.") or name.endswith(".checkpoint")
 
 
 def _flat(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:

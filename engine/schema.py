@@ -233,8 +233,55 @@ class Run(Strict):
         return self
 
 
-class Expect(Strict):
-    """The published result that a run is printed beside."""
+Percent = Annotated[float, Field(ge=0, le=100)]
+Which = Annotated[
+    Literal["best", "last", "unknown"],
+    Field(description="the epoch whose accuracy was published: the best one, or the last"),
+]
 
-    top1: float | None = Field(None, ge=0, le=100, description="top-1 accuracy, percent")
+
+class Cell(Strict):
+    """A number in a published table, by the names that the paper gives its row and column."""
+
+    table: str = Field(min_length=1, description="the table's name, as in slkd/1")
+    row: str = Field(min_length=1)
+    column: str = Field(min_length=1)
+    top1: Percent = Field(description="top-1 accuracy, percent")
+    spread: float | None = Field(None, ge=0, description="the published +-")
+    which: Which = "unknown"
     source: str = Field(min_length=1, description="where the number stands")
+
+
+class Expect(Strict):
+    """The published result that a run is printed beside, and the tables that it stands in."""
+
+    top1: Percent | None = Field(None, description="top-1 accuracy, percent")
+    source: str = Field(min_length=1, description="where the number stands")
+    spread: float | None = Field(None, ge=0, description="the published +-")
+    which: Which = "unknown"
+    table: str | None = Field(None, min_length=1, description="the table's name, as in slkd/1")
+    row: str | None = Field(None, min_length=1, description="its row, in the paper's words")
+    column: str | None = Field(None, min_length=1, description="its column, in the paper's words")
+    also_in: Annotated[tuple[Cell, ...], Field(strict=False)] = Field(
+        (), description="cells of further tables, with their own numbers"
+    )
+
+    @model_validator(mode="after")
+    def _works(self) -> Expect:
+        given = [name for name in ("table", "row", "column") if getattr(self, name) is not None]
+        if 0 < len(given) < 3:
+            raise ValueError(f"expect: table, row and column go together, got only {given}")
+        if self.top1 is None and (given or self.spread is not None):
+            raise ValueError("expect.top1: missing; the spread and the cell are that number's")
+        places = [(cell.table, cell.row, cell.column) for cell in self.cells]
+        if len(set(places)) < len(places):
+            raise ValueError(f"expect.also_in: a cell stands twice, of {places}")
+        return self
+
+    @property
+    def cells(self) -> tuple[Cell, ...]:
+        """The cells of all tables that the recipe reproduces, the main one first."""
+        if self.table is None:
+            return self.also_in
+        own = self.model_dump(exclude={"also_in"})
+        return (Cell.model_validate(own), *self.also_in)

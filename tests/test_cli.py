@@ -11,7 +11,8 @@ import pytest
 import yaml
 
 import kdfuse
-from kdfuse.engine import cli, log
+from kdfuse.engine import cli, cli_recipes, log
+from kdfuse.engine import recipe as recipe_module
 from kdfuse.engine.recipe import Recipe, recipes
 
 CE = "digits/ce:resnet8"
@@ -62,12 +63,13 @@ def test_help_names_the_verbs() -> None:
         assert re.search(rf"\b{verb}\b", done.stdout)
 
 
-def test_verbs_import_what_they_need_themselves() -> None:
-    statements = ast.parse(Path(cli.__file__).read_text()).body
-    names = [s.module for s in statements if isinstance(s, ast.ImportFrom)]
+@pytest.mark.parametrize("module", [cli, cli_recipes])
+def test_verbs_import_what_they_need_themselves(module) -> None:
+    statements = ast.parse(Path(module.__file__).read_text()).body
+    names = [s.module or "cli_recipes" for s in statements if isinstance(s, ast.ImportFrom)]
     names += [alias.name for s in statements if isinstance(s, ast.Import) for alias in s.names]
-    light = {"__future__", "os", "sys", "pathlib", "typing", "typer", "rich"}
-    assert {str(name).split(".")[0] for name in names} <= light
+    light = {"__future__", "os", "re", "sys", "pathlib", "typing", "typer", "rich", "cli_recipes"}
+    assert {name.split(".")[0] for name in names} <= light
 
 
 def test_a_mistake_in_a_program_is_one_line_and_code_2() -> None:
@@ -101,7 +103,64 @@ def test_recipes_lists_every_recipe_on_its_line(kd) -> None:
     rows = [line.split() for line in done.out.splitlines()[1:]]
     assert [row[0] for row in rows] == recipes()
     row = next(row for row in rows if row[0] == "cifar100/kd:resnet32x4-resnet8x4")
-    assert row[1:] == ["resnet8x4", "resnet32x4", "73.33"]
+    assert row[1:] == ["resnet8x4", "resnet32x4", "73.33", "RepDistiller,", "README"]
+
+
+def test_recipes_are_filtered(kd) -> None:
+    def names(*words: str) -> list[str]:
+        done = kd("recipes", *words)
+        assert done.code == 0, done.err
+        return [line.split()[0] for line in done.out.splitlines()[1:]]
+
+    assert names("--method", "dkd", "--data", "imagenet") == [
+        name for name in recipes() if name.startswith("imagenet/dkd:")
+    ]
+    assert set(names("--data", "digits")) == {n for n in recipes() if n.startswith("digits/")}
+    for words, error in (
+        (["--method", "dk"], "--method: no recipe has dk; did you mean dkd? (there are "),
+        (["--data", "cifar"], "--data: no recipe has cifar; did you mean cifar100?"),
+        (["--table", "none/7"], "--table: no recipe has none/7"),
+        (["--method", "kd", "table"], "--method: filters the list; leave it out before table"),
+    ):
+        done = kd("recipes", *words)
+        assert done.code == 2 and error in done.err
+
+
+def test_a_published_table_with_own_runs(kd, tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "shipped" / "set").mkdir(parents=True)
+    text = (
+        "method: {name: ce}\nstudent: {name: resnet8}\noptim: {lr: 0.05}\n"
+        "data: {source: synthetic, classes: 4, size: 16, images: 32, augment: none,\n"
+        "       eval_resize: 16, loader: torchvision}\n"
+        "run: {epochs: 1, batch: 16, device: cpu, threads: 1}\n"
+        "expect: {table: paper/1, row: CE, source: 'Paper, table 1'}\n"
+        "rows:\n  a: {expect: {column: A, top1: 50}}\n"
+        "  b: {expect: {column: B, top1: 60}}\n  c: {expect: null}\n"
+    )
+    (tmp_path / "shipped" / "set" / "ce.yaml").write_text(text)
+    monkeypatch.setattr(recipe_module, "SHIPPED", tmp_path / "shipped")
+    assert [line.split() for line in kd("recipes", "table").out.splitlines()] == [
+        ["table", "cells", "source"],
+        ["paper/1", "2", "Paper,", "table", "1"],
+    ]
+    listed = kd("recipes", "--table", "paper/1").out.splitlines()[1:]
+    assert [line.split()[0] for line in listed] == ["set/ce:a", "set/ce:b"]
+    empty = kd("recipes", "table", "paper/1").out
+    assert "50.00" in empty and "60.00" in empty and "seed" not in empty
+
+    assert kd("train", "set/ce:b").code == 0
+    assert kd("train", "set/ce:a", "optim.lr=0.1", "--out", "elsewhere").code == 0
+    done = kd("recipes", "table", "paper/1")
+    assert "1 seed" in done.out and "elsewhere" not in done.out
+    done = kd("recipes", "table", "paper/1", "--runs", "elsewhere")
+    assert "seed" not in done.out and "it is not set/ce:a: optim.lr: 0.05 -> 0.1" in done.out
+    for words, error in (
+        (["paper/2"], "no table paper/2; did you mean paper/1?"),
+        (["paper/1", "--runs", "nowhere"], "nowhere: no such folder"),
+        (["--runs", "elsewhere"], "--runs elsewhere: say which table"),
+    ):
+        done = kd("recipes", "table", *words)
+        assert done.code == 2 and error in done.err
 
 
 def test_recipes_show_prints_what_load_reads(kd, tmp_path: Path) -> None:
