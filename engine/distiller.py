@@ -188,31 +188,30 @@ def build(
         found[name] = network
         return made.to(device).to(memory_format=layout)
 
-    teachers: list[nn.Module] = []
-    branches = {}
-    # What is only evaluated needs a teacher where a part of it is kept.
-    parts = recipe.branches(MAIN).values()
-    taught = labels is not None or any(part.method.deploys_head for part in parts)
+    drawn: dict[str, tuple[nn.Module, list[nn.Module], Tensor]] = {}
     for name, part in recipe.branches(MAIN).items():
         torch.random.set_rng_state(seed)
         slt = part.slt
         if slt is None and recipe.teacher is not None:
             slt = recipe.teacher.model_copy(update={"checkpoint": None})
         student = make(role(name, "student"), part.student)
-        if name == MAIN and recipe.teacher is not None and taught:
-            teachers.append(make("teacher", recipe.teacher).eval().requires_grad_(False))
         slts = [make(role(name, "slts"), slt) for _ in range(part.method.slt_count)]
-        branches[name] = Branch(
-            part.method,
-            student,
-            slts,
-            teachers[0] if teachers and part.method.uses_teacher else None,
-            classes,
-            data.size,
-            labels,
-        )
-    for i, assistant in enumerate(recipe.assistants if labels is not None else ()):
-        teachers.append(make(f"assistant{i}", assistant))
+        drawn[name] = student, slts, torch.random.get_rng_state()
+    # What is only evaluated needs a teacher where a part of it is kept.
+    parts = recipe.branches(MAIN).values()
+    teachers: list[nn.Module] = []
+    torch.random.set_rng_state(drawn[MAIN][2])
+    if recipe.teacher and (labels is not None or any(p.method.deploys_head for p in parts)):
+        teachers.append(make("teacher", recipe.teacher).eval().requires_grad_(False))
+    branches = {}
+    for name, part in recipe.branches(MAIN).items():
+        student, slts, state = drawn[name]
+        torch.random.set_rng_state(state)
+        teacher = teachers[0] if teachers and part.method.uses_teacher else None
+        branches[name] = Branch(part.method, student, slts, teacher, classes, data.size, labels)
+    if labels is not None:
+        for i, assistant in enumerate(recipe.assistants):
+            teachers.append(make(f"assistant{i}", assistant))
     norms = {name: network.normalize or data.normalize for name, network in found.items()}
     inputs = {norm: Inputs(norm, run.channels_last) for norm in norms.values()}
     distiller = Distiller(
