@@ -115,14 +115,14 @@ def _draw(atlas: list[list[Image.Image]], split: Split, rows: NDArray[np.int64])
     ink = np.where(near, (paper + 0.5) % 1, ink)
     glyph, piece = np.empty((2, len(rows), SIDE, SIDE, 1))
     for i, label in enumerate(labels(rows)):
-        sigma = 0.3 + 0.9 * float(blur[i])
+        sigma = 0.25 + 0.75 * float(blur[i])
         glyph[i, :, :, 0] = _mapped(atlas, label, main[i], 0.0, sigma)
         stray = int(other[i, -1] * len(CHARACTERS))
-        piece[i, :, :, 0] = _mapped(atlas, stray, other[i], 0.45 + 0.2 * clutter[i], sigma)
+        piece[i, :, :, 0] = _mapped(atlas, stray, other[i], 0.5 + 0.2 * clutter[i], sigma)
     image = paper + piece * (second - paper)
     image = image + glyph * (ink - image)
     noise = rest[:, COLOURS + 3 :].reshape(-1, SIDE, SIDE, 3) - 0.5
-    image = image + (0.1 + 0.5 * grain[:, None, None, None]) * noise
+    image = image + (0.1 + 0.45 * grain[:, None, None, None]) * noise
     return (255 * image.clip(0, 1)).astype(np.uint8)
 
 
@@ -133,15 +133,15 @@ def _mapped(
 
     `away`: distance from the middle, share of the side, in a random direction.
     """
-    angle = (u[1] - 0.5) * 1.0
-    shear = (u[2] - 0.5) * 0.8
-    size = 0.55 * np.exp2(u[3] * 0.9)
-    stretch = np.exp2((u[4] - 0.5) * 0.6)
+    angle = (u[1] - 0.5) * 0.8
+    shear = (u[2] - 0.5) * 0.6
+    size = 0.62 * np.exp2(u[3] * 0.8)
+    stretch = np.exp2((u[4] - 0.5) * 0.5)
     turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
     lean = np.array([[1.0, shear], [0.0, 1.0]])
     back = np.linalg.inv(size * turn @ lean @ np.diag([stretch, 1 / stretch]))
     direction = 2 * np.pi * u[7]
-    place = (u[5:7] - 0.5) * 0.3 + away * np.array([np.cos(direction), np.sin(direction)])
+    place = (u[5:7] - 0.5) * 0.25 + away * np.array([np.cos(direction), np.sin(direction)])
     middle = np.full(2, FINE / 2)
     start = middle - back @ (middle + place * FINE)
     rows = np.concatenate([back, start[:, None]], axis=1)
