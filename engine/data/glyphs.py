@@ -118,7 +118,7 @@ def _draw(atlas: list[list[Image.Image]], split: Split, rows: NDArray[np.int64])
         sigma = 0.25 + 0.75 * float(blur[i])
         glyph[i, :, :, 0] = _mapped(atlas, label, main[i], 0.0, sigma)
         stray = int(other[i, -1] * len(CHARACTERS))
-        piece[i, :, :, 0] = _mapped(atlas, stray, other[i], 0.5 + 0.2 * clutter[i], sigma)
+        piece[i, :, :, 0] = _mapped(atlas, stray, other[i], 0.42 + 0.2 * clutter[i], sigma)
     image = paper + piece * (second - paper)
     image = image + glyph * (ink - image)
     noise = rest[:, COLOURS + 3 :].reshape(-1, SIDE, SIDE, 3) - 0.5
@@ -133,15 +133,15 @@ def _mapped(
 
     `away`: distance from the middle, share of the side, in a random direction.
     """
-    angle = (u[1] - 0.5) * 0.8
-    shear = (u[2] - 0.5) * 0.6
-    size = 0.62 * np.exp2(u[3] * 0.8)
-    stretch = np.exp2((u[4] - 0.5) * 0.5)
+    angle = (u[1] - 0.5) * 1.0
+    shear = (u[2] - 0.5) * 0.8
+    size = 0.6 * np.exp2(u[3] * 0.8)
+    stretch = np.exp2((u[4] - 0.5) * 0.7)
     turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
     lean = np.array([[1.0, shear], [0.0, 1.0]])
     back = np.linalg.inv(size * turn @ lean @ np.diag([stretch, 1 / stretch]))
     direction = 2 * np.pi * u[7]
-    place = (u[5:7] - 0.5) * 0.25 + away * np.array([np.cos(direction), np.sin(direction)])
+    place = (u[5:7] - 0.5) * 0.3 + away * np.array([np.cos(direction), np.sin(direction)])
     middle = np.full(2, FINE / 2)
     start = middle - back @ (middle + place * FINE)
     rows = np.concatenate([back, start[:, None]], axis=1)
