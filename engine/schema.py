@@ -59,6 +59,7 @@ class Network(Strict):
     normalize: Normalize | None = Field(None, description="null: the statistics of data.normalize")
 
 
+Source = Literal["folder", "tar", "digits", "cifar10", "cifar100", "glyphs", "synthetic"]
 CLASSES = {"digits": 10, "cifar10": 10, "cifar100": 100, "glyphs": 100}  # sources with a fixed set
 IN_MEMORY = ("cifar10", "cifar100", "glyphs", "synthetic")  # sources without a file for each image
 
@@ -66,12 +67,10 @@ IN_MEMORY = ("cifar10", "cifar100", "glyphs", "synthetic")  # sources without a 
 class Data(Strict):
     """Where the images come from and what is done to them before a network sees them."""
 
-    source: Literal["folder", "tar", "digits", "cifar10", "cifar100", "glyphs", "synthetic"] = (
-        Field(
-            description="folder: root/{train,val}/<class>/; tar: root/{train,val}/*.tar; digits: a "
-            "folder written once under root from scikit-learn; cifar10, cifar100: the official "
-            "archive under root; glyphs: drawn once under root; synthetic: computed, no files"
-        )
+    source: Source = Field(
+        description="folder: root/{train,val}/<class>/; tar: root/{train,val}/*.tar; digits: a "
+        "folder written once under root from scikit-learn; cifar10, cifar100: the official archive "
+        "under root; glyphs: drawn once under root; synthetic: computed, no files"
     )
     root: FilePath | None = Field(None, description="folder of the images")
     classes: int | None = Field(

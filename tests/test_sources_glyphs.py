@@ -143,8 +143,8 @@ def test_classes_can_be_told_apart_but_not_by_templates():
         flat = np.linalg.norm(away, axis=3)[:, 4:-4, 4:-4].reshape(count, -1)
         return (flat - flat.mean(axis=1, keepdims=True)) / flat.std(axis=1, keepdims=True)
 
-    seen, new = shapes("train", 5000), shapes("val", 1000)
+    seen, new = shapes("train", 5000), shapes("val", 3000)
     means = seen.reshape(50, 100, -1).mean(axis=0)
     nearest = (new @ (means - means.mean(axis=0)).T).argmax(axis=1)
-    right = (nearest == np.arange(1000) % 100).mean()
-    assert 0.025 < right < 0.3  # chance is 0.01, with a standard deviation of 0.003
+    right = (nearest == np.arange(3000) % 100).mean()
+    assert 0.015 < right < 0.3  # chance is 0.01, with a standard deviation of 0.002

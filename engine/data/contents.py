@@ -1,7 +1,8 @@
 """What the rows of a manifest are made of: files, members of tars, or pixels in memory.
 
 Each has `name(row)` for messages, `changed(row)`: why the row is no longer what was indexed, or
-None, and `read(row)`: the RGB image, or UnreadableError. Encoded ones also give their bytes.
+None, and `read(row)`: the RGB image, or UnreadableError. The encoded ones also have `open(row)`:
+the image file, as it would lie on a disk.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ class Shards:
     """One member of a tar a row, read where it lies in the tar."""
 
     tars: list[str]
-    bytes: list[int]  # of each tar
+    tar_bytes: list[int]  # of each tar
     names: list[str]  # of each member
     tar: NDArray[np.int64]  # (n,) number of the row's tar
     offset: NDArray[np.int64]  # (n,) where the image begins in it
@@ -56,7 +57,7 @@ class Shards:
         return f"{self.tars[self.tar[row]]}/{self.names[row]}"
 
     def changed(self, row: int) -> str | None:
-        return _changed(self.tars[self.tar[row]], self.bytes[self.tar[row]])
+        return _changed(self.tars[self.tar[row]], self.tar_bytes[self.tar[row]])
 
     def open(self, row: int) -> BinaryIO:
         return open_window(self.tars[self.tar[row]], int(self.offset[row]), int(self.lengths[row]))

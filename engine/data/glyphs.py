@@ -2,6 +2,7 @@
 
 Each image is a character under a random affine map, over a piece of another one, in random colours,
 with blur and noise: a pure function of split and row, but for the FreeType and Pillow versions.
+A mirror makes some characters others (b and d), so recipes set data.flip to false.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ CHUNK = 500  # images that one thread draws at a time
 VERSION = 1  # of the drawing: another one has files of another name
 STREAM = 0x676C797068  # keeps the draws from those of the sampler
 MAP, COLOURS, NOISE = 8, 9, SIDE * SIDE * 3
-DRAWS = 2 * MAP + COLOURS + 3 + NOISE  # of an image
+OTHERS = 4  # blur, grain, distance and class of the other character
+DRAWS = 2 * MAP + COLOURS + OTHERS + NOISE  # of an image
 Floats = NDArray[np.float64]
 Images = NDArray[np.uint8]
 
@@ -109,7 +111,7 @@ def _draw(atlas: list[list[Image.Image]], split: Split, rows: NDArray[np.int64])
     u = uniforms(stream, rows[:, None] * DRAWS + np.arange(DRAWS))
     main, other, rest = np.split(u, [MAP, 2 * MAP], axis=1)
     colours = rest[:, :COLOURS].reshape(-1, 3, 1, 1, 3)
-    blur, grain, clutter = rest[:, COLOURS : COLOURS + 3].T
+    blur, grain, distance, stray = rest[:, COLOURS : COLOURS + OTHERS].T
     paper, ink, second = colours[:, 0], colours[:, 1], colours[:, 2]
     near = np.abs(ink - paper).mean(axis=-1, keepdims=True) < 0.2
     ink = np.where(near, (paper + 0.5) % 1, ink)
@@ -117,11 +119,11 @@ def _draw(atlas: list[list[Image.Image]], split: Split, rows: NDArray[np.int64])
     for i, label in enumerate(labels(rows)):
         sigma = 0.25 + 0.75 * float(blur[i])
         glyph[i, :, :, 0] = _mapped(atlas, label, main[i], 0.0, sigma)
-        stray = int(other[i, -1] * len(CHARACTERS))
-        piece[i, :, :, 0] = _mapped(atlas, stray, other[i], 0.42 + 0.2 * clutter[i], sigma)
+        away, of = 0.42 + 0.2 * distance[i], int(stray[i] * len(CHARACTERS))
+        piece[i, :, :, 0] = _mapped(atlas, of, other[i], away, sigma)
     image = paper + piece * (second - paper)
     image = image + glyph * (ink - image)
-    noise = rest[:, COLOURS + 3 :].reshape(-1, SIDE, SIDE, 3) - 0.5
+    noise = rest[:, COLOURS + OTHERS :].reshape(-1, SIDE, SIDE, 3) - 0.5
     image = image + (0.1 + 0.45 * grain[:, None, None, None]) * noise
     return (255 * image.clip(0, 1)).astype(np.uint8)
 

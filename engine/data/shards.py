@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from functools import partial
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import numpy as np
 
@@ -51,7 +51,7 @@ def open_shards(data: Data, root: Path, split: Split) -> Manifest:
     facts = [f"{tars[index.tar[i]]}\0{index.offset[i]}\0{index.length[i]}" for i in order]
     sizes, bad = sizes_of(facts, [partial(content.open, row) for row in range(len(order))])
     places = [
-        f"{split}/{classes[label]}/{PurePosixPath(name).name}"
+        f"{split}/{classes[label]}/{name.rpartition('/')[2]}"
         for label, name in zip(target, names, strict=True)
     ]
     digest = digest_of(places, target, sizes, content.lengths)
@@ -98,7 +98,7 @@ def _classes(folder: Path, stats: Stats, index: Index) -> tuple[list[str], Ints,
                 f"{int(counts.argmin())}; number the classes from 0 without a gap"
             )
         return [str(number) for number in range(len(counts))], index.label, "number"
-    owners = [PurePosixPath(name).parent.name for name in index.names]
+    owners = [name.rpartition("/")[0].rpartition("/")[2] for name in index.names]
     kind = "folder"
     if not any(owners):
         kind = "tar"
