@@ -28,7 +28,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-data_app = typer.Typer(help="Write or check image folders.", no_args_is_help=True)
+data_app = typer.Typer(help="Write or check images.", no_args_is_help=True)
 bench_app = typer.Typer(help="Measure speed.", no_args_is_help=True)
 app.add_typer(cli_recipes.app, name="recipes")
 app.add_typer(data_app, name="data")
@@ -210,9 +210,24 @@ def digits(root: Annotated[Path, typer.Argument(metavar="DIR", help="folder to w
     print(root)
 
 
+@data_app.command("glyphs")
+def glyphs(
+    root: Annotated[Path, typer.Argument(metavar="DIR", help="folder to write into")],
+    images: Annotated[
+        int | None, typer.Option(min=1, help="training images; default: 50000")
+    ] = None,
+) -> None:
+    """Draw characters of 100 classes, 32 x 32, from matplotlib's fonts: one file, in a minute."""
+    from .data import write_glyphs
+
+    print(write_glyphs(root, images))
+
+
 @data_app.command("check")
-def check(root: Annotated[Path, typer.Argument(metavar="DIR", help="folder of images")]) -> None:
-    """Decode every image below a folder and name those that cannot be read."""
+def check(
+    root: Annotated[Path, typer.Argument(metavar="DIR", help="folder of images or tars")],
+) -> None:
+    """Decode every image below a folder, in tars too, and name those that cannot be read."""
     from .data import check_folder
 
     faults = check_folder(root)

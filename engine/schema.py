@@ -74,16 +74,22 @@ class Network(Strict):
         return self
 
 
+Source = Literal["folder", "tar", "digits", "cifar10", "cifar100", "glyphs", "synthetic"]
+CLASSES = {"digits": 10, "cifar10": 10, "cifar100": 100, "glyphs": 100}  # sources with a fixed set
+IN_MEMORY = ("cifar10", "cifar100", "glyphs", "synthetic")  # sources without a file for each image
+
+
 class Data(Strict):
     """Where the images come from and what is done to them before a network sees them."""
 
-    source: Literal["folder", "digits", "synthetic"] = Field(
-        description="folder: root/{train,val}/<class>/; digits: the same, written once under root "
-        "from scikit-learn; synthetic: computed, no files"
+    source: Source = Field(
+        description="folder: root/{train,val}/<class>/; tar: root/{train,val}/*.tar; digits: a "
+        "folder written once under root from scikit-learn; cifar10, cifar100: the official archive "
+        "under root; glyphs: drawn once under root; synthetic: computed, no files"
     )
     root: FilePath | None = Field(None, description="folder of the images")
     classes: int | None = Field(
-        None, ge=2, description="number of classes; checked against the folder, needed by synthetic"
+        None, ge=2, description="number of classes; checked against the source, needed by synthetic"
     )
     size: int = Field(224, ge=1, description="side of the images a network sees, pixels")
     augment: Literal["random_resized_crop", "pad_crop", "none"] = Field(
@@ -100,13 +106,19 @@ class Data(Strict):
         None, ge=1, description="keep the first so many training images of each class; null: all"
     )
     loader: Literal["auto", "dali", "torchvision", "resident"] = Field(
-        "auto", description="auto: dali where it is installed, else torchvision"
+        "auto",
+        description="auto: resident for cifar and glyphs with a crop of one size; else dali where "
+        "it is installed and reads the source, else torchvision",
     )
     workers: int = Field(2, ge=1, description="decoding threads of a process")
     prefetch: int = Field(2, ge=1, description="batches prepared ahead")
     normalize: Normalize = IMAGENET
     bad_images: int = Field(16, ge=0, description="more unreadable files than this stop the run")
-    images: int = Field(1024, ge=1, description="synthetic: images of a training epoch")
+    images: int | None = Field(
+        None,
+        ge=1,
+        description="training images; null: 1024 of synthetic, 50000 of glyphs",
+    )
 
     @model_validator(mode="after")
     def _works(self) -> Data:
@@ -116,18 +128,24 @@ class Data(Strict):
         return self
 
     def _source_problems(self) -> list[str]:
-        if self.source != "synthetic":
-            found = self.unused(f"source {self.source}", "data", "images")
-            if self.root is None:
-                found.append(f"data.root: source {self.source} needs a folder; add data.root=DIR")
-            if self.source == "digits" and self.classes not in (None, 10):
-                found.append(f"data.classes: the digits have 10 classes, got {self.classes}")
-            return found
-        found = self.unused("source synthetic", "data", "root")
-        if self.classes is None:
-            found.append("data.classes: source synthetic needs the number of classes")
-        if self.loader == "dali":
-            found.append("data.loader: dali reads files and source synthetic has none; use auto")
+        found = []
+        if self.source not in ("synthetic", "glyphs"):
+            found += self.unused(f"source {self.source}", "data", "images")
+        if self.source == "synthetic":
+            found += self.unused("source synthetic", "data", "root")
+            if self.classes is None:
+                found.append("data.classes: source synthetic needs the number of classes")
+        elif self.root is None:
+            found.append(f"data.root: source {self.source} needs a folder; add data.root=DIR")
+        fixed = CLASSES.get(self.source)
+        if fixed is not None and self.classes not in (None, fixed):
+            found.append(
+                f"data.classes: the {self.source} have {fixed} classes, got {self.classes}"
+            )
+        if self.source in IN_MEMORY and self.loader == "dali":
+            found.append(
+                f"data.loader: dali reads files and source {self.source} has none; use auto"
+            )
         return found
 
     def _crop_problems(self) -> list[str]:

@@ -122,7 +122,7 @@ def by_hand(manifest, plan, size, shift=0):
     out = []
     for i, row in enumerate(plan.index):
         top, left, height, width = plan.box[i].tolist()
-        image = Image.open(manifest.paths[row]).convert("RGB")
+        image = Image.open(manifest.content.paths[row]).convert("RGB")
         image = image.crop((left + shift, top, left + shift + width, top + height))
         y, x = plan.window[i].tolist()
         image = image.resize(tuple(plan.scaled[i, ::-1].tolist()), Image.BILINEAR)
@@ -360,7 +360,9 @@ def test_bad_files_are_named_counted_and_replaced(few, name, later):
         whole = epoch()
     assert bad.keys() == replaced.keys()
     for row in replaced:
-        (text,) = [str(w.message) for w in told if f"image {manifest.paths[row]} (" in str(w)]
+        (text,) = [
+            str(w.message) for w in told if f"image {manifest.content.paths[row]} (" in str(w)
+        ]
         assert bad[row] in text
     plan = sampler.plan(data, clean.sizes, 7, 4, np.arange(24))
     index = np.array([replaced.get(row, row) for row in plan.index])

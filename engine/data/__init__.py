@@ -9,8 +9,10 @@ import torch
 from ..schema import Data
 from .batch import CPU, Batch
 from .check import check_folder
+from .contents import Encoded, Pixels
 from .dali import DaliLoader
 from .digits import write_digits
+from .glyphs import write_glyphs
 from .manifest import Manifest
 from .resident import ResidentLoader
 from .sources import open_source
@@ -25,6 +27,7 @@ __all__ = [
     "make_loader",
     "open_source",
     "write_digits",
+    "write_glyphs",
 ]
 
 Loader = DaliLoader | VisionLoader | ResidentLoader
@@ -48,16 +51,21 @@ def make_loader(
 ) -> Loader:
     """The loader of `data.loader` for process `rank` of `world`, with `batch` images a step each.
 
-    "auto" is dali where it is installed and the images are files, else torchvision; the loader's
+    "auto" is, for images that a source holds in memory, resident where the crop is of one size;
+    dali where it is installed and the images are files or in tars; else torchvision. The loader's
     `name` says which. `device` is where the run computes: batches for a GPU lie in pinned memory,
     or with resident on the GPU itself.
     """
-    kind = data.loader
-    if kind == "auto":
-        kind = "dali" if manifest.paths and _has_dali() else "torchvision"
+    kind = _best(manifest, data) if data.loader == "auto" else data.loader
     return LOADERS[kind](
         manifest, data, batch, seed=seed, rank=rank, world=world, train=train, device=device
     )
+
+
+def _best(manifest: Manifest, data: Data) -> str:
+    if isinstance(manifest.content, Pixels) and data.augment != "random_resized_crop":
+        return "resident"
+    return "dali" if isinstance(manifest.content, Encoded) and _has_dali() else "torchvision"
 
 
 def _has_dali() -> bool:

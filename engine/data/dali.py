@@ -9,8 +9,10 @@ from __future__ import annotations
 import os
 import weakref
 from collections import deque
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,13 +21,15 @@ from numpy.typing import NDArray
 
 from ..schema import Data
 from .batch import CPU, Batch
+from .contents import Encoded, Files, Shards
 from .images import UnreadableError
 from .manifest import Manifest
 from .quarantine import BadImagesError
 from .sampler import Plan
 from .schedule import Schedule, Task
 
-Inputs = tuple["list[NDArray[np.uint8]]", NDArray[np.int32]]
+Fetched = NDArray[np.uint8] | str
+Inputs = tuple["list[Fetched]", NDArray[np.int32]]
 
 
 class DaliLoader:
@@ -49,7 +53,7 @@ class DaliLoader:
         train: bool,
         device: torch.device = CPU,
     ) -> None:
-        if not manifest.paths:
+        if not isinstance(manifest.content, Encoded):
             raise ValueError(
                 f"data.loader=dali reads files and data.source={data.source} has none; use auto"
             )
@@ -58,6 +62,8 @@ class DaliLoader:
             manifest, data, batch, seed=seed, rank=rank, world=world, train=train
         )
         self._manifest, self._data = manifest, data
+        self._packed = isinstance(manifest.content, Shards)
+        self._pool = ThreadPoolExecutor(data.workers, thread_name_prefix="kdfuse-read")
         self._pin = device.type == "cuda"
         self._running: weakref.WeakSet[Generator[Batch, None, None]] = weakref.WeakSet()
         self.steps = self._schedule.steps
@@ -73,13 +79,14 @@ class DaliLoader:
         """Ends DALI's threads; an epoch in progress ends."""
         for batches in list(self._running):
             batches.close()
+        self._pool.shutdown()
 
     def _batches(self, epoch: int, steps: range) -> Generator[Batch, None, None]:
         """One pipeline an epoch. After a decoding error it is invalid, batches under way included,
         so a new one starts at the step that failed.
         """
-        feed = _Feed(self._schedule, epoch, steps)
-        pipe = _pipeline(self._data, self._schedule.view, self._schedule.batch, feed)
+        feed = _Feed(self._schedule, epoch, steps, self._fetch)
+        pipe = self._pipeline(self._schedule.batch, feed)
         for step in steps:
             while True:
                 try:
@@ -89,8 +96,8 @@ class DaliLoader:
                     raise
                 except RuntimeError as error:
                     self._blame(feed.ahead[0], error)
-                feed = _Feed(self._schedule, epoch, range(step, self.steps))
-                pipe = _pipeline(self._data, self._schedule.view, self._schedule.batch, feed)
+                feed = _Feed(self._schedule, epoch, range(step, self.steps), self._fetch)
+                pipe = self._pipeline(self._schedule.batch, feed)
             pixels = torch.from_dlpack(images)
             yield self._schedule.pack(
                 feed.ahead.popleft(), pixels.pin_memory() if self._pin else pixels
@@ -117,35 +124,56 @@ class DaliLoader:
 
     def _try_each(self, task: Task) -> None:
         for i, row in enumerate(task.plan.index.tolist()):
-            inputs = _inputs(self._manifest, _row(task.plan, i))
+            one = _row(task.plan, i)
+            fetched = _fetch(self._manifest, row)
+            if isinstance(fetched, str):
+                self._schedule.quarantine.add(row, fetched)
+                continue
             try:
-                _pipeline(self._data, self._schedule.view, 1, [inputs]).run()
+                self._pipeline(1, [([fetched], _numbers(one))]).run()
             except RuntimeError:  # its text does not name the file
                 self._schedule.quarantine.add(row, "DALI cannot decode it, though PIL can")
+
+    def _pipeline(self, batch: int, feed: Any) -> Any:
+        return _pipeline(self._data, self._schedule.view, batch, feed, packed=self._packed)
+
+    def _fetch(self, rows: list[int]) -> list[Fetched]:
+        """What DALI is fed for these rows. It reads files in its own threads; tars are read here,
+        in as many.
+        """
+        fetch = partial(_fetch, self._manifest)
+        return list(self._pool.map(fetch, rows) if self._packed else map(fetch, rows))
 
 
 class _Feed:
     """Gives the pipeline the inputs of each step, and keeps the tasks not yet delivered."""
 
-    def __init__(self, schedule: Schedule, epoch: int, steps: range) -> None:
+    def __init__(
+        self,
+        schedule: Schedule,
+        epoch: int,
+        steps: range,
+        fetch: Callable[[list[int]], list[Fetched]],
+    ) -> None:
         self.schedule, self.epoch, self.steps = schedule, epoch, iter(steps)
+        self.fetch = fetch
         self.ahead: deque[Task] = deque()
 
     def __call__(self) -> Inputs:
         """StopIteration after the last step ends the pipeline's prefetching."""
         step = next(self.steps)
-        task = self.schedule.task(self.epoch, step)
         # A crop may miss the damage of a cut file, so DALI's errors alone would depend on the crop.
-        while faults := self._faults(task):
+        while True:
+            task = self.schedule.task(self.epoch, step)
+            rows = task.plan.index.tolist()
+            fetched = dict(zip(rows, self.fetch(rows), strict=True))
+            faults = {row: why for row, why in fetched.items() if isinstance(why, str)}
+            if not faults:
+                break
             for row, why in faults.items():
                 self.schedule.quarantine.add(row, why)
-            task = self.schedule.task(self.epoch, step)
         self.ahead.append(task)
-        return _inputs(self.schedule.manifest, task.plan)
-
-    def _faults(self, task: Task) -> dict[int, str]:
-        changed = self.schedule.manifest.changed
-        return {row: why for row in task.plan.index.tolist() if (why := changed(row)) is not None}
+        return [fetched[row] for row in rows], _numbers(task.plan)
 
 
 def _import() -> Any:
@@ -160,8 +188,10 @@ def _import() -> Any:
     return dali
 
 
-def _pipeline(data: Data, view: str, batch: int, feed: Any) -> Any:
+def _pipeline(data: Data, view: str, batch: int, feed: Any, *, packed: bool) -> Any:
     """A built pipeline whose only output is (batch, size, size, 3) uint8.
+
+    It is fed the files' paths, or with `packed` their bytes.
 
     Linear interpolation with antialiasing is what PIL and torchvision do, but for the outermost
     output pixels, where DALI repeats the border and they leave it out. EXIF is ignored.
@@ -171,10 +201,10 @@ def _pipeline(data: Data, view: str, batch: int, feed: Any) -> Any:
     pipe = dali.Pipeline(batch, data.workers, None, prefetch_queue_depth=data.prefetch)
     decode = {"device": "cpu", "output_type": types.RGB, "adjust_orientation": False}
     with pipe:
-        path, task = fn.external_source(
+        source, task = fn.external_source(
             feed, num_outputs=2, ndim=1, dtype=[types.UINT8, types.INT32]
         )
-        file = fn.io.file.read(path)
+        file = source if packed else fn.io.file.read(source)
         place = {"start": task[0:2], "shape": task[2:4], "axes": (0, 1)}
         if view == "pad_crop":
             image = fn.slice(fn.decoders.image(file, **decode), out_of_bounds_policy="pad", **place)
@@ -189,11 +219,26 @@ def _pipeline(data: Data, view: str, batch: int, feed: Any) -> Any:
     return pipe
 
 
-def _inputs(manifest: Manifest, plan: Plan) -> Inputs:
-    """Each file's path as bytes, and (B, 9): box, scaled, window, flip."""
-    paths = [np.frombuffer(os.fsencode(manifest.paths[row]), np.uint8) for row in plan.index]
+def _fetch(manifest: Manifest, row: int) -> Fetched:
+    """The path of a row's file or the bytes of its tar's member; a text: why it has none."""
+    content = manifest.content
+    assert isinstance(content, Encoded)
+    changed = content.changed(row)
+    if changed is not None:
+        return changed
+    if isinstance(content, Files):
+        return np.frombuffer(os.fsencode(content.paths[row]), np.uint8)
+    try:
+        with content.open(row) as file:
+            return np.frombuffer(file.read(), np.uint8)
+    except OSError as error:
+        return error.strerror or str(error)
+
+
+def _numbers(plan: Plan) -> NDArray[np.int32]:
+    """(B, 9): box, scaled, window, flip."""
     numbers = [plan.box, plan.scaled, plan.window, plan.flip[:, None]]
-    return paths, np.concatenate(numbers, axis=1, dtype=np.int32)
+    return np.concatenate(numbers, axis=1, dtype=np.int32)
 
 
 def _row(plan: Plan, i: int) -> Plan:

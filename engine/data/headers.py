@@ -2,36 +2,44 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
-import tempfile
-import warnings
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .images import UnreadableError, inspect
+from .cache import keep, kept_under
+from .images import Opener, UnreadableError, inspect, opener_of
 
 THREADS = 8  # header reads wait for the disk more than they compute
 Sizes = NDArray[np.int32]
 
 
 def read_sizes(stats: list[tuple[str, int, int]]) -> tuple[Sizes, dict[int, str]]:
+    """`sizes_of` files; `stats`: path, modification time in nanoseconds and length of each."""
+    openers = [opener_of(path) for path, _, _ in stats]
+    return sizes_of([fact(*stat) for stat in stats], openers)
+
+
+def fact(path: str, time: int, size: int) -> str:
+    """What changes when a file does, so that what was learnt from it is learnt anew."""
+    return f"{os.path.abspath(path)}\0{time}\0{size}"
+
+
+def sizes_of(facts: list[str], openers: Sequence[Opener]) -> tuple[Sizes, dict[int, str]]:
     """Sizes (n, 2) as height, width, and the unreadable rows with the reason (their size is 0, 0).
 
-    `stats`: path, modification time in nanoseconds and length of each file. The sizes are kept
-    under a name made of these, so a changed file is read anew. Unreadable files are tried again
-    each time: the cause may have been the disk or the rights.
+    The sizes are kept under a name made of the facts, one for each image, so a changed image is
+    read anew. Unreadable images are tried again each time: the cause may have been the disk or the
+    rights.
     """
-    facts = "\n".join(f"{os.path.abspath(path)}\0{time}\0{size}" for path, time, size in stats)
-    name = hashlib.sha256(os.fsencode(facts)).hexdigest()
-    kept = _folder() / f"headers-1-{name}.npy"
-    sizes = _load(kept, len(stats))
+    kept = kept_under("headers-1", facts, ".npy")
+    sizes = _load(kept, len(facts))
     missing = np.flatnonzero(sizes[:, 0] == 0).tolist()
     with ThreadPoolExecutor(THREADS) as pool:
-        results = list(pool.map(_inspect, [stats[row][0] for row in missing]))
+        results = list(pool.map(_inspect, [openers[row] for row in missing]))
     bad = {}
     for row, result in zip(missing, results, strict=True):
         if isinstance(result, str):
@@ -39,17 +47,13 @@ def read_sizes(stats: list[tuple[str, int, int]]) -> tuple[Sizes, dict[int, str]
         else:
             sizes[row] = result
     if len(bad) < len(missing):
-        _save(kept, sizes)
+        keep(kept, lambda file: np.save(file, sizes), "image sizes")
     return sizes, bad
 
 
-def _folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kdfuse"
-
-
-def _inspect(path: str) -> tuple[int, int] | str:
+def _inspect(opener: Opener) -> tuple[int, int] | str:
     try:
-        return inspect(path)
+        return inspect(opener)
     except UnreadableError as error:
         return str(error)
 
@@ -61,18 +65,3 @@ def _load(path: Path, n: int) -> Sizes:
     except (OSError, ValueError, EOFError):  # not there, or torn: read the headers again
         return np.zeros((n, 2), np.int32)
     return sizes if sizes.shape == (n, 2) else np.zeros((n, 2), np.int32)
-
-
-def _save(path: Path, sizes: Sizes) -> None:
-    """Written under another name and renamed: another process may read or write it now."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:
-            np.save(file, sizes)
-        os.replace(file.name, path)
-    except OSError as error:
-        warnings.warn(
-            f"image sizes cannot be kept in {path.parent} ({error.strerror}), so every start reads "
-            "all headers again; set XDG_CACHE_HOME to a folder that can be written",
-            stacklevel=2,
-        )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import struct
+from collections.abc import Callable
 from typing import BinaryIO
 
 from PIL import Image, UnidentifiedImageError
@@ -12,6 +13,7 @@ EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP")  # what both decoders read, whatever the extension says
 MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")
 ENDS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}
+Opener = Callable[[], BinaryIO]  # opens the file: failing at that makes it unreadable too
 FAULTS = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
 
 
@@ -19,23 +21,28 @@ class UnreadableError(Exception):
     """An image file that cannot be used; the text says why, without the file's name."""
 
 
-def decode(path: str) -> Image.Image:
+def opener_of(path: str) -> Opener:
+    """How to open a file that is an image as a whole."""
+    return lambda: open(path, "rb")
+
+
+def decode(opener: Opener) -> Image.Image:
     """All pixels of a file as an RGB image, not rotated by EXIF; raises UnreadableError."""
     try:
-        with open(path, "rb") as file:
+        with opener() as file:
             return _open(file).convert("RGB")
     except FAULTS as error:
         raise UnreadableError(_reason(error)) from error
 
 
-def inspect(path: str) -> tuple[int, int]:
+def inspect(opener: Opener) -> tuple[int, int]:
     """Height and width from the header; raises UnreadableError.
 
     A file that does not end as its format does may be cut short, which a decoder of a small crop
     would notice or not by chance, so such a file is decoded whole.
     """
     try:
-        with open(path, "rb") as file:
+        with opener() as file:
             image = _open(file)
             if not _ends_well(file, image.format):
                 image.load()
@@ -45,8 +52,9 @@ def inspect(path: str) -> tuple[int, int]:
 
 
 def _open(file: BinaryIO) -> Image.Image:
-    if os.fstat(file.fileno()).st_size == 0:
+    if file.seek(0, os.SEEK_END) == 0:
         raise ValueError("the file is empty")
+    file.seek(0)
     image = Image.open(file, formats=FORMATS)
     if image.mode not in MODES:
         raise ValueError(f"mode {image.mode} is not 8 bits a channel")

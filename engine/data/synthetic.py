@@ -2,10 +2,35 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from .sampler import key, uniforms
+
+IMAGES = 1024  # of a training epoch, unless the recipe says otherwise
+
+
+@dataclass(frozen=True)
+class Synthetic:
+    """One computed image a row."""
+
+    stream: int  # key of the split's random numbers
+    target: NDArray[np.int64]  # (n,) number of the class
+    classes: int
+    side: int  # pixels
+
+    def name(self, row: int) -> str:
+        return f"synthetic image {row}"
+
+    def changed(self, row: int) -> None:
+        return None
+
+    def read(self, row: int) -> Image.Image:
+        label = int(self.target[row])
+        return Image.fromarray(pixels(self.stream, row, label, self.classes, self.side))
 
 
 def pixels(stream: int, row: int, target: int, classes: int, side: int) -> NDArray[np.uint8]:
