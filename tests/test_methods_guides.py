@@ -68,8 +68,6 @@ def test_terms_and_types_for_bf16_logits(name, out, target):
     close(terms["ce"], F.cross_entropy(student, target))
 
 
-# --- SLKD ---
-
 SLKD = {"temperature": 3.0, "ce_weight": 0.2, "kd_weight": 0.8}
 FUSED = {"fused_ce_weight": 0.5, "fused_kd_weight": 0.6, "fusion": [0.25, 0.75]}
 
@@ -150,9 +148,6 @@ def test_sequential_slkd_refuses_a_fusion_of_other_slts(out, target):
         method.loss(out, target, 0.0)
 
 
-# --- DGKD ---
-
-
 @pytest.mark.parametrize("reduction", ["mean", "batchmean"])
 def test_dgkd_with_all_guides(out, target, reduction):
     method = METHODS["dgkd"](temperature=3.0, kd_weight=0.7, drop=0, reduction=reduction)
@@ -202,9 +197,6 @@ def test_dgkd_draws_from_torchs_generator(out, target):
 def test_dgkd_refuses_to_drop_all(out, target):
     with pytest.raises(ValueError, match="method.drop: 3 leaves none of 3 guides"):
         METHODS["dgkd"](drop=3).loss(out, target, 0.0)
-
-
-# --- DML ---
 
 
 @pytest.mark.parametrize("detach", [True, False])

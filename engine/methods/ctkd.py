@@ -42,9 +42,7 @@ class CTKD(Method):
     start: float = Field(1.0, gt=0, description="lowest temperature")
     span: float = Field(20.0, ge=0, description="highest temperature less the lowest")
     warmup: int = Field(
-        10,
-        ge=0,
-        description="epochs over which T's gradient is turned round; 0: from the start",
+        10, ge=0, description="epochs over which T's gradient is turned round; 0: at once"
     )
     ce_weight: float | None = Field(
         None, ge=0, description="weight of the cross-entropy; null: 0.1 over kd, 1 over dkd"
@@ -91,5 +89,5 @@ class CTKD(Method):
             name: (value.sum() if name in ("top1", "top5") else value.mean()).detach()
             for name, value in found.items()
         }
-        terms["rows"] = torch.ones_like(rows, requires_grad=False).sum()
+        terms["rows"] = torch.ones_like(rows).sum()
         return rows.mean(), {**terms, "temperature": fixed}

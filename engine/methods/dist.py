@@ -5,6 +5,7 @@ from typing import ClassVar, Literal
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
+from torch.linalg import vector_norm
 
 from .gather import gathered
 from .labels import from_labels
@@ -58,4 +59,5 @@ def correlation(a: Tensor, b: Tensor, dim: int) -> Tensor:
     """
     a = a - a.mean(dim, keepdim=True)
     b = b - b.mean(dim, keepdim=True)
-    return (a * b).sum(dim) / (a.norm(dim=dim) * b.norm(dim=dim) + 1e-8)
+    norms = vector_norm(a, dim=dim) * vector_norm(b, dim=dim)
+    return (a * b).sum(dim) / (norms + 1e-8)

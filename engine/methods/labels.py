@@ -9,8 +9,8 @@ from .method import Outputs, Terms, with_terms
 def from_labels(out: Outputs, target: Tensor, weight: float) -> tuple[Tensor, Terms]:
     """`weight` * CE of the student's logits (N, C), and the terms ce, top1, top5 and rows.
 
-    For the methods whose other terms read something else than these logits at T; they have a
-    teacher, and the fused KD with weight 0 leaves it out.
+    For methods with a teacher whose own loss is not fused with cross-entropy, or not of these
+    logits. It is the fused KD with weight 0: the teacher's logits are read, and change nothing.
     """
     assert out.teacher is not None
     loss, terms = with_terms(
