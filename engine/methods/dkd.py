@@ -7,11 +7,17 @@ from pydantic import Field
 from torch import Tensor
 
 from ...kernels.dkd import dkd_loss
+from .labels import from_labels
 from .method import Method, Outputs, Terms, with_terms
+from .standardise import standardised
 
 
 class DKD(Method):
-    """ce_weight * CE + min(epoch / warmup, 1) * (alpha * TCKD + beta * NCKD), epoch from 1."""
+    """ce_weight * CE + min(epoch / warmup, 1) * (alpha * TCKD + beta * NCKD), epoch from 1.
+
+    With `standardise` (Sun et al. 2024) the published T is 2, and their kd_weight (9) is a factor
+    of both alpha and beta.
+    """
 
     name: Literal["dkd"] = "dkd"
     uses_teacher: ClassVar[bool] = True
@@ -23,22 +29,33 @@ class DKD(Method):
     warmup: int = Field(
         20, ge=0, description="epochs over which alpha and beta grow to full; 0: none"
     )
+    standardise: bool = Field(
+        False, description="TCKD and NCKD of both networks' z-scored logits; CE of the logits"
+    )
 
     def warm(self, epoch: float) -> float:
         """The share of the distillation terms in an epoch: a step a whole epoch, as published."""
         return min((math.floor(epoch) + 1) / self.warmup, 1.0) if self.warmup else 1.0
 
     def loss(self, out: Outputs, target: Tensor, epoch: float) -> tuple[Tensor, Terms]:
-        warm = self.warm(epoch)
         assert out.teacher is not None
-        result = dkd_loss(
-            out.student,
-            out.teacher,
-            target,
-            alpha=warm * self.alpha,
-            beta=warm * self.beta,
-            temperature=self.temperature,
-            ce_weight=self.ce_weight,
-            return_terms=True,
+        warm = self.warm(epoch)
+        student, teacher = out.student, out.teacher
+        if self.standardise:
+            student, teacher = standardised(student), standardised(teacher)
+        loss, terms = with_terms(
+            dkd_loss(
+                student,
+                teacher,
+                target,
+                alpha=warm * self.alpha,
+                beta=warm * self.beta,
+                temperature=self.temperature,
+                ce_weight=0.0 if self.standardise else self.ce_weight,
+                return_terms=True,
+            )
         )
-        return with_terms(result)
+        if not self.standardise:
+            return loss, terms
+        ce, found = from_labels(out, target, self.ce_weight)
+        return ce + loss, {**terms, **found}

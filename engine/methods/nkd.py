@@ -7,10 +7,15 @@ from torch import Tensor
 
 from ...kernels.nkd import nkd_loss
 from .method import Method, Outputs, Terms, with_terms
+from .target_term import Form, target_loss, target_probability
 
 
 class NKD(Method):
-    """CE, the target term weighted by the teacher, and the normalised non-target term."""
+    """CE, the target term weighted by the teacher, and the normalised non-target term.
+
+    `target_term` is the published ablation: T1 = -V_t log S_t is NKD's own, T2 is
+    -(1 - V_t) log(1 - S_t); V_t and S_t are what teacher and student give the target at T = 1.
+    """
 
     name: Literal["nkd"] = "nkd"
     uses_teacher: ClassVar[bool] = True
@@ -18,16 +23,25 @@ class NKD(Method):
     temperature: float = Field(1.0, gt=0, description="T of the non-target part")
     gamma: float = Field(1.5, ge=0, description="weight of the non-target part")
     ce_weight: float = Field(1.0, ge=0, description="weight of the cross-entropy")
+    target_term: Form = Field("t1", description="of the teacher's binary cross-entropy")
 
     def loss(self, out: Outputs, target: Tensor, epoch: float) -> tuple[Tensor, Terms]:
         assert out.teacher is not None
-        result = nkd_loss(
-            out.student,
-            out.teacher,
-            target,
-            gamma=self.gamma,
-            temperature=self.temperature,
-            ce_weight=self.ce_weight,
-            return_terms=True,
+        loss, terms = with_terms(
+            nkd_loss(
+                out.student,
+                out.teacher,
+                target,
+                gamma=self.gamma,
+                temperature=self.temperature,
+                ce_weight=self.ce_weight,
+                return_terms=True,
+            )
         )
-        return with_terms(result)
+        if self.target_term == "t1":
+            return loss, terms
+        # nkd_loss always has T1, with weight 1: it is taken out again.
+        weight = target_probability(out.teacher, target)
+        wanted = target_loss(out.student, target, weight, self.target_term)
+        t1 = target_loss(out.student, target, weight, "t1")
+        return loss - t1 + wanted, {**terms, "target": wanted.detach()}

@@ -9,6 +9,7 @@ from torch import Size, Tensor, nn
 
 from ...kernels.uskd import uskd_loss
 from .method import Method, Networks, Outputs, Points, Role, Terms, with_terms
+from .target_term import Form, target_loss, target_probability
 
 
 class WeakHead(nn.Module):
@@ -25,7 +26,13 @@ class WeakHead(nn.Module):
 
 
 class USKD(Method):
-    """CE, the self-made target and rank labels, and a weak head on the last stage but one."""
+    """CE, the self-made target and rank labels, and a weak head on the last stage but one.
+
+    `target_term` and `labels` are the published ablation: with a label w of the target class,
+    T1 = -w log S_t is USKD's own, T2 is -(1 - w) log(1 - S_t). The label is S_t^2 or S_t, less its
+    mean over each process's own rows, plus 1, so that it may pass 1; or what the student's running
+    average gives the target, for which no code was released.
+    """
 
     name: Literal["uskd"] = "uskd"
     alpha: float = Field(1.0, ge=0, description="weight of the target term")
@@ -35,9 +42,17 @@ class USKD(Method):
         "released", description="how the non-target classes are ranked"
     )
     ce_weight: float = Field(1.0, ge=0, description="weight of the cross-entropy")
+    target_term: Form = Field("t1", description="of the binary cross-entropy with the label")
+    labels: Literal["square", "plain", "average"] = Field(
+        "square", description="made from S_t^2, from S_t (tf-NKD), or by the running average"
+    )
     weak_tap: str | None = Field(
         None, description="point or module path that the weak head reads; null: last stage but one"
     )
+
+    @property
+    def uses_average(self) -> bool:
+        return self.labels == "average"
 
     def reads(self, points: Mapping[Role, Points]) -> dict[Role, tuple[str, ...]]:
         if self.weak_tap is not None:
@@ -55,15 +70,30 @@ class USKD(Method):
         return WeakHead(shape, networks.classes)
 
     def loss(self, out: Outputs, target: Tensor, epoch: float) -> tuple[Tensor, Terms]:
-        result = uskd_loss(
-            out.student,
-            out.head["weak"],
-            target,
-            alpha=self.alpha,
-            beta=self.beta,
-            mu=self.mu,
-            rank=self.rank,
-            ce_weight=self.ce_weight,
-            return_terms=True,
+        released = self.target_term == "t1" and self.labels == "square"
+        loss, terms = with_terms(
+            uskd_loss(
+                out.student,
+                out.head["weak"],
+                target,
+                alpha=self.alpha if released else 0.0,
+                beta=self.beta,
+                mu=self.mu,
+                rank=self.rank,
+                ce_weight=self.ce_weight,
+                return_terms=True,
+            )
         )
-        return with_terms(result)
+        if released:
+            return loss, terms
+        value = target_loss(out.student, target, self._label(out, target), self.target_term)
+        return loss + self.alpha * value, {**terms, "target": value.detach()}
+
+    def _label(self, out: Outputs, target: Tensor) -> Tensor:
+        """(N,) soft labels of the target class, without gradient."""
+        if self.labels == "average":
+            assert out.average is not None
+            return target_probability(out.average, target)
+        own = target_probability(out.student, target)
+        score = own.square() if self.labels == "square" else own
+        return score + 1 - score.mean()
