@@ -45,7 +45,10 @@ class Recipe(Strict):
     data: Data
     student: Network
     teacher: Network | None = None
-    slt: Network | None = Field(None, description="null: the teacher's network, random weights")
+    slt: Network | None = Field(
+        None,
+        description="SL-Ts, peers or a teacher in training; null: the teacher's, random weights",
+    )
     assistants: Annotated[tuple[Network, ...], Field(strict=False)] = Field(
         (), description="further frozen teachers, for the methods that read them"
     )
@@ -69,6 +72,12 @@ class Recipe(Strict):
             if part.slt is not None and part.method.slt_count == 0:
                 where = f"also.{name}.slt" if name else "slt"
                 found.append(f"{where}: method {part.method.name} has no SL-Ts; leave it out")
+            if part.method.slt_count and part.slt is None and self.teacher is None:
+                where = f"also.{name}.slt" if name else "slt"
+                found.append(
+                    f"{where}: method {part.method.name} trains networks beside the student; add "
+                    f"{where}.name=NETWORK"
+                )
             if part.method.uses_assistants and not self.assistants:
                 found.append(
                     f"assistants: method {part.method.name} needs at least one; add the networks"

@@ -41,6 +41,7 @@ def test_published_settings() -> None:
     dkd = Recipe.load("cifar100/dkd:resnet56-resnet20")
     assert dkd.method.model_dump() == {
         "name": "dkd", "temperature": 4, "alpha": 1, "beta": 2, "ce_weight": 1, "warmup": 20,
+        "standardise": False,
     }  # fmt: skip
     assert dkd.run.batch == 64 and dkd.run.epochs == 240
     assert dkd.optim.lr == 0.05 and dkd.optim.weight_decay == 5e-4 and not dkd.optim.nesterov
