@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from .recipe import Recipe
+    from .schema import Expect, RecipeBase
 
 app = typer.Typer(
     help="Knowledge distillation: train a small network from a large one.",
@@ -76,38 +76,51 @@ def train(
     ] = None,
 ) -> None:
     """Train a recipe. The word resume=true goes on with a run that was stopped."""
-    from .recipe import Recipe
+    from .recipe import DetectionRecipe, load
 
     words = list(words or [])
     resume = _take_resume(words)
-    loaded = Recipe.load(recipe, words)
-    from .loop import train as run  # torchvision and DALI: not before the recipe is known good
-
+    loaded = load(recipe, words)
     folder = out or _default_out(loaded, resume)
     try:
-        run(loaded, out=folder, resume=resume)
+        # torchvision and DALI: not before the recipe is known good
+        if isinstance(loaded, DetectionRecipe):
+            from .detection.loop import train as detect
+
+            detect(loaded, out=folder, resume=resume)
+        else:
+            from .loop import train as run
+
+            run(loaded, out=folder, resume=resume)
     except KeyboardInterrupt:
         print(f"stopped; resume=true goes on from the last checkpoint of {folder}", file=sys.stderr)
         raise typer.Exit(130) from None
     _print_published(folder)
     if os.environ.get("RANK", "0") == "0":
-        print(f"{folder}: see {folder / 'report.html'}")
+        page = folder / "report.html"
+        print(f"{folder}: see {page if page.exists() else folder / 'log.jsonl'}")
 
 
 def _print_published(run: Path) -> None:
     """The published number, below the ones of the run, and what of the recipe was changed."""
-    from .recipe import Recipe, recipes
+    from .recipe import load, recipes
     from .rundir import changes, plain
 
-    recipe = Recipe.load(run / "recipe.yaml")
+    recipe = load(run / "recipe.yaml")
     if recipe.expect is None or os.environ.get("RANK", "0") != "0":
         return
-    top1 = "no number" if recipe.expect.top1 is None else f"top1 {recipe.expect.top1:.2f}"
-    print(f"published: {top1} ({recipe.expect.source})")
-    shipped = plain(Recipe.load(recipe.name)) if recipe.name in recipes() else plain(recipe)
+    print(f"published: {_number(recipe.expect) or 'no number'} ({recipe.expect.source})")
+    shipped = plain(load(recipe.name)) if recipe.name in recipes() else plain(recipe)
     drift = changes(shipped, plain(recipe))
     if drift:
         print(f"but this run is not that recipe: {'; '.join(drift)}")
+
+
+def _number(expect: Expect | None) -> str:
+    """The published number with its name; empty where there is none."""
+    if expect is None or (expect.top1 is None and expect.ap is None):
+        return ""
+    return f"ap {expect.ap:.2f}" if expect.top1 is None else f"top1 {expect.top1:.2f}"
 
 
 def _take_resume(words: list[str]) -> bool:
@@ -120,7 +133,7 @@ def _take_resume(words: list[str]) -> bool:
     return bool(values) and values[-1] == "true"
 
 
-def _default_out(recipe: Recipe, resume: bool) -> Path:
+def _default_out(recipe: RecipeBase, resume: bool) -> Path:
     """runs/RECIPE-N: the next number, or the newest run to go on with.
 
     Processes of one torchrun agree: none creates its folder before all have come this far.
@@ -141,8 +154,17 @@ def evaluate(
 ) -> None:
     """Evaluate the networks of a run on its validation set."""
     from .evaluate import evaluate as measure
+    from .recipe import DetectionRecipe, load
 
-    measure(run)  # says what it finds
+    there = (run / "recipe.yaml").is_file()
+    recipe = load(run / "recipe.yaml") if there else None
+    # Both say what they find.
+    if isinstance(recipe, DetectionRecipe):
+        from .detection.evaluate import evaluate as detect
+
+        detect(run, recipe)
+    else:
+        measure(run)
     _print_published(run)
 
 
@@ -163,7 +185,7 @@ def recipes(context: typer.Context) -> None:
     """List the recipes; `kdfuse recipes show NAME` prints one."""
     if context.invoked_subcommand is not None:
         return
-    from .recipe import Recipe
+    from .recipe import load
     from .recipe import recipes as names
 
     table = Table(box=None, pad_edge=False)
@@ -171,10 +193,9 @@ def recipes(context: typer.Context) -> None:
     for heading in ("student", "teacher", "published top-1"):
         table.add_column(heading, overflow="fold")
     for name in names():
-        recipe = Recipe.load(name)
-        top1 = recipe.expect.top1 if recipe.expect else None
+        recipe = load(name)
         teacher = recipe.teacher.name if recipe.teacher else ""
-        published = "" if top1 is None else f"{top1:.2f}"
+        published = _number(recipe.expect).removeprefix("top1 ")
         table.add_row(name, recipe.student.name, teacher, published)
     _wide(table)
 
@@ -182,9 +203,9 @@ def recipes(context: typer.Context) -> None:
 @recipes_app.command("show")
 def show(recipe: RecipeName, words: Words = None) -> None:
     """Print a recipe with all its settings, after the overriding words."""
-    from .recipe import Recipe
+    from .recipe import load
 
-    print(Recipe.load(recipe, words or []).explain(), end="")
+    print(load(recipe, words or []).explain(), end="")
 
 
 @data_app.command("digits")
