@@ -112,7 +112,7 @@ def load(name_or_path: str | Path, overrides: Iterable[str] = ()) -> Recipe | De
     written, words = _method(raw), list(overrides)
     found = _apply(raw, words)
     task = raw.get("task")
-    if task not in (*TASKS,):
+    if task not in tuple(TASKS):  # a list is no key
         wanted = "detection, or no such key for classification"
         raise RecipeError(f"task: got {problems.shown(task)}, wants {wanted}")
     model, methods = TASKS[task]

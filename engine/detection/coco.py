@@ -15,6 +15,11 @@ from numpy.typing import NDArray
 
 Split = Literal["train", "val"]
 LAYOUT = "expected ROOT/annotations/instances_{train,val}2017.json, ROOT/train2017/, ROOT/val2017/"
+NEEDED: dict[str, dict[str, type]] = {
+    "images": {"id": int, "file_name": str, "height": int, "width": int},
+    "annotations": {"image_id": int, "category_id": int, "bbox": list},
+    "categories": {"id": int, "name": str},
+}
 SMALLEST = 1.0  # pixels; a box that is narrower or lower inside its image is left out
 
 
@@ -66,11 +71,11 @@ def read_coco(root: Path, split: Split) -> Coco:
     rows = [images[i] for i in sorted(images) if split == "val" or found[i]]
     if not rows:
         raise ValueError(f"{annotations}: no image with a box that can be used")
-    _check_files(folder, [row["file_name"] for row in rows])
     own = [found[row["id"]] for row in rows]
     counts = np.array([len(boxes) for boxes in own], np.int64)
     every = np.array([box for boxes in own for box in boxes], np.float64).reshape(-1, 5)
-    names = [str(row["file_name"]) for row in rows]
+    names = [row["file_name"] for row in rows]
+    _check_files(folder, names)
     ids = np.array([row["id"] for row in rows], np.int64)
     sizes = np.array([(row["height"], row["width"]) for row in rows], np.int64)
     boxes, labels = every[:, :4].astype(np.float32), every[:, 4].astype(np.int64)
@@ -103,26 +108,24 @@ def check_same_categories(train: Coco, val: Coco) -> None:
 
 
 def _load(path: Path, root: Path) -> dict[str, list[dict[str, Any]]]:
-    """The three lists of the file, whose entries are mappings with the needed keys."""
+    """The lists of the file named in NEEDED, whose entries hold what is asked there."""
     try:
         held = json.loads(path.read_bytes())
     except FileNotFoundError as error:
         raise FileNotFoundError(f"data.root={root}: no file {path}; {LAYOUT}") from error
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
-    needed = {
-        "images": ("id", "file_name", "height", "width"),
-        "annotations": ("image_id", "category_id", "bbox"),
-        "categories": ("id", "name"),
-    }
-    for part, keys in needed.items():
+    for part, keys in NEEDED.items():
         entries = held.get(part) if isinstance(held, dict) else None
         if not isinstance(entries, list):
             raise ValueError(f"{path}: no list {part!r}; instances_*2017.json of COCO has one")
         for number, entry in enumerate(entries):
-            lacking = [k for k in keys if not isinstance(entry, dict) or k not in entry]
-            if lacking:
-                raise ValueError(f"{path}: {part}[{number}] has no {', '.join(lacking)}")
+            for name, kind in keys.items():
+                value = entry.get(name) if isinstance(entry, dict) else None
+                if type(value) is not kind:
+                    raise ValueError(
+                        f"{path}: {part}[{number}] has {name} {value!r}, wants {kind.__name__}"
+                    )
     return held
 
 
@@ -131,7 +134,7 @@ def _categories(held: dict[str, list[dict[str, Any]]]) -> dict[int, str]:
     for entry in held["categories"]:
         if entry["id"] in found:
             raise ValueError(f"category id {entry['id']} stands twice")
-        found[entry["id"]] = str(entry["name"])
+        found[entry["id"]] = entry["name"]
     if not found:
         raise ValueError("no categories")
     return dict(sorted(found.items()))
@@ -169,8 +172,8 @@ def _boxes(
     return found
 
 
-def _four(box: Any, where: str) -> list[float]:
-    numbers = isinstance(box, list) and all(type(v) in (int, float) for v in box)
+def _four(box: list[Any], where: str) -> list[float]:
+    numbers = all(type(v) in (int, float) for v in box)
     if not numbers or len(box) != 4 or not all(math.isfinite(v) for v in box):
         raise ValueError(f"{where}: bbox {box!r}, wants [left, top, width, height] in pixels")
     if box[2] < 0 or box[3] < 0:

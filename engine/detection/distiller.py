@@ -50,12 +50,17 @@ class DetectionDistiller(nn.Module):
         batch, resized = self.student.transform(images, targets)
         assert resized is not None
         features = self.student.backbone(batch.tensors)
-        proposals, losses = self.student.rpn(batch, features, resized)
+        proposals, found = self.student.rpn(batch, features, resized)
         heads: Any = self.student.roi_heads
         rois, _, labels, offsets = heads.select_training_samples(proposals, resized)
         logits, boxes = scores(self.student, features, rois, batch.image_sizes)
         classifier, regression = fastrcnn_loss(logits, boxes, labels, offsets)
-        losses = {"classifier": classifier, "box": regression, **renamed(losses)}
+        losses = {
+            "classifier": classifier,
+            "box": regression,
+            "objectness": found["loss_objectness"],
+            "rpn_box": found["loss_rpn_box_reg"],
+        }
         loss = torch.stack(list(losses.values())).sum()
         terms = {name: value.detach() for name, value in losses.items()}
         if isinstance(self.method, Distillation):
@@ -79,8 +84,3 @@ def scores(
     heads: Any = detector.roi_heads
     pooled = heads.box_roi_pool(features, rois, sizes)
     return heads.box_predictor(heads.box_head(pooled))
-
-
-def renamed(losses: Mapping[str, Tensor]) -> Terms:
-    """The losses of the region proposals by the names that they have in a run's log."""
-    return {"objectness": losses["loss_objectness"], "rpn_box": losses["loss_rpn_box_reg"]}

@@ -40,7 +40,7 @@ class Loader:
     Training: step s takes positions [s * batch * world, (s + 1) * batch * world) of the epoch's
     permutation, rank r their r-th slice; the last incomplete step is left out, and each position
     flips by a hash of (seed, epoch, position). Evaluation: every image once, rank r those at
-    r, r + world, ...; the last batch may be smaller or empty.
+    r, r + world, ...; the last batch may be smaller, and processes may have one more than others.
     """
 
     def __init__(

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 
-from ..models.checkpoints import compare, read_weights
+from ..models.checkpoints import Difference, compare, read_weights
 from .recipe import CocoData, Detector, Student
 
 RESNETS = (
@@ -91,19 +90,18 @@ def _take(model: nn.Module, path: Path, name: str, left_out: tuple[str, ...] = (
     }
     difference = compare(weights, model)
     if difference:
-        raise ValueError(f"checkpoint {path}: does not fit {name}: {_why(weights, model)}")
+        raise ValueError(f"checkpoint {path}: does not fit {name}: {_why(difference)}")
     model.load_state_dict(weights)
 
 
-def _why(weights: Mapping[str, Tensor], model: nn.Module) -> str:
-    have, want = weights.get(CLASSES), model.state_dict().get(CLASSES)
-    if have is not None and want is not None and have.shape != want.shape:
+def _why(found: Difference) -> str:
+    if CLASSES in found.shapes:
+        ((rows,), _) = found.shapes[CLASSES]
         return (
-            f"it has {len(have) - 1} categories beside the background (90: torchvision's own "
+            f"it has {rows - 1} categories beside the background (90: torchvision's own "
             "files, which count the gaps in COCO's ids); train one on this data with a recipe of "
             "method baseline"
         )
-    found = compare(weights, model)
     shapes = [f"{key} is {a}, needs {b}" for key, (a, b) in found.shapes.items()]
     parts = {"missing": found.missing, "unexpected": found.unexpected, "other shape": shapes}
     return "; ".join(
