@@ -12,7 +12,7 @@ install: $(INSTALLED)
 $(INSTALLED): pyproject.toml setup.py $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -q "setuptools>=77" wheel pybind11 "torch>=2.11" torchvision
-	$(BIN)/python -m pip install -q --no-build-isolation -e ".[dev,dali,tensorboard]"
+	$(BIN)/python -m pip install -q --no-build-isolation -e ".[dev,dali,tensorboard,timm,onnx]"
 	touch $(INSTALLED)
 
 demo: install

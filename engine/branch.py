@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .methods import Method, Networks, Outputs, Role, Terms
-from .models import Taps, points, shapes
+from .models import Taps, Until, points, shapes, unreached
 
 
 class Branch(nn.Module):
@@ -39,11 +41,17 @@ class Branch(nn.Module):
             networks["teacher"] = teacher
         if slts:
             networks["slts"] = slts[0]
-        self.reads = method.reads({role: points(network) for role, network in networks.items()})
+        named = {role: points(network) for role, network in networks.items()}
+        self.reads: dict[Role, tuple[str, ...]] = {}
         self.head: nn.Module | None = None
         if labels is not None or method.deploys_head:
+            self.reads = method.reads(named)
             found = {r: shapes(networks[r], names, size) for r, names in self.reads.items()}
-            self.head = method.head(Networks(classes, student, teacher, slts, found, labels))
+            self.head = method.head(Networks(classes, student, teacher, slts, named, found, labels))
+        if method.reads_student == "taps" and labels is not None:
+            # Without a gradient they would hold up the processes of a group, which wait for it.
+            for parameter in unreached(student, self.reads["student"], size):
+                parameter.requires_grad_(False)
         self._taps: list[Taps] = []  # of the student and of each SL-T
         self._average: tuple[nn.Module, ...] = ()
         self._features: Callable[[Outputs, Tensor], Terms] = method.features
@@ -51,7 +59,15 @@ class Branch(nn.Module):
     @property
     def deployed(self) -> nn.Module:
         """What is evaluated and exported."""
-        return self.method.deployed(self.student, self.head)
+        return self.method.deployed(self.student, self.head, partial(Until, self.student))
+
+    def load(self, held: dict[str, Any]) -> None:
+        """Take the weights of student, SL-Ts and head from what a checkpoint holds."""
+        self.student.load_state_dict(held["student"])
+        for slt, weights in zip(self.slts, held["slts"], strict=True):
+            slt.load_state_dict(weights)
+        if self.head is not None:
+            self.head.load_state_dict(held["head"])
 
     def follow(self, average: nn.Module) -> None:
         """Let a method that reads it have the student's average."""

@@ -1,4 +1,4 @@
-"""The command line: kdfuse train, eval, report, recipes, data, demo, doctor, bench.
+"""The command line: kdfuse train, eval, export, report, recipes, data, demo, doctor, bench.
 
 Each verb imports what it needs when it runs, so that --help is quick.
 """
@@ -166,6 +166,19 @@ def evaluate(
     else:
         measure(run)
     _print_published(run)
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="folder of a run")],
+    out: Annotated[Path, typer.Argument(help="file to write: .pt2, .onnx or .pt")],
+    which: Annotated[str, typer.Option(help="best or last")] = "best",
+    network: Annotated[str, typer.Option(help="student, ema, slt0, ...")] = "student",
+) -> None:
+    """Write a trained network as one file: a program, an ONNX model, or its weights."""
+    from .export import export as write
+
+    print(write(run, out, which, network))
 
 
 @app.command()

@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import hashlib
 import warnings
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from .branch import Branch
+from .finished import checkpoints_of, recipe_of
 from .methods import Outputs
-from .models import FoldError, Taps, create, fold_batchnorm
+from .models import FoldError, Taps, create, fold_batchnorm, fold_dirac
 from .recipe import Recipe
 from .schema import Network, Normalize
 
 MAIN = "main"  # the branch of the recipe's own student
+RUN = "run:"  # before the folder of a run: a network's name, for what that run keeps
 
 
 class Inputs(nn.Module):
@@ -177,19 +180,26 @@ def build(
 
     def make(name: str, network: Network | None) -> nn.Module:
         assert network is not None  # a recipe has the networks that its method needs
+        if network.name.startswith(RUN):
+            made, normalize = of_run(Path(network.name.removeprefix(RUN)), classes)
+            network = network.model_copy(update={"normalize": network.normalize or normalize})
+        else:
+            made = create(network.name, classes, network.checkpoint)
         found[name] = network
-        made = create(network.name, classes, network.checkpoint)
         return made.to(device).to(memory_format=layout)
 
     teachers: list[nn.Module] = []
     branches = {}
+    # What is only evaluated needs a teacher where a part of it is kept.
+    parts = recipe.branches(MAIN).values()
+    taught = labels is not None or any(part.method.deploys_head for part in parts)
     for name, part in recipe.branches(MAIN).items():
         torch.random.set_rng_state(seed)
         slt = part.slt
         if slt is None and recipe.teacher is not None:
             slt = recipe.teacher.model_copy(update={"checkpoint": None})
         student = make(role(name, "student"), part.student)
-        if name == MAIN and recipe.teacher is not None:
+        if name == MAIN and recipe.teacher is not None and taught:
             teachers.append(make("teacher", recipe.teacher).eval().requires_grad_(False))
         slts = [make(role(name, "slts"), slt) for _ in range(part.method.slt_count)]
         branches[name] = Branch(
@@ -201,7 +211,7 @@ def build(
             data.size,
             labels,
         )
-    for i, assistant in enumerate(recipe.assistants):
+    for i, assistant in enumerate(recipe.assistants if labels is not None else ()):
         teachers.append(make(f"assistant{i}", assistant))
     norms = {name: network.normalize or data.normalize for name, network in found.items()}
     inputs = {norm: Inputs(norm, run.channels_last) for norm in norms.values()}
@@ -214,10 +224,26 @@ def build(
     return distiller.to(device).to(memory_format=layout)
 
 
+def of_run(run: Path, classes: int) -> tuple[nn.Module, Normalize]:
+    """What a run keeps as its best, on the CPU: the whole deployed network, and its input's
+    statistics.
+
+    Raises FileNotFoundError, ValueError or CheckpointError when it cannot be had.
+    """
+    recipe = recipe_of(run)
+    main = build(recipe, classes, torch.device("cpu")).main
+    held = checkpoints_of(run)
+    try:
+        main.load((held.get("best") or held["last"])[0])
+    except RuntimeError as error:
+        raise ValueError(f"{RUN}{run}: not of {classes} classes, or damaged: {error}") from error
+    return main.deployed, recipe.student.normalize or recipe.data.normalize
+
+
 def folded(teacher: nn.Module) -> nn.Module:
     """The teacher with its BatchNorm folded; itself, with a warning, where that cannot be done."""
     try:
-        return fold_batchnorm(teacher)
+        return fold_batchnorm(fold_dirac(teacher))
     except FoldError as error:
         warnings.warn(f"the teacher runs with its BatchNorm layers unfolded: {error}", stacklevel=2)
         return teacher

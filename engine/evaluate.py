@@ -3,18 +3,16 @@
 from collections.abc import Iterable
 from contextlib import closing
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import checkpoint
 from .data import Batch, Loader, make_loader, open_source
-from .distiller import Distiller, prefix, role
+from .distiller import Distiller
 from .distributed import Group, join
 from .environment import settings
+from .finished import checkpoints_of, recipe_of
 from .meters import Diverged
-from .recipe import Recipe
 from .state import State
 
 
@@ -70,11 +68,8 @@ def accuracy(
 
 def evaluate_state(state: State, val: Loader, group: Group) -> dict[str, float]:
     """Percent: top1 and top5 of the student; slt0_top1, ema_top1 and so on of the others."""
-    networks = state.distiller.networks()
-    for name, average in state.averages.items():
-        networks[f"{prefix(name)}ema"] = (average.module, role(name, "student"))
     state.average_batchnorm()
-    found = accuracy(state.distiller, networks, val.epoch(0), group)
+    found = accuracy(state.distiller, state.networks(), val.epoch(0), group)
     student = found.pop("student")
     return student | {f"{name}_{k}": v for name, row in found.items() for k, v in row.items()}
 
@@ -87,9 +82,7 @@ def evaluate(run: str | Path) -> dict[str, dict[str, float]]:
     there is no checkpoint to use.
     """
     run = Path(run)
-    if not (run / "recipe.yaml").is_file():
-        raise FileNotFoundError(f"{run} is not a run: it has no recipe.yaml")
-    recipe = _alone(Recipe.load(run / "recipe.yaml"))
+    recipe = recipe_of(run)
     results = {}
     group = join(recipe.run.device)
     with settings(recipe.run):
@@ -113,32 +106,6 @@ def evaluate(run: str | Path) -> dict[str, dict[str, float]]:
                 if group.first:
                     print(f"{name} (step {facts['step']}): {_words(found)}", flush=True)
     return results
-
-
-def checkpoints_of(run: Path) -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
-    """Weights and facts of the newest usable checkpoint and, once there is one, of the best."""
-    last = checkpoint.latest(run / "checkpoints")
-    if last is None:
-        raise checkpoint.CheckpointError(f"{run}: no checkpoint yet")
-    for reason in last.skipped:
-        print(f"skipped a damaged checkpoint: {reason}", flush=True)
-    found = {"last": (last.state, last.facts)}
-    if "best" in last.facts["results"]:
-        found["best"] = checkpoint.load(run / "checkpoints" / "best")
-    return found
-
-
-def _alone(recipe: Recipe) -> Recipe:
-    """The recipe without the files that it started from: all weights come from the checkpoint."""
-    plain = recipe.model_dump()
-    for part in (plain, *plain["also"].values()):
-        for network in ("student", "teacher", "slt"):
-            if part.get(network):
-                part[network]["checkpoint"] = None
-    for assistant in plain["assistants"]:
-        assistant["checkpoint"] = None
-    plain["run"]["compile"] = False
-    return Recipe.model_validate(plain)
 
 
 def _words(found: dict[str, float]) -> str:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from .chain import trained
 from .checkpoint import step_name
 from .data import Loader, Manifest, make_loader, open_source
 from .distributed import Group, join
@@ -14,6 +15,7 @@ from .evaluate import accuracy, evaluate_state
 from .log import RunLog
 from .meters import Clock
 from .optim import lr_at, set_lr
+from .pastruns import read_run
 from .recipe import Recipe
 from .report import report
 from .rundir import check_folder, create_folder, default_folder, held
@@ -29,8 +31,11 @@ def train(recipe: Recipe, out: str | Path | None = None, resume: bool = False) -
     with something in it and no `resume`; for a recipe, data or teacher other than those that the
     run was started with; for a teacher at chance level; for run.device=cuda without CUDA.
     Raises Diverged, a RuntimeError, when a loss is not finite.
+
+    Networks that have `trained_by` and no checkpoint are trained first, beside the run's folder.
     """
     folder = Path(out) if out is not None else default_folder(recipe)
+    recipe = trained(recipe, folder.parent, _train_once)
     run, data = recipe.run, recipe.data
     group = join(run.device)
     with settings(run):
@@ -65,6 +70,14 @@ def train(recipe: Recipe, out: str | Path | None = None, resume: bool = False) -
     return folder
 
 
+def _train_once(recipe: Recipe, folder: Path, resume: bool) -> Path:
+    """Train, unless the folder holds the finished run of the same recipe."""
+    if resume and read_run(folder).finished:
+        check_folder(folder, recipe, resume)
+        return folder
+    return train(recipe, folder, resume)
+
+
 def open_splits(recipe: Recipe, group: Group) -> tuple[Manifest, Manifest]:
     """The training and the validation set; the first process goes first, it may write files."""
     if not group.first:
@@ -91,6 +104,7 @@ class Training:
         self.state, self.loader, self.val = state, loader, val
         self.checkpoints = folder / "checkpoints"
         self.epoch_steps = loader.steps
+        self.epochs = recipe.run.stop_epoch or recipe.run.epochs
         self.step = Step(
             group.wrap(state.distiller),
             state.branches,
@@ -103,7 +117,7 @@ class Training:
 
     def run(self, resume: bool) -> None:
         """From wherever the run stands to its end."""
-        state, epochs = self.state, self.recipe.run.epochs
+        state, epochs = self.state, self.epochs
         notes = state.restore(self.checkpoints) if resume else []
         teacher = self.check_teacher() if state.done == 0 else {}
         if self.group.first:
@@ -176,7 +190,7 @@ class Training:
     def finish_epoch(self, epoch: int, log: RunLog) -> None:
         """Evaluate and save after `epoch` finished epochs, where that is due."""
         state, run = self.state, self.recipe.run
-        end = epoch == run.epochs
+        end = epoch == self.epochs
         values = {f"train_{name}": value for name, value in state.meters.read_epoch().items()}
         values["lr"] = lr_at(self.recipe.optim, run.epochs, (state.done - 1) / self.epoch_steps)
         improved = False

@@ -92,6 +92,17 @@ class Recipe(RecipeBase):
         """As the function `load`; a recipe of another task comes back as what that task has."""
         return load(name_or_path, overrides)
 
+    def without_files(self) -> Recipe:
+        """The same without the files of weights that it starts from."""
+        plain = self.model_dump()
+        for part in (plain, *plain["also"].values()):
+            for role in ("student", "teacher", "slt"):
+                if part.get(role):
+                    part[role]["checkpoint"] = None
+        for assistant in plain["assistants"]:
+            assistant["checkpoint"] = None
+        return type(self).model_validate(plain)
+
 
 TASKS: dict[str | None, tuple[type[Recipe] | type[DetectionRecipe], Mapping[str, type[Strict]]]] = {
     None: (Recipe, METHODS),  # classification, which recipes do not name

@@ -26,10 +26,7 @@ FREE = {
     "data.bad_images",
     "run.keep",
     "run.teacher_at_chance",
-    "student.checkpoint",
     "student.backbone",
-    "teacher.checkpoint",
-    "slt.checkpoint",
     "expect.top1",
     "expect.ap",
     "expect.source",
@@ -100,7 +97,7 @@ def plain(recipe: RecipeBase) -> dict[str, Any]:
 
 def changes(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """One line for each value that differs and can change a number of the run."""
-    names = [name for name in {**was, **now} if name not in FREE]
+    names = [n for n in {**was, **now} if n not in FREE and not n.endswith(".checkpoint")]
     return [f"{n}: {was.get(n)} -> {now.get(n)}" for n in names if was.get(n) != now.get(n)]
 
 
@@ -108,6 +105,8 @@ def _flat(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
     for name, value in values.items():
         if isinstance(value, dict):
             yield from _flat(value, f"{prefix}{name}.")
+        elif isinstance(value, list) and any(isinstance(entry, dict) for entry in value):
+            yield from _flat({str(i): entry for i, entry in enumerate(value)}, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", value
 

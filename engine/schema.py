@@ -67,9 +67,24 @@ IMAGENET = Normalize(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 class Network(Strict):
     """One network of a run."""
 
-    name: str = Field(min_length=1, description="resnet8x4, torchvision:resnet18, ...")
+    name: str = Field(
+        min_length=1,
+        description="resnet8x4, torchvision:resnet18, timm:deit_tiny_patch16_224, run:FOLDER",
+    )
     checkpoint: FilePath | None = Field(None, description="file of weights; null: random weights")
     normalize: Normalize | None = Field(None, description="null: the statistics of data.normalize")
+    trained_by: str | None = Field(
+        None, description="recipe that trains it first where there is no checkpoint, as its student"
+    )
+    trained_with: Annotated[tuple[str, ...], Field(strict=False)] = Field(
+        (), description="words for that recipe, as in [run.epochs=60]"
+    )
+
+    @model_validator(mode="after")
+    def _words_have_a_recipe(self) -> Network:
+        if self.trained_with and self.trained_by is None:
+            raise ValueError(f"trained_with: {list(self.trained_with)} needs trained_by, a recipe")
+        return self
 
 
 class Data(Strict):
@@ -199,6 +214,9 @@ class Run(Strict):
     """How long, how large and on what a run trains."""
 
     epochs: int = Field(ge=1, description="passes over the training set")
+    stop_epoch: int | None = Field(
+        None, ge=1, description="end after so many epochs, on the schedule of all; null: run all"
+    )
     batch: int = Field(ge=1, description="images of a step over all processes together")
     eval_batch: int = Field(256, ge=1, description="images of an evaluation step, all processes")
     seed: int = Field(0, ge=0, lt=2**63, description="weights, order and crops follow from it")
@@ -217,6 +235,15 @@ class Run(Strict):
     teacher_at_chance: Literal["refuse", "allow"] = Field(
         "refuse", description="what to do with a teacher that knows no more than chance"
     )
+
+    @model_validator(mode="after")
+    def _stops_in_time(self) -> Run:
+        if self.stop_epoch is not None and self.stop_epoch > self.epochs:
+            raise ValueError(
+                f"run.stop_epoch: {self.stop_epoch} is beyond run.epochs={self.epochs}; lower it "
+                "or leave it out"
+            )
+        return self
 
 
 class Expect(Strict):

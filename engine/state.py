@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from . import checkpoint, rng
 from .branch import Branch
-from .distiller import MAIN, build, prefix
+from .distiller import MAIN, build, prefix, role
 from .distributed import Group
 from .environment import seed
 from .meters import Diverged, Meters
@@ -64,6 +64,13 @@ class State:
         }
         seed(recipe.run.seed + group.rank)  # dropout differs between processes
 
+    def networks(self) -> dict[str, tuple[nn.Module, str]]:
+        """Everything that is evaluated, by the name in logs, each with its role in `inputs`."""
+        found = self.distiller.networks()
+        for name, average in self.averages.items():
+            found[f"{prefix(name)}ema"] = (average.module, role(name, "student"))
+        return found
+
     def average_batchnorm(self) -> None:
         """Give all processes the same running statistics, before anything reads them."""
         self.group.average_batchnorm(self.distiller)
@@ -95,6 +102,7 @@ class State:
             }
         facts = {
             "step": self.done,
+            "classes": self.classes,
             "results": self.results,
             "sources": self.sources,
             "machine": self.machine,
@@ -129,12 +137,7 @@ class State:
     def load_networks(self, state: dict[str, Any]) -> None:
         """Take the weights of everything that is trained from a checkpoint."""
         for name, held in {MAIN: state, **state["also"]}.items():
-            branch = self.branches[name]
-            branch.student.load_state_dict(held["student"])
-            for slt, weights in zip(branch.slts, held["slts"], strict=True):
-                slt.load_state_dict(weights)
-            if branch.head is not None:
-                branch.head.load_state_dict(held["head"])
+            self.branches[name].load(held)
             if name in self.averages:
                 self.averages[name].load_state_dict(held["ema"])
 

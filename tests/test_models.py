@@ -1,12 +1,10 @@
-"""Networks: published layouts, checkpoint import and its messages, stage taps, folding."""
+"""Networks: by name, checkpoint import and its messages, stage taps, folding."""
 
 import argparse
 import copy
 import io
-import json
 import os
 import tarfile
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +13,6 @@ from torch import nn
 
 from kdfuse.engine import checkpoint
 from kdfuse.engine.models import (
-    NETWORKS,
     FoldError,
     Taps,
     create,
@@ -24,26 +21,6 @@ from kdfuse.engine.models import (
     shapes,
     stages,
 )
-
-LAYOUTS = json.loads((Path(__file__).parent / "data" / "cifar_resnet_layouts.json").read_text())
-BATCHNORM = ("weight", "bias", "running_mean", "running_var")
-
-
-def layout(name):
-    """The published keys and shapes in order, written out from the layers of the fixture."""
-    entries = []
-    for layer in LAYOUTS[name]["layers"]:
-        path, kind, size = layer.split()
-        shape = tuple(int(n) for n in size.split("x"))
-        if kind == "bn":
-            entries += [(f"{path}.{leaf}", shape) for leaf in BATCHNORM]
-            entries.append((f"{path}.num_batches_tracked", ()))
-        else:
-            entries.append((f"{path}.weight", shape))
-        if kind == "linear":
-            entries.append((f"{path}.bias", shape[:1]))
-    assert len(entries) == LAYOUTS[name]["keys"]
-    return entries
 
 
 def trained(name="resnet8", num_classes=10, seed=0):
@@ -64,20 +41,6 @@ def assert_same(model, other):
         model.state_dict().items(), other.state_dict().items(), strict=True
     ):
         assert torch.equal(a, b), key
-
-
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_published_layout(name):
-    with torch.device("meta"):
-        model = create(name, 100)
-    state = model.state_dict()
-    assert [(key, tuple(tensor.shape)) for key, tensor in state.items()] == layout(name)
-    assert sum(p.numel() for p in model.parameters()) == LAYOUTS[name]["params"]
-
-
-def test_layouts_cover_the_networks():
-    assert set(LAYOUTS) == set(NETWORKS)
-    assert LAYOUTS["resnet32x4"]["params"] == 7_433_860 and LAYOUTS["resnet56"]["keys"] == 344
 
 
 def test_initial_weights():
@@ -315,6 +278,20 @@ def test_torchvision_pre_activations_are_not_overwritten(name):
     for stage in ("stem", "stage2"):
         assert (kept[f"{stage}.pre"] < 0).any()
         torch.testing.assert_close(kept[f"{stage}.pre"].relu(), kept[stage])
+
+
+def test_timm_models_by_prefix_with_their_own_points():
+    pytest.importorskip("timm")
+    with pytest.raises(
+        ValueError, match="timm has no model 'resnet18dd'; did you mean timm:resnet"
+    ):
+        create("timm:resnet18dd", 10)
+    model = create("timm:resnet18", 10).eval()
+    found = shapes(model, ["stage1", "stage5", "layer2.1.act2:in"], 64)
+    assert [shape[1] for shape in found.values()] == [64, 512, 128]
+    vit = create("timm:deit_tiny_patch16_224", 10)
+    assert shapes(vit, ["blocks.10"], 224)["blocks.10"] == (1, 197, 192)
+    assert vit.fc if hasattr(vit, "fc") else vit.head.out_features == 10
 
 
 def test_a_tap_that_the_network_overwrites_is_an_error():

@@ -110,11 +110,12 @@ class Training:
         self.state, self.loader, self.val = state, loader, val
         self.checkpoints = folder / "checkpoints"
         self.epoch_steps = loader.steps
+        self.epochs = recipe.run.stop_epoch or recipe.run.epochs
         self.model: nn.Module = group.wrap(state.distiller)
 
     def run(self, resume: bool) -> None:
         """From wherever the run stands to its end."""
-        state, epochs = self.state, self.recipe.run.epochs
+        state, epochs = self.state, self.epochs
         notes = state.restore(self.checkpoints) if resume else []
         if self.group.first:
             create_folder(self.folder, self.recipe, self.group.world)
@@ -167,7 +168,7 @@ class Training:
     def finish_epoch(self, epoch: int, log: RunLog) -> None:
         """Evaluate and save after `epoch` finished epochs, where that is due."""
         state, run = self.state, self.recipe.run
-        end = epoch == run.epochs
+        end = epoch == self.epochs
         values = {f"train_{name}": value for name, value in state.meters.read_epoch().items()}
         values["lr"] = lr_at(self.recipe.optim, run.epochs, (state.done - 1) / self.epoch_steps)
         improved = False

@@ -5,6 +5,7 @@ from .dkd import DKD
 from .kd import KD
 from .method import Method, Networks, Outputs, Role, Terms
 from .nkd import NKD
+from .simkd import SimKD
 from .slkd import SLKD
 from .tf_nkd import TfNKD
 from .uskd import USKD
@@ -17,6 +18,7 @@ METHODS: dict[str, type[Method]] = {
     "tf_nkd": TfNKD,
     "uskd": USKD,
     "slkd": SLKD,
+    "simkd": SimKD,
 }
 
 __all__ = ["METHODS", "Method", "Networks", "Outputs", "Role", "Terms"]

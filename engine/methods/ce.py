@@ -15,14 +15,19 @@ class CE(Method):
     name: Literal["ce"] = "ce"
 
     def loss(self, out: Outputs, target: Tensor, epoch: float) -> tuple[Tensor, Terms]:
-        logits = out.student.float()  # (N, C)
-        loss = F.cross_entropy(logits, target)
-        with torch.no_grad():
-            rank = (logits > logits.gather(1, target[:, None])).sum(1)  # (N,)
-            terms = {
-                "ce": loss.detach(),
-                "top1": (rank < 1).sum(),
-                "top5": (rank < 5).sum(),
-                "rows": torch.full_like(rank[:1], len(target)).sum(),
-            }
-        return loss, terms
+        return labelled(out.student, target)
+
+
+def labelled(logits: Tensor, target: Tensor) -> tuple[Tensor, Terms]:
+    """The mean cross-entropy of logits (N, C) in float32, and the terms ce, top1, top5, rows."""
+    logits = logits.float()
+    loss = F.cross_entropy(logits, target)
+    with torch.no_grad():
+        rank = (logits > logits.gather(1, target[:, None])).sum(1)  # (N,)
+        terms = {
+            "ce": loss.detach(),
+            "top1": (rank < 1).sum(),
+            "top5": (rank < 5).sum(),
+            "rows": torch.full_like(rank[:1], len(target)).sum(),
+        }
+    return loss, terms

@@ -6,7 +6,7 @@ A method is its options: adding one is one file with a subclass and one line in 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
@@ -44,7 +44,8 @@ class Networks:
     student: nn.Module
     teacher: nn.Module | None = None  # frozen, in evaluation mode, BatchNorm not folded
     slts: list[nn.Module] = field(default_factory=list)
-    shapes: dict[Role, dict[str, Size]] = field(default_factory=dict)  # for one image
+    points: Mapping[Role, Points] = field(default_factory=dict)
+    shapes: dict[Role, dict[str, Size]] = field(default_factory=dict)  # of taps, for one image
     labels: Tensor | None = None  # (images,) int64, of the training set; None in evaluation
 
 
@@ -55,6 +56,7 @@ class Method(Strict):
     uses_teacher: ClassVar[bool] = False
     uses_assistants: ClassVar[bool] = False  # further frozen teachers
     deploys_head: ClassVar[bool] = False  # whether the head is part of the network that is kept
+    reads_student: ClassVar[Literal["logits", "taps"]] = "logits"  # taps: not what is behind them
     teacher_mode: ClassVar[Literal["eval", "train"]] = "eval"  # of the teacher's BatchNorm
 
     @property
@@ -95,8 +97,13 @@ class Method(Strict):
         or top5, and rows, are counts over the batch; all others are means over its rows.
         """
 
-    def deployed(self, student: nn.Module, head: nn.Module | None) -> nn.Module:
-        """What is evaluated and exported: images (N, 3, H, W) in, (N, C) logits out."""
+    def deployed(
+        self, student: nn.Module, head: nn.Module | None, until: Callable[[str], nn.Module]
+    ) -> nn.Module:
+        """What is evaluated and exported: images (N, 3, H, W) in, (N, C) logits out.
+
+        `until(point)` is the student as a module that gives what passes at `point`.
+        """
         return student
 
 

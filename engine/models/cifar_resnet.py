@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .initial import he_fan_out
+from .points import relu_points
+
 NARROW = (16, 16, 32, 64)  # channels of the stem and of the three stages
+DOUBLE = (16, 32, 64, 128)  # the stem stays narrow: the widths of a WRN-d-2
 WIDE = (32, 64, 128, 256)
 
 
@@ -16,8 +19,10 @@ class Block(nn.Module):
         super().__init__()
         self.conv1 = nn.Conv2d(channels_in, channels, 3, stride, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(channels)
+        self.relu1 = nn.ReLU()
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(channels)
+        self.relu2 = nn.ReLU()
         self.downsample = None
         if stride != 1 or channels_in != channels:
             self.downsample = nn.Sequential(
@@ -26,9 +31,9 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # (N, channels_in, H, W)
         shortcut = x if self.downsample is None else self.downsample(x)
-        x = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        x = self.relu1(self.bn1(self.conv1(x)))
         x = self.bn2(self.conv2(x))
-        return F.relu(x + shortcut, inplace=True)  # (N, channels, H / stride, W / stride)
+        return self.relu2(x + shortcut)  # (N, channels, H / stride, W / stride)
 
 
 class CifarResNet(nn.Module):
@@ -45,28 +50,23 @@ class CifarResNet(nn.Module):
         stem, first, second, third = widths
         self.conv1 = nn.Conv2d(3, stem, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(stem)
+        self.relu = nn.ReLU()
         self.layer1 = _stage(stem, first, blocks, stride=1)
         self.layer2 = _stage(first, second, blocks, stride=2)
         self.layer3 = _stage(second, third, blocks, stride=2)
         self.pool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(third, num_classes)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        self._last = blocks - 1
+        he_fan_out(self)
 
     @property
     def taps(self) -> dict[str, str]:
-        """Where the features are: name to module path."""
-        return {
-            "stage1": "layer1",
-            "stage2": "layer2",
-            "stage3": "layer3",
-            "pooled": "pool",
-            "classifier": "fc",
-        }
+        """Where the features are: name to module path; ":in" behind it means the module's input."""
+        points = relu_points("relu", *(f"layer{i}.{self._last}.relu2" for i in (1, 2, 3)))
+        return {**points, "pooled": "pool", "classifier": "fc"}
 
     def forward(self, x: Tensor) -> Tensor:  # (N, 3, H, W)
-        x = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        x = self.relu(self.bn1(self.conv1(x)))
         x = self.layer3(self.layer2(self.layer1(x)))
         return self.fc(self.pool(x).flatten(1))  # (N, num_classes)
 

@@ -8,7 +8,7 @@ from collections import Counter
 from torch import fx, nn
 from torch.fx.experimental.optimization import fuse
 
-from .taps import Keep
+from .taps import Keep, Until
 
 # What tracing raises for a forward that depends on values: TraceError is a ValueError.
 _UNTRACEABLE = (ValueError, TypeError, RuntimeError, AttributeError, NotImplementedError, NameError)
@@ -19,10 +19,10 @@ class FoldError(RuntimeError):
 
 
 class _Tracer(fx.Tracer):
-    """Taps stay what they are."""
+    """Taps stay what they are, and so does what only they can see."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, Keep) or super().is_leaf_module(m, module_qualified_name)
+        return isinstance(m, Keep | Until) or super().is_leaf_module(m, module_qualified_name)
 
 
 def fold_batchnorm(model: nn.Module) -> nn.Module:

@@ -54,6 +54,26 @@ def shapes(model: nn.Module, names: Sequence[str], size: int) -> dict[str, torch
         model.train(training)
 
 
+def unreached(model: nn.Module, names: Sequence[str], size: int) -> list[nn.Parameter]:
+    """The parameters that no point of `names` depends on, those behind the last one.
+
+    The model is left as it was. Raises ValueError as `Taps` does.
+    """
+    training = model.training
+    taps = Taps(model, names)
+    try:
+        first = next(model.parameters())
+        with torch.enable_grad():
+            model.eval()(torch.zeros(1, 3, size, size, device=first.device, dtype=first.dtype))
+            total = torch.stack([value.sum() for value in taps.take().values()]).sum()
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        found = torch.autograd.grad(total, parameters, allow_unused=True)
+        return [p for p, g in zip(parameters, found, strict=True) if g is None]
+    finally:
+        taps.remove()
+        model.train(training)
+
+
 class Taps:
     """Keeps what passes at some points of a network in each forward pass; nothing runs twice.
 
@@ -74,7 +94,9 @@ class Taps:
         for module in model.modules() if names else ():
             if getattr(module, "inplace", False):
                 vars(module)["inplace"] = False  # it would overwrite what a tap before it keeps
-        for path in dict.fromkeys(paths.values()):
+        wanted = dict.fromkeys(paths.values())
+        self._own = [path for path in wanted if path not in _keeps(model)]
+        for path in self._own:
             _insert(model.get_submodule(path.removesuffix(INPUT)), path)
         self._paths = paths
         self._keeps = _keeps(model)
@@ -83,6 +105,7 @@ class Taps:
         """The same taps in a copy of the model that was made with them, such as a folded one."""
         other = object.__new__(Taps)
         other._model, other._paths, other._keeps = copy, self._paths, _keeps(copy)
+        other._own = self._own
         return other
 
     def take(self) -> dict[str, Tensor]:
@@ -95,12 +118,26 @@ class Taps:
         return {name: kept[path] for name, path in self._paths.items()}
 
     def remove(self) -> None:
-        """Take the taps out of the model again."""
-        for module in self._model.modules():
-            if isinstance(module, _Tapped):
-                for child in [n for n, m in module._modules.items() if isinstance(m, Keep)]:
-                    del module._modules[child]
+        """Take out of the model again what these taps put in."""
+        for path in self._own:
+            module = self._model.get_submodule(path.removesuffix(INPUT))
+            del module._modules[_place(path)]
+            if not any(isinstance(inner, Keep) for inner in module.children()):
                 module.__class__ = type(module).__mro__[2]
+
+
+class Until(nn.Module):
+    """A network as a module that gives what passes at one point instead of the logits."""
+
+    def __init__(self, network: nn.Module, point: str) -> None:
+        super().__init__()
+        self.network = network
+        self.point = point
+        self._taps = Taps(network, [point])
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.network(images)
+        return self._taps.take()[self.point]
 
 
 class Keep(nn.Module):
@@ -163,7 +200,11 @@ def _insert(module: nn.Module, path: str) -> None:
     if not isinstance(module, _Tapped):
         kind: Any = type(module)
         module.__class__ = _tapped(kind)
-    module.add_module("tap_in" if path.endswith(INPUT) else "tap_out", Keep(path))
+    module.add_module(_place(path), Keep(path))
+
+
+def _place(path: str) -> str:
+    return "tap_in" if path.endswith(INPUT) else "tap_out"
 
 
 def _keeps(model: nn.Module) -> dict[str, Keep]:
