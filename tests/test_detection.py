@@ -225,6 +225,7 @@ def test_flipped_images_carry_flipped_boxes(data):
         flipped += not np.array_equal(own, pixels)
         for box, label in zip(sample.boxes.int().tolist(), sample.labels.tolist(), strict=True):
             left, top, right, bottom = box
+            assert left < right and top < bottom
             inside = own[top:bottom, left:right].reshape(-1, 3)
             assert (inside == COLOURS[{1: RED, 2: BLUE}[label]]).all()
         if flipped and not np.array_equal(own, pixels):
