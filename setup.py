@@ -258,6 +258,7 @@ setup(
         "kdfuse.kernels",
         "kdfuse.engine",
         "kdfuse.engine.data",
+        "kdfuse.engine.detection",
         "kdfuse.engine.models",
         "kdfuse.engine.methods",
         "kdfuse.recipes",

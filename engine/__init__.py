@@ -3,8 +3,8 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .loop import train
     from .recipe import Recipe
+    from .start import train
 
 __all__ = ["Recipe", "train"]
 
@@ -16,7 +16,7 @@ def __getattr__(name: str) -> Any:
 
         return Recipe
     if name == "train":
-        from .loop import train
+        from .start import train
 
         return train
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from . import cli_recipes
-from .cli_recipes import wide
+from .cli_recipes import number, wide
 
 if TYPE_CHECKING:
     from .runset import Member
@@ -92,7 +92,7 @@ def train(
         if one is None:
             failures = train_set(runs, folder, resume)
         else:
-            from .loop import train as run  # torchvision and DALI: not before it is known good
+            from .start import train as run  # torchvision and DALI: not before it is known good
 
             run(one, out=folder, resume=resume)
     except KeyboardInterrupt:
@@ -103,7 +103,8 @@ def train(
         return
     _print_published(folder)
     if os.environ.get("RANK", "0") == "0":
-        print(f"{folder}: see {folder / 'report.html'}")
+        page = folder / "report.html"
+        print(f"{folder}: see {page if page.exists() else folder / 'log.jsonl'}")
 
 
 def _print_set(runs: list[Member], folder: Path, failures: list[str]) -> None:
@@ -129,15 +130,14 @@ def _print_set(runs: list[Member], folder: Path, failures: list[str]) -> None:
 
 def _print_published(run: Path) -> None:
     """The published number, below the ones of the run, and what of the recipe was changed."""
-    from .recipe import Recipe, recipes
+    from .recipe import load, recipes
     from .rundir import changes, plain
 
-    recipe = Recipe.load(run / "recipe.yaml")
+    recipe = load(run / "recipe.yaml")
     if recipe.expect is None or os.environ.get("RANK", "0") != "0":
         return
-    top1 = "no number" if recipe.expect.top1 is None else f"top1 {recipe.expect.top1:.2f}"
-    print(f"published: {top1} ({recipe.expect.source})")
-    shipped = plain(Recipe.load(recipe.name)) if recipe.name in recipes() else plain(recipe)
+    print(f"published: {number(recipe.expect) or 'no number'} ({recipe.expect.source})")
+    shipped = plain(load(recipe.name)) if recipe.name in recipes() else plain(recipe)
     drift = changes(shipped, plain(recipe))
     if drift:
         print(f"but this run is not that recipe: {'; '.join(drift)}")
@@ -171,8 +171,17 @@ def evaluate(
 ) -> None:
     """Evaluate the networks of a run on its validation set."""
     from .evaluate import evaluate as measure
+    from .recipe import DetectionRecipe, load
 
-    measure(run)  # says what it finds
+    there = (run / "recipe.yaml").is_file()
+    recipe = load(run / "recipe.yaml") if there else None
+    # Both say what they find.
+    if isinstance(recipe, DetectionRecipe):
+        from .detection.evaluate import evaluate as detect
+
+        detect(run, recipe)
+    else:
+        measure(run)
     _print_published(run)
 
 

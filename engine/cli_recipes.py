@@ -13,6 +13,7 @@ from rich.text import Text
 
 if TYPE_CHECKING:
     from .recipe import Recipe
+    from .schema import Expect
 
 app = typer.Typer(help="Recipes that come with the package.", invoke_without_command=True)
 
@@ -42,10 +43,17 @@ def recipes(
         teacher = recipe.teacher.name if recipe.teacher else ""
         top1, source = "", ""
         if recipe.expect is not None:
-            top1 = "" if recipe.expect.top1 is None else f"{recipe.expect.top1:.2f}"
+            top1 = number(recipe.expect)
             source = recipe.expect.source
         drawn.add_row(recipe.name, recipe.student.name, teacher, top1, Text(source))
     wide(drawn)
+
+
+def number(expect: Expect) -> str:
+    """The published number; empty where there is none."""
+    if expect.ap is not None:
+        return f"AP {expect.ap:.2f}"
+    return "" if expect.top1 is None else f"{expect.top1:.2f}"
 
 
 @app.command("show")

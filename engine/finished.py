@@ -11,11 +11,14 @@ from .rundir import RECIPE
 def recipe_of(run: Path) -> Recipe:
     """The recipe of a run's folder, for its checkpoints: no files, nothing compiled.
 
-    Raises FileNotFoundError for a folder that is no run.
+    Raises FileNotFoundError for a folder that is no run, ValueError for a detector's.
     """
     if not (run / RECIPE).is_file():
         raise FileNotFoundError(f"{run} is not a run: it has no {RECIPE}")
-    recipe = Recipe.load(run / RECIPE).without_files()
+    loaded = Recipe.load(run / RECIPE)
+    if not isinstance(loaded, Recipe):
+        raise ValueError(f"{run} is a run of a detector; its weights are in checkpoints/")
+    recipe = loaded.without_files()
     return recipe.model_copy(update={"run": recipe.run.model_copy(update={"compile": False})})
 
 

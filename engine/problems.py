@@ -45,6 +45,17 @@ def keys_of(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
                 yield from keys_of(kind, f"{prefix}{name}.")
 
 
+def teacher(method: Any, given: bool) -> list[str]:
+    """What is wrong with `given`, whether there is a teacher; `method` or its class needs one."""
+    kind: Any = method if isinstance(method, type) else type(method)
+    name = kind.model_fields["name"].default
+    if method.uses_teacher and not given:
+        return [f"teacher: method {name} needs one; add teacher.name=NETWORK"]
+    if given and not method.uses_teacher:
+        return [f"teacher: method {name} uses none; leave it out (teacher=null)"]
+    return []
+
+
 def leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Dotted key and value of every leaf of nested mappings."""
     if isinstance(value, dict) and value:

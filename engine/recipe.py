@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Mapping
 from functools import reduce
 from operator import or_
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from . import problems, yamlfile
+from .detection.method import METHODS as DETECTION_METHODS
+from .detection.recipe import DetectionRecipe
 from .methods import METHODS
 from .methods.method import Method
-from .schema import Data, Expect, Network, Optim, RecipeError, Run, Strict
+from .schema import Data, Expect, Network, Optim, RecipeBase, RecipeError, Run, Strict
 
 SHIPPED = Path(__file__).resolve().parent.parent / "recipes"
 
@@ -36,11 +36,9 @@ class Also(Strict):
     slt: Network | None = Field(None, description="null: the teacher's network, random weights")
 
 
-class Recipe(Strict):
+class Recipe(RecipeBase):
     """Everything that decides what a run computes."""
 
-    name: str = Field(min_length=1, description="file:row")
-    description: str = ""
     method: AnyMethod
     data: Data
     student: Network
@@ -62,12 +60,12 @@ class Recipe(Strict):
     @model_validator(mode="after")
     def _networks_match_method(self) -> Recipe:
         methods = [part.method for part in self.branches("").values()]
-        found = [] if self.also else _teacher_problems(self.method, self.teacher is not None)
+        found = [] if self.also else problems.teacher(self.method, self.teacher is not None)
         if "main" in self.also:
             found.append("also.main: that name is the recipe's own student's; choose another")
         if self.also:
             used = [method for method in methods if method.uses_teacher]
-            found += _teacher_problems((used or methods)[0], self.teacher is not None)
+            found += problems.teacher((used or methods)[0], self.teacher is not None)
         for name, part in self.branches("").items():
             if part.slt is not None and part.method.slt_count == 0:
                 where = f"also.{name}.slt" if name else "slt"
@@ -99,31 +97,9 @@ class Recipe(Strict):
         return {main: own, **self.also}
 
     @classmethod
-    def load(cls, name_or_path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
-        """The recipe of a shipped name (`cifar100/kd:resnet32x4-resnet8x4`) or of a YAML file.
-
-        A file is given by its path, with `:row` behind it where it has several rows. Each override
-        is a word `a.b=c`, c in YAML. Raises FileNotFoundError for a path that is not there and
-        RecipeError, one problem a line, for all else.
-        """
-        path, file_name, row = _locate(str(name_or_path))
-        raw, name = _pick_row(yamlfile.read(path), file_name, row)
-        raw.setdefault("name", name)
-        written, words = _method(raw), list(overrides)
-        found = _apply(raw, words)
-        try:
-            recipe = cls.model_validate(raw)
-        except ValidationError as error:
-            switched = any(word.startswith("method.name=") for word in words)
-            if switched and _method(raw) in METHODS and _method(raw) != written:
-                found.append(
-                    f"method.name: {name} is written for {written}, and its other options stay; "
-                    f"start from a recipe of {_method(raw)}"
-                )
-            found += _explain(error, raw)
-        if found:
-            raise RecipeError("\n".join(dict.fromkeys(found)))
-        return recipe
+    def load(cls, name_or_path: str | Path, overrides: Iterable[str] = ()) -> Any:
+        """As the function `load`; a recipe of another task comes back as what that task has."""
+        return load(name_or_path, overrides)
 
     def without_files(self) -> Recipe:
         """The same without the files of weights that it starts from."""
@@ -136,9 +112,43 @@ class Recipe(Strict):
             assistant["checkpoint"] = None
         return type(self).model_validate(plain)
 
-    def explain(self) -> str:
-        """YAML of the recipe, every default filled in, each key with its meaning; loads again."""
-        return "\n".join(_rendered(self, "")) + "\n"
+
+TASKS: dict[str | None, tuple[type[Recipe] | type[DetectionRecipe], Mapping[str, type[Strict]]]] = {
+    None: (Recipe, METHODS),  # classification, which recipes do not name
+    "detection": (DetectionRecipe, DETECTION_METHODS),
+}
+
+
+def load(name_or_path: str | Path, overrides: Iterable[str] = ()) -> Recipe | DetectionRecipe:
+    """The recipe of a shipped name (`cifar100/kd:resnet56-resnet20`) or of a YAML file.
+
+    A file is given by its path, with `:row` behind it where it has several rows; its `task` says
+    of which kind it is. Each override is a word `a.b=c`, c in YAML. Raises FileNotFoundError for
+    a path that is not there and RecipeError, one problem a line, for all else.
+    """
+    path, file_name, row = _locate(str(name_or_path))
+    raw, name = _pick_row(yamlfile.read(path), file_name, row)
+    raw.setdefault("name", name)
+    written, words = _method(raw), list(overrides)
+    found = _apply(raw, words)
+    task = raw.get("task")
+    if task not in tuple(TASKS):  # a list is no key
+        wanted = "detection, or no such key for classification"
+        raise RecipeError(f"task: got {problems.shown(task)}, wants {wanted}")
+    model, methods = TASKS[task]
+    try:
+        recipe = model.model_validate(raw)
+    except ValidationError as error:
+        switched = any(word.startswith("method.name=") for word in words)
+        if switched and _method(raw) in methods and _method(raw) != written:
+            found.append(
+                f"method.name: {name} is written for {written}, and its other options stay; "
+                f"start from a recipe of {_method(raw)}"
+            )
+        found += _explain(error, raw, model, methods)
+    if found:
+        raise RecipeError("\n".join(dict.fromkeys(found)))
+    return recipe
 
 
 def recipes() -> list[str]:
@@ -226,40 +236,18 @@ def _apply(raw: dict[str, Any], overrides: Iterable[str]) -> list[str]:
     return found
 
 
-def _method_class(raw: dict[str, Any]) -> type[Method] | None:
-    method = raw.get("method")
-    name = method.get("name") if isinstance(method, dict) else None
-    return METHODS.get(name) if isinstance(name, str) else None
-
-
-def _teacher_problems(method: Method | type[Method], given: bool) -> list[str]:
-    name = method.model_fields["name"].default if isinstance(method, type) else method.name
-    if method.uses_teacher and not given:
-        return [f"teacher: method {name} needs one; add teacher.name=NETWORK"]
-    if given and not method.uses_teacher:
-        return [f"teacher: method {name} uses none; leave it out (teacher=null)"]
-    return []
-
-
-def _explain(error: ValidationError, raw: dict[str, Any]) -> list[str]:
+def _explain(
+    error: ValidationError,
+    raw: dict[str, Any],
+    model: type[BaseModel],
+    methods: Mapping[str, type[Strict]],
+) -> list[str]:
     """Lines for pydantic's findings and for the cross checks it did not get to."""
-    method = _method_class(raw)
-    known = [key for key in problems.keys_of(Recipe) if not key.startswith("method.")]
+    name = _method(raw)
+    method = methods.get(name) if isinstance(name, str) else None
+    known = [key for key in problems.keys_of(model) if not key.startswith("method.")]
     known += problems.keys_of(method, "method.") if method else []
-    found = problems.lines(error, known, set(METHODS))
+    found = problems.lines(error, known, set(methods))
     if method:
-        found += _teacher_problems(method, raw.get("teacher") is not None)
+        found += problems.teacher(method, raw.get("teacher") is not None)
     return found
-
-
-def _rendered(section: BaseModel, indent: str) -> Iterator[str]:
-    for name, field in type(section).model_fields.items():
-        value = getattr(section, name)
-        if isinstance(value, BaseModel):
-            yield f"{indent}{name}:"
-            yield from _rendered(value, indent + "  ")
-            continue
-        plain = json.loads(section.model_dump_json(include={name}))[name]
-        text = yaml.safe_dump(plain, default_flow_style=True, width=10_000).removesuffix("\n...\n")
-        line = f"{indent}{name}: {text.strip()}"
-        yield f"{line}  # {field.description}" if field.description else line

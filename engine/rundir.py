@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from .environment import environment
-from .recipe import Recipe
+from .recipe import load
+from .schema import RecipeBase
 
 RECIPE, ENVIRONMENT = "recipe.yaml", "environment.json"
 
@@ -25,11 +26,12 @@ FREE = {
     "data.bad_images",
     "run.keep",
     "run.teacher_at_chance",
+    "student.backbone",
     "expect",
 }
 
 
-def default_folder(recipe: Recipe) -> Path:
+def default_folder(recipe: RecipeBase) -> Path:
     """runs/NAME, the recipe's name in one word."""
     return Path("runs") / one_word(recipe.name)
 
@@ -46,7 +48,7 @@ def occupied(folder: Path) -> bool:
     return folder.exists() and any(folder.iterdir())
 
 
-def check_folder(folder: Path, recipe: Recipe, resume: bool) -> None:
+def check_folder(folder: Path, recipe: RecipeBase, resume: bool) -> None:
     """Raise ValueError unless the folder is new or empty, or `resume` may go on with it."""
     if not occupied(folder):
         return
@@ -55,11 +57,11 @@ def check_folder(folder: Path, recipe: Recipe, resume: bool) -> None:
             f"out = {folder}: not empty; choose another folder, or resume=true to go on with it"
         )
     if (folder / RECIPE).exists():
-        drift = changes(plain(Recipe.load(folder / RECIPE)), plain(recipe))
+        drift = changes(plain(load(folder / RECIPE)), plain(recipe))
         refuse(drift, f"cannot resume {folder}: the recipe is not the one it was started with")
 
 
-def create_folder(folder: Path, recipe: Recipe, world: int) -> None:
+def create_folder(folder: Path, recipe: RecipeBase, world: int) -> None:
     """Write recipe.yaml and environment.json where they are not there yet."""
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / RECIPE).exists():
@@ -95,7 +97,7 @@ def refuse(drift: list[str], problem: str) -> None:
         raise ValueError(f"{problem}:\n  {lines}\nundo that, or train into another folder")
 
 
-def plain(recipe: Recipe) -> dict[str, Any]:
+def plain(recipe: RecipeBase) -> dict[str, Any]:
     """The recipe as plain values: {"optim.lr": 0.1, ...}."""
     return dict(_flat(recipe.model_dump(mode="json"), ""))
 

@@ -67,6 +67,8 @@ def members(names: Iterable[str], words: list[str], seeds: int) -> list[Member]:
     for name in names:
         try:
             start = Recipe.load(name, words)
+            if not isinstance(start, Recipe):
+                raise RecipeError("detectors are trained one at a time, without seeds=")
             for seed in range(start.run.seed, start.run.seed + seeds):
                 recipe = Recipe.load(name, [*words, f"run.seed={seed}"])
                 folder = one_word(f"{recipe.name}-seed{seed}")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal
 
+import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 
@@ -27,6 +29,17 @@ class Strict(BaseModel):
             f"{reason}; leave it out or set it to {json.dumps(declared[f].default)}"
             for f in changed
         ]
+
+
+class RecipeBase(Strict):
+    """What the recipes of all tasks share; each section of a recipe is a field."""
+
+    name: str = Field(min_length=1, description="file:row")
+    description: str = ""
+
+    def explain(self) -> str:
+        """YAML of the recipe, every default filled in, each key with its meaning; loads again."""
+        return "\n".join(_rendered(self, "")) + "\n"
 
 
 # A path may be written as text, a tuple as a list; their members are as strict as the rest.
@@ -274,6 +287,7 @@ class Expect(Strict):
     """The published result that a run is printed beside, and the tables that it stands in."""
 
     top1: Percent | None = Field(None, description="top-1 accuracy, percent")
+    ap: Percent | None = Field(None, description="COCO box AP, percent")
     source: str = Field(min_length=1, description="where the number stands")
     spread: float | None = Field(None, ge=0, description="the published +-")
     which: Which = "unknown"
@@ -301,5 +315,18 @@ class Expect(Strict):
         """The cells of all tables that the recipe reproduces, the main one first."""
         if self.table is None:
             return self.also_in
-        own = self.model_dump(exclude={"also_in"})
+        own = self.model_dump(exclude={"also_in", "ap"})
         return (Cell.model_validate(own), *self.also_in)
+
+
+def _rendered(section: BaseModel, indent: str) -> Iterator[str]:
+    for name, field in type(section).model_fields.items():
+        value = getattr(section, name)
+        if isinstance(value, BaseModel):
+            yield f"{indent}{name}:"
+            yield from _rendered(value, indent + "  ")
+            continue
+        plain = json.loads(section.model_dump_json(include={name}))[name]
+        text = yaml.safe_dump(plain, default_flow_style=True, width=10_000).removesuffix("\n...\n")
+        line = f"{indent}{name}: {text.strip()}"
+        yield f"{line}  # {field.description}" if field.description else line
