@@ -459,7 +459,7 @@ def test_a_shipped_recipe_trains_and_evaluates(coco_root, tmp_path, monkeypatch,
     assert kdfuse(monkeypatch, "train", nkd, *small, "--out", "run") == 0
     printed = capsys.readouterr().out
     assert "8 training and 4 validation images of 2 categories" in printed
-    assert "published: ap 38.70" in printed and "student.name" in printed
+    assert "published: AP 38.70" in printed and "student.name" in printed
     records = [r for r in log.read(Path("run/log.jsonl")) if r["kind"] == "epoch"]
     assert len(records) == 2 and all(0 <= r["ap"] <= 100 for r in records)
 
