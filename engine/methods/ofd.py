@@ -26,8 +26,8 @@ class OFD(FeatureMethod):
     margin is what a channel's negative values are on average; see `margins`. A teacher's map of
     another size is pooled to the student's.
 
-    The released code runs the teacher with the BatchNorm statistics of the batch, whatever its
-    comments say; they are those of each process's own images.
+    The released code leaves the teacher in training mode, so that its BatchNorm has the statistics
+    of the batch: of each process's own images, as that of the connectors.
     """
 
     name: Literal["ofd"] = "ofd"
@@ -86,7 +86,10 @@ class Overhaul(nn.Module):
 
 
 def partial_l2(student: Tensor, teacher: Tensor, margin: Tensor) -> Tensor:
-    """Equation 4 of Heo et al.: student, teacher (N, C, H, W), margin (1, C, 1, 1); 0-dim."""
+    """The paper's partial L2 distance of student and teacher (N, C, H, W); 0-dim.
+
+    `margin` is (1, C, 1, 1) and not positive.
+    """
     wanted = torch.maximum(teacher, margin)
     counts = (student > wanted) | (teacher > 0)
     return (student - wanted).square().where(counts, 0.0).sum() / len(student)

@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Size, Tensor, nn
 
 from .feature import FeatureMethod
@@ -42,8 +42,15 @@ class ReviewKD(FeatureMethod):
         "has; 512 in the released code, also where its configurations say otherwise",
     )
 
+    @model_validator(mode="after")
+    def _options_have_effect(self) -> ReviewKD:
+        if self.student_taps:
+            found = self.unused("student_taps", "method", "student_relu")
+            if found:
+                raise ValueError("\n".join(found))
+        return self
+
     def head(self, networks: Networks) -> Review:
-        student, teacher = (networks.shapes[role].values() for role in ("student", "teacher"))
         for role in ("student", "teacher"):
             for tap, shape in networks.shapes[role].items():
                 if len(shape) not in (2, 4):
@@ -52,7 +59,8 @@ class ReviewKD(FeatureMethod):
                         f"the {role}'s {tap} gives {tuple(shape)} for one image; name other points "
                         f"with method.{role}_taps"
                     )
-        return Review(list(student), list(teacher), self.max_mid_channels)
+        student, teacher = (list(networks.shapes[role].values()) for role in ("student", "teacher"))
+        return Review(student, teacher, self.max_mid_channels)
 
     def features(self, out: Outputs, target: Tensor) -> Terms:
         values = [
