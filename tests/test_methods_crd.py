@@ -1,7 +1,6 @@
 """CRD: the contrast against a memory of all images, its negatives, its state, many processes."""
 
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,14 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import tiny
 from torch import Size, nn
 from twenty_steps import losses, made
 
-from kdfuse.engine.checkpoint import load
-from kdfuse.engine.data import write_digits
 from kdfuse.engine.distributed import join
-from kdfuse.engine.loop import train
 from kdfuse.engine.methods import METHODS, Networks, Outputs, crd
 from kdfuse.engine.methods.crd import Memory
 
@@ -206,25 +201,6 @@ def test_twenty_steps_lower_it():
     found = losses(distiller, "crd")
     assert found[-1] < 0.8 * found[0]
     assert not torch.equal(distiller.main.head.student_memory, before)
-
-
-def test_a_run_resumes_with_its_memories_and_its_negatives(tmp_path):
-    write_digits(tmp_path / "digits")
-    recipe = tiny(
-        tmp_path / "digits",
-        {"name": "crd", "negatives": 64},
-        run={"checkpoint_every": 3, "keep": 9, "epochs": 1},
-    )
-    train(recipe, tmp_path / "whole")
-    shutil.copytree(tmp_path / "whole", tmp_path / "resumed")
-    shutil.rmtree(tmp_path / "resumed" / "checkpoints" / "step-00000005")
-    train(recipe, tmp_path / "resumed", resume=True)
-    whole, resumed = (
-        load(tmp_path / name / "checkpoints" / "step-00000005")[0] for name in ("whole", "resumed")
-    )
-    for part in ("student", "head"):
-        for key, value in whole[part].items():
-            assert torch.equal(value, resumed[part][key]), key
 
 
 def main(folder):
