@@ -47,7 +47,9 @@ class Branch(nn.Module):
         if labels is not None or method.deploys_head:
             self.reads = method.reads(named)
             found = {r: shapes(networks[r], names, size) for r, names in self.reads.items()}
-            self.head = method.head(Networks(classes, student, teacher, slts, named, found, labels))
+            self.head = method.head(
+                Networks(classes, student, teacher, slts, named, found, labels, size)
+            )
         if method.reads_student == "taps" and labels is not None:
             # Without a gradient they would hold up the processes of a group, which wait for it.
             for parameter in unreached(student, self.reads["student"], size):

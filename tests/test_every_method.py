@@ -26,7 +26,8 @@ NEEDS = {
     "slkd_sequential": {"assistants": [{"name": "resnet14"}, {"name": "resnet8"}]},
     "dgkd": {"assistants": [{"name": "resnet8"}]},
     "dml": {"slt": {"name": "resnet8"}},
-    "crd": {"method": {"negatives": 32}},
+    # One batch again and again: its rows of the memory must not move along with the networks.
+    "crd": {"method": {"negatives": 32, "momentum": 0.99}},
     "jointrd": {**PLAIN, "teacher": GUIDE, "method": {"feature_weight": 1e-4}},
     "jointrd_ta_released": {**PLAIN, "teacher": GUIDE, "method": {"feature_weight": 1e-4}},
     "jointrd_joint": {**PLAIN, "slt": GUIDE, "method": {"feature_weight": 1e-4}},

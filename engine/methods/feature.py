@@ -73,17 +73,21 @@ class FeatureMethod(Method):
         return total, {**terms, **{name: v.detach() for name, v in out.features.items()}}
 
     def _published(self, role: str, points: Points) -> tuple[str, ...]:
-        """`default_taps` as names that the network has."""
-        base, _, suffix = self.default_taps.partition(".")
+        """The points that are tapped unless the options name others."""
+        return self._named(self.default_taps, role, points)
+
+    def _named(self, taps: str, role: str, points: Points) -> tuple[str, ...]:
+        """`taps`, written as `default_taps` is, as names that the network has."""
+        base, _, suffix = taps.partition(".")
         stages = tuple(
             name for name in points if name.startswith("stage") and name.partition(".")[2] == suffix
         )
         found = {"stages": stages, "last": stages[-1:]}.get(
-            base, tuple(name for name in points if name == self.default_taps)
+            base, tuple(name for name in points if name == taps)
         )
         if not found:
             raise ValueError(
-                f"method {self.name} reads {self.default_taps} of the {role}, which names no such "
+                f"method {self.name} reads {taps} of the {role}, which names no such "
                 f"points; name module paths with method.{role}_taps"
             )
         return found

@@ -47,6 +47,7 @@ class Networks:
     points: Mapping[Role, Points] = field(default_factory=dict)
     shapes: dict[Role, dict[str, Size]] = field(default_factory=dict)  # of taps, for one image
     labels: Tensor | None = None  # (images,) int64, of the training set; None in evaluation
+    size: int = 32  # side of the images, pixels
 
 
 class Method(Strict):
@@ -57,7 +58,11 @@ class Method(Strict):
     uses_assistants: ClassVar[bool] = False  # further frozen teachers
     deploys_head: ClassVar[bool] = False  # whether the head is part of the network that is kept
     reads_student: ClassVar[Literal["logits", "taps"]] = "logits"  # taps: not what is behind them
-    teacher_mode: ClassVar[Literal["eval", "train"]] = "eval"  # of the teacher's BatchNorm
+
+    @property
+    def teacher_mode(self) -> Literal["eval", "train"]:
+        """Whether the teacher's BatchNorm takes its running statistics or those of the batch."""
+        return "eval"
 
     @property
     def slt_count(self) -> int:
