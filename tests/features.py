@@ -3,6 +3,8 @@
 import torch
 from sklearn.datasets import load_digits
 from tiny import tiny
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from kdfuse.engine.distiller import build
 from kdfuse.engine.methods import METHODS, Networks, Outputs
@@ -66,6 +68,25 @@ def check(method, out, formulas, rtol=1e-4, atol=1e-6):
             assert wanted.abs().max() > 0
             scale = float(wanted.abs().max())
             torch.testing.assert_close(actual, wanted, rtol=rtol, atol=atol + rtol * scale)
+
+
+class Largest(TorchDispatchMode):
+    """How many numbers the largest tensor has that is made inside."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **(kwargs or {}))
+        sizes = [x.numel() for x in tree_leaves(found) if isinstance(x, torch.Tensor)]
+        self.numbers = max([self.numbers, *sizes])
+        return found
+
+
+def largest(method, out):
+    """The numbers of the largest tensor that the features' forward and backward pass makes."""
+    with Largest() as mode:
+        sum(method.features(out, TARGET).values()).backward()
+    return mode.numbers
 
 
 def check_compiled(method, out):

@@ -6,7 +6,17 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from features import TARGET, check, check_compiled, check_learns, leaves, normal, outputs, with_head
+from features import (
+    TARGET,
+    check,
+    check_compiled,
+    check_learns,
+    largest,
+    leaves,
+    normal,
+    outputs,
+    with_head,
+)
 from pydantic import ValidationError
 from torch import Size, nn
 
@@ -101,6 +111,13 @@ def test_nst_by_channels_and_by_places():
     for c_s, c_t in ((2, 3), (60, 50)):
         shapes = [(c_s, 8, 8), (c_s, 4, 4), (c_s, 3, 3)], [(c_t, 4, 4), (c_t, 8, 8), (c_t, 3, 3)]
         check(METHODS["nst"](), outputs(*shapes, n=2), nst)
+
+
+def test_nst_makes_nothing_larger_than_its_maps_and_products():
+    few = outputs([(6, 8, 8)], [(9, 8, 8)], dtype=torch.float32)
+    assert largest(METHODS["nst"](), few) == 6 * 9 * 64  # the teacher's map
+    many = outputs([(60, 4, 4)], [(90, 4, 4)], dtype=torch.float32)
+    assert largest(METHODS["nst"](), many) == 6 * 90 * 16  # not 60 x 90 channels
 
 
 @pytest.mark.parametrize("name", PLAIN)
