@@ -92,12 +92,24 @@ def test_rkd_makes_some_angles_at_a_time_and_keeps_none(monkeypatch):
     assert max(kept) == 20 * 50
 
 
-def test_angles_keep_their_digits_far_from_the_origin():
+@pytest.mark.parametrize("clusters", [1, 2])
+def test_rkd_keeps_its_digits_where_images_are_near_and_far_from_the_origin(clusters):
     out = outputs(*POOLED)
-    out.student_taps = {"pooled": (out.student_taps["stage0"].detach() + 100).requires_grad_()}
-    # Formed of float32 numbers, as the features are.
-    out.student_taps["pooled"].data = out.student_taps["pooled"].data.float().double()
-    check(METHODS["rkd"](), out, naive_rkd)
+    rows = out.student_taps["stage0"].detach().flatten(1) + 1000
+    rows[3:] *= 3 - 2 * clusters  # two groups are as far from each other as from the origin
+    out.student_taps = {"pooled": rows.float().double().requires_grad_()}
+    check(METHODS["rkd"](), out, naive_rkd, rtol=1e-3)
+
+
+def test_rkd_knows_equal_images_far_from_the_origin():
+    rows = normal(24, 256, seed=0).float() + 1000
+    rows[12:] = rows[:12]
+    out = outputs(*POOLED, n=24)
+    found = []
+    for offset in (0, 1000):
+        out.student_taps = {"pooled": rows - 1000 + offset}
+        found.append(METHODS["rkd"]().features(out, TARGET))
+    torch.testing.assert_close(found[0], found[1])
 
 
 def test_images_in_one_place_have_no_angle_and_no_gradient():
