@@ -85,6 +85,12 @@ class Recipe(RecipeBase):
                     f"optim.ema: method {part.method.name} reads the student's average; "
                     "add optim.ema=0.999"
                 )
+        modes = {method.teacher_mode for method in methods if method.uses_teacher}
+        if len(modes) > 1:
+            found.append(
+                "also: the methods share one teacher, and some want the batch's statistics of its "
+                "BatchNorm, others its running ones; train them apart or agree on one"
+            )
         if self.assistants and not any(method.uses_assistants for method in methods):
             found.append(f"assistants: method {self.method.name} reads none; leave them out")
         if found:

@@ -76,6 +76,10 @@ def test_every_student_is_logged_evaluated_and_exported(runs, tmp_path):
             {"x": {"method": {"name": "kd", "temprature": 2}, "student": {"name": "resnet8"}}},
             "temprature",
         ),
+        (
+            {"x": {"method": {"name": "ofd"}, "student": {"name": "resnet8"}}},
+            "also: the methods share one teacher",
+        ),
     ],
 )
 def test_branches_that_cannot_be(also, message, tmp_path):

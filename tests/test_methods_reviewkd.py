@@ -8,7 +8,8 @@ from torch import Size, nn
 from twenty_steps import losses, made
 
 from kdfuse.engine.methods import METHODS, Networks, Outputs
-from kdfuse.engine.methods.reviewkd import Fusion, Review, hcl, pooled
+from kdfuse.engine.methods.pooling import pooled_to
+from kdfuse.engine.methods.reviewkd import Fusion, Review, hcl
 from kdfuse.engine.models import create, points, shapes
 
 ReviewKD = METHODS["reviewkd"]
@@ -68,7 +69,7 @@ def test_a_fusion_changes_to_the_teachers_size_before_it_convolves():
 @pytest.mark.parametrize("side", [4, 2, 1])
 def test_pooling_is_adaptive_average_pooling(size, side):
     x = torch.randn(2, 3, *size, dtype=torch.float64, requires_grad=True)
-    found, expected = pooled(x, side), F.adaptive_avg_pool2d(x, side)
+    found, expected = pooled_to(x, side, side), F.adaptive_avg_pool2d(x, side)
     torch.testing.assert_close(found, expected)
     weight = torch.randn_like(expected)
     torch.testing.assert_close(

@@ -6,7 +6,6 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from itertools import islice
 
 import numpy as np
@@ -99,7 +98,7 @@ class Loader:
     def _sample(self, row: int, flip: bool) -> Sample:
         path = self.coco.path(row)
         try:
-            pixels = np.asarray(decode(partial(open, path, "rb")))  # (H, W, 3)
+            pixels = np.asarray(decode(lambda: open(path, "rb")))  # (H, W, 3)
         except UnreadableError as error:
             raise ValueError(f"{path}: {error}; replace the file") from error
         size = tuple(self.coco.sizes[row].tolist())

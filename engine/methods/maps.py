@@ -2,11 +2,11 @@
 
 from typing import ClassVar
 
-import torch.nn.functional as F
 from torch import Size, Tensor, nn
 
 from .feature import FeatureMethod
 from .method import Networks, Outputs
+from .pooling import pooled_to
 
 
 class MapMethod(FeatureMethod):
@@ -40,11 +40,4 @@ def same_size(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     """Both maps (N, C, H, W), averaged to the smaller height and the smaller width of the two."""
     height = min(student.shape[2], teacher.shape[2])
     width = min(student.shape[3], teacher.shape[3])
-    return _pooled(student, height, width), _pooled(teacher, height, width)
-
-
-def _pooled(x: Tensor, height: int, width: int) -> Tensor:
-    if x.shape[2] % height or x.shape[3] % width:
-        return F.adaptive_avg_pool2d(x, (height, width))
-    # The same values; the backward pass of the adaptive form is not deterministic on CUDA.
-    return F.avg_pool2d(x, (x.shape[2] // height, x.shape[3] // width))
+    return pooled_to(student, height, width), pooled_to(teacher, height, width)

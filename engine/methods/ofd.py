@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
 from .connector import Connectors
 from .feature import FeatureMethod
 from .method import Networks, Outputs, Terms
+from .pooling import pooled_to
 
 
 class OFD(FeatureMethod):
@@ -65,8 +65,7 @@ class OFD(FeatureMethod):
         for i, (_, teacher) in enumerate(pairs):
             student = out.head[f"connected{i}"].float()
             height, width = student.shape[2:]
-            if teacher.shape[2:] != student.shape[2:]:
-                teacher = F.adaptive_avg_pool2d(teacher, (height, width))
+            teacher = pooled_to(teacher, height, width)
             value = partial_l2(student, teacher, out.head[f"margin{i}"])
             values.append(value / 2 ** (len(pairs) - 1 - i))
         return {"ofd": torch.stack(values).sum()}

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-import torch.nn.functional as F
 from torch import Size, Tensor, nn
+
+from .pooling import pooled_to
 
 
 class Projector(nn.Module):
@@ -49,13 +50,13 @@ class Projector(nn.Module):
         self.layers = nn.Sequential(*layers)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.layers(x if self.size is None else F.adaptive_avg_pool2d(x, self.size))
+        return self.layers(x if self.size is None else pooled_to(x, *self.size))
 
 
 def aligned(teacher: Tensor, size: Size) -> Tensor:
     """The teacher's map (N, C, H, W), pooled where the student's `size` is smaller."""
     height, width = size
-    return teacher if teacher.shape[2:] == size else F.adaptive_avg_pool2d(teacher, (height, width))
+    return teacher if teacher.shape[2:] == size else pooled_to(teacher, height, width)
 
 
 class Reused(nn.Module):

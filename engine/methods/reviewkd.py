@@ -12,6 +12,7 @@ from torch import Size, Tensor, nn
 
 from .feature import FeatureMethod
 from .method import Networks, Outputs, Points, Terms
+from .pooling import pooled_to
 
 
 class ReviewKD(FeatureMethod):
@@ -146,21 +147,9 @@ def hcl(student: Tensor, teacher: Tensor) -> Tensor:
     for side in (4, 2, 1):
         if side < difference.shape[2]:
             weight /= 2
-            total = total + weight * pooled(difference, side).square().mean()
+            total = total + weight * pooled_to(difference, side, side).square().mean()
             weights += weight
     return total / weights
-
-
-def pooled(x: Tensor, side: int) -> Tensor:
-    """adaptive_avg_pool2d to side x side, whose own gradient on a GPU is not reproducible."""
-    height, width = x.shape[2:]
-    if height % side == 0 and width % side == 0:
-        return F.avg_pool2d(x, (height // side, width // side))
-    for axis in (2, 3):
-        n = x.shape[axis]
-        bins = [(i * n // side, -(-(i + 1) * n // side)) for i in range(side)]
-        x = torch.stack([x.narrow(axis, a, b - a).mean(axis) for a, b in bins], axis)
-    return x
 
 
 def _map(feature: Tensor) -> Tensor:
