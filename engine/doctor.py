@@ -63,6 +63,9 @@ def _optional_packages() -> list[Finding]:
         ("triton",): "the triton backend is off; pip install triton (Linux)",
         dali: "images are read with torchvision, slower; pip install 'kdfuse[dali]'",
         ("tensorboard",): "log.jsonl alone is written; pip install 'kdfuse[tensorboard]'",
+        ("timm",): "networks timm:NAME are refused; pip install 'kdfuse[timm]'",
+        ("onnxscript",): "kdfuse export writes no .onnx; pip install 'kdfuse[onnx]'",
+        ("pycocotools",): "detectors are not evaluated; pip install 'kdfuse[detection]'",
     }
     found = []
     for names, cure in absent.items():

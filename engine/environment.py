@@ -17,7 +17,7 @@ import torch
 from .. import __version__
 from .schema import Run
 
-PACKAGES = ("numpy", "torchvision", "triton", "nvidia-dali-cuda130", "pillow", "pydantic")
+PACKAGES = ("numpy", "torchvision", "timm", "triton", "nvidia-dali-cuda130", "pillow", "pydantic")
 
 
 def environment(world: int) -> dict[str, Any]:
