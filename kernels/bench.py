@@ -89,6 +89,8 @@ def arguments(words: list[str] | None) -> argparse.Namespace:
             parser.error(f"--from {path}: there is no such file")
     if chosen.plot and importlib.util.find_spec("matplotlib") is None:
         parser.error("--plot needs matplotlib, which is not installed: pip install matplotlib")
+    if chosen.clock not in (None, "host") and chosen.device != "cuda" and not chosen.read:
+        parser.error(f"--clock {chosen.clock}: a GPU's clock; name --device cuda")
     if chosen.device == "cuda" and not chosen.read and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no CUDA device")
     return chosen
@@ -148,8 +150,7 @@ def main(words: list[str] | None = None) -> None:
         records = [r for r in run(chosen) if r["kind"] == "loss"]
     records = [r for r in records if chosen.clock in (None, r["clock"])]
     if not records:
-        print("no measurements to show")
-        return
+        raise SystemExit("no measurements to show: none fits what was chosen")
     print("\n" + report.tables(records, chosen.markdown))
     if chosen.plot:
         from .plots import plot

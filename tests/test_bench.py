@@ -172,13 +172,20 @@ def test_a_budget_is_shared_among_what_is_left() -> None:
     assert endless.begin() and endless.why_not("compiled") == ""
 
 
-def test_what_does_not_fit_the_budget_is_named(tmp_path, capsys) -> None:
+def test_what_does_not_fit_the_budget_is_named(tmp_path) -> None:
     out = tmp_path / "losses.jsonl"
-    bench.main(["--cases", "kd+ce", "nkd+ce", *TINY, "--budget", "0", "--out", str(out)])
+    with pytest.raises(SystemExit, match="no measurements to show"):
+        bench.main(["--cases", "kd+ce", "nkd+ce", *TINY, "--budget", "0", "--out", str(out)])
     left = records(out, "absent")
     assert [(r["case"], r["provider"]) for r in left] == [("kd+ce", "all"), ("nkd+ce", "all")]
     assert all(r["why_not"] == "the budget was spent" for r in left)
-    assert records(out, "loss") == [] and "no measurements" in capsys.readouterr().out
+    assert records(out, "loss") == []
+
+
+def test_a_gpus_clock_is_refused_on_the_cpu(capsys) -> None:
+    with pytest.raises(SystemExit):
+        bench.main(["--cases", "kd+ce", *TINY, "--clock", "graph"])
+    assert "--clock graph: a GPU's clock" in capsys.readouterr().err
 
 
 def test_an_interrupt_leaves_what_was_measured(tmp_path, monkeypatch, capsys) -> None:
