@@ -202,8 +202,11 @@ def weighted_sum(weights: Tensor, memory: Tensor, rows: Tensor) -> Tensor:
     parts = []
     for weight, row in pieces(weights, rows, memory):
         if whole_is_cheaper(memory, rows):
-            spread = weight.new_zeros(len(row), len(memory)).scatter_add_(1, row, weight)
-            parts.append(spread @ memory)
+            # In one dimension: a GPU adds in the same order in every run.
+            place = row + len(memory) * torch.arange(len(row), device=row.device)[:, None]
+            spread = weight.new_zeros(len(row) * len(memory))
+            spread.scatter_add_(0, place.flatten(), weight.flatten())
+            parts.append(spread.view(len(row), -1) @ memory)
         else:
             parts.append(torch.bmm(weight[:, None], memory[row])[:, 0])
     return torch.cat(parts)
