@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import re
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -66,9 +68,13 @@ def read(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"recipe file {path} does not exist")
     try:
-        value = parse(path.read_text(encoding="utf-8"))
+        value = _parsed(path.read_text(encoding="utf-8"))
     except (RecipeError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: {error}") from error
     if not isinstance(value, dict):
         raise RecipeError(f"{path}: wants keys and values at the top, got {value!r}")
-    return value
+    return copy.deepcopy(value)
+
+
+# A file with many rows is read again for each of them.
+_parsed = lru_cache(maxsize=64)(parse)
