@@ -26,6 +26,9 @@ NOT_COMPARED = {
 }
 
 
+ALONE = ("Teacher", "Student")
+
+
 @dataclass(frozen=True)
 class Entry:
     """A cell of a table, the recipe that reproduces it and the runs that did."""
@@ -45,7 +48,9 @@ class Table:
 
     @property
     def rows(self) -> list[str]:
-        return list(dict.fromkeys(row for row, _ in self.entries))
+        """As the recipes come, but the networks alone first."""
+        found = dict.fromkeys(row for row, _ in self.entries)
+        return [*(row for row in ALONE if row in found), *(r for r in found if r not in ALONE)]
 
     @property
     def columns(self) -> list[str]:
