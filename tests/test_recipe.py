@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from kdfuse.engine import yamlfile
+from kdfuse.engine.methods import METHODS
 from kdfuse.engine.recipe import Recipe, recipes
 from kdfuse.engine.schema import Data, Optim, RecipeError
 
@@ -29,12 +30,22 @@ def test_shipped_recipe_loads_and_its_explanation_loads_again(name: str, tmp_pat
 
 def test_all_data_sets_have_recipes() -> None:
     files = {name.split(":")[0] for name in recipes()}
-    assert {f for f in files if f.startswith("cifar100/")} == {
-        f"cifar100/{m}" for m in ("ce", "kd", "dkd", "nkd", "slkd")
-    }
-    for data in ("digits", "imagenet"):
-        methods = ("ce", "kd", "dkd", "nkd", "tf_nkd", "uskd", "slkd")
-        assert {f for f in files if f.startswith(f"{data}/")} == {f"{data}/{m}" for m in methods}
+    assert {f for f in files if f.startswith("digits/")} == {f"digits/{m}" for m in METHODS}
+    for data, more, less in (
+        (
+            "cifar100",
+            {"slts", "takd"},
+            {"mse", "tf_nkd", "jointrd_joint", "jointrd_ta_released"},
+        ),
+        (
+            "imagenet",
+            set(),
+            {"dgkd", "dml", "fitnet", "kdsvd", "mse", "nst", "pkt", "rkd", "slkd_sequential", "sp",
+             "vid", "jointrd_joint", "jointrd_ta_released"},
+        ),
+    ):  # fmt: skip
+        written = {f.split("/")[1] for f in files if f.startswith(f"{data}/")}
+        assert written == METHODS.keys() - less | more
 
 
 def test_published_settings() -> None:
