@@ -113,6 +113,7 @@ class Training:
                 partial(average.update, state.branches[name].deployed)
                 for name, average in state.averages.items()
             ],
+            recipe.optim.clip,
         )
 
     def run(self, resume: bool) -> None:

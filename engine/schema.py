@@ -202,6 +202,9 @@ class Optim(Strict):
     ema: float | None = Field(
         None, gt=0, lt=1, description="decay per step of the averaged student; null: no average"
     )
+    clip: float | None = Field(
+        None, gt=0, description="largest norm of all gradients of an optimiser; null: not clipped"
+    )
 
     @model_validator(mode="after")
     def _works(self) -> Optim:
