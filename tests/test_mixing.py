@@ -137,7 +137,9 @@ def test_mixing_and_normalising_commute(mix, channels_last):
     images = pictures()
     for statistics in (IMAGENET, Normalize(mean=(0.1, 0.9, 0.5), std=(0.5, 0.1, 1.0))):
         inputs = Inputs(statistics, channels_last)
-        after = mix_images(inputs(images), mix)
+        normalised = inputs(images)
+        after = mix_images(normalised, mix)
+        assert torch.equal(normalised, inputs(images))
         before = inputs(mix_images(images, mix))
         torch.testing.assert_close(before, after, rtol=1e-5, atol=1e-5)
 
@@ -287,6 +289,26 @@ def test_losses_of_mixed_and_smoothed_labels(options, formula):
     right = (out.student.argmax(1) == TARGET).sum().item()
     assert (terms["top1"].item(), terms["rows"].item()) == (right, B)
     torch.testing.assert_close(terms["ce"].double(), cross_entropy(out.student).detach())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", sorted(TAKE))
+def test_probabilities_of_one_class_are_that_label(name, dtype):
+    made = [logits(seed).detach().to(dtype) for seed in range(5)]
+    student = made[0].requires_grad_()
+    out = Outputs(student, made[1], made[2:4], made[2:4], head={"weak": made[4]})
+    method = METHODS[name].model_validate({"name": name})
+    assert method.takes_soft_labels
+    out.features = method.features(out, TARGET)
+    found = []
+    for target in (TARGET, soft_labels(TARGET, C, None, 0.0)):
+        loss, terms = method.loss(out, target, 0.0)
+        assert loss.dtype == torch.float32
+        (gradient,) = torch.autograd.grad(loss, student, retain_graph=True)
+        found.append({"loss": loss.detach(), "gradient": gradient, **terms})
+    assert found[0].keys() == found[1].keys()
+    for key, wanted in found[0].items():
+        torch.testing.assert_close(found[1][key], wanted, check_dtype=False)
 
 
 def test_smoothing_is_found_in_the_labels_and_taken_out():
