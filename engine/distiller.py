@@ -25,7 +25,10 @@ RUN = "run:"  # before the folder of a run: a network's name, for what that run 
 
 
 class Inputs(nn.Module):
-    """uint8 images (N, 3, H, W) to float32: (image / 255 - mean) / std, in the wanted layout."""
+    """Images (N, 3, H, W) of 0..255, uint8 or float32, to (image / 255 - mean) / std.
+
+    The result is a new float32 tensor in the wanted layout.
+    """
 
     scale: Tensor
     shift: Tensor
@@ -38,7 +41,7 @@ class Inputs(nn.Module):
         self.layout = torch.channels_last if channels_last else torch.contiguous_format
 
     def forward(self, images: Tensor) -> Tensor:
-        floats = images.to(torch.float32, memory_format=self.layout)
+        floats = images.to(torch.float32, memory_format=self.layout, copy=True)
         return floats.mul_(self.scale).add_(self.shift)
 
 
@@ -118,9 +121,11 @@ class Distiller(nn.Module):
         return found
 
     def forward(self, images: Tensor, target: Tensor, index: Tensor) -> dict[str, Outputs]:
-        """What every branch gives for uint8 images (N, 3, H, W) on the networks' device.
+        """What every branch gives for images (N, 3, H, W), as Inputs takes them, on the networks'
+        device.
 
-        `target` (N,) are their labels, `index` (N,) their numbers in the training set.
+        `target` are their labels (N,) or class probabilities (N, C), `index` (N,) their numbers in
+        the training set.
         """
         made = {inputs: inputs(images) for inputs in dict.fromkeys(self.inputs.values())}
         named = {name: made[inputs] for name, inputs in self.inputs.items()}

@@ -14,6 +14,7 @@ from .environment import settings
 from .evaluate import accuracy, evaluate_state
 from .log import RunLog
 from .meters import Clock
+from .mixing import Mixing
 from .optim import lr_at, set_lr
 from .pastruns import read_run
 from .recipe import Recipe
@@ -113,7 +114,9 @@ class Training:
                 partial(average.update, state.branches[name].deployed)
                 for name, average in state.averages.items()
             ],
+            recipe.optim.clip,
         )
+        self.mixing = Mixing(recipe.data, state.classes, recipe.run.seed)
 
     def run(self, resume: bool) -> None:
         """From wherever the run stands to its end."""
@@ -175,6 +178,7 @@ class Training:
             images = batch.images.to(self.group.device, non_blocking=True)
             target = batch.target.to(self.group.device, non_blocking=True)
             index = batch.index.to(self.group.device, non_blocking=True)
+            images, target = self.mixing(images, target, epoch, state.done % self.epoch_steps)
             terms = self.step(images, target, index, at)
             state.done += 1
             state.meters.add(state.done, terms)

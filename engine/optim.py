@@ -98,6 +98,16 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
         group["lr"] = lr
 
 
+def clip_gradients(optimizer: torch.optim.Optimizer, norm: float) -> None:
+    """Scale all gradients of `optimizer` together to an L2 norm of at most `norm`.
+
+    A norm that is not finite makes the weights NaN, which stops the run at its next checkpoint:
+    asking for it here would wait for the device.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    nn.utils.clip_grad_norm_(parameters, norm, error_if_nonfinite=False)
+
+
 class EMA:
     """A copy of a network, `module`, whose parameters are an exponential moving average.
 

@@ -80,6 +80,12 @@ class Recipe(RecipeBase):
                 found.append(
                     f"assistants: method {part.method.name} needs at least one; add the networks"
                 )
+            if self.data.softening and not part.method.takes_soft_labels:
+                where = f"also.{name}.method" if name else "method"
+                found.append(
+                    f"{where}: {part.method.name}, as set, is not defined for soft labels; set "
+                    f"{', '.join(self.data.softening)} to 0"
+                )
             if part.method.uses_average and self.optim.ema is None:
                 found.append(
                     f"optim.ema: method {part.method.name} reads the student's average; "

@@ -112,6 +112,13 @@ class Data(Strict):
     ratio: Pair = Field((3 / 4, 4 / 3), description="random_resized_crop: width / height")
     padding: int = Field(4, ge=0, description="pad_crop: black border on each side, pixels")
     flip: bool = Field(True, description="mirror half of the training images left to right")
+    mixup: float = Field(
+        0.0, ge=0, description="alpha of lambda's Beta(alpha, alpha); 0: off; both: one a step"
+    )
+    cutmix: float = Field(0.0, ge=0, description="as mixup; partners are of a process's own batch")
+    smoothing: float = Field(
+        0.0, ge=0, lt=1, description="share of a label that all classes get in equal parts"
+    )
     eval_resize: int | None = Field(
         256, ge=1, description="short side before the centre crop, pixels; null: straight to size"
     )
@@ -139,6 +146,12 @@ class Data(Strict):
         if found:
             raise ValueError("\n".join(found))
         return self
+
+    @property
+    def softening(self) -> list[str]:
+        """The keys in use that make training labels class probabilities."""
+        names = ("mixup", "cutmix", "smoothing")
+        return [f"data.{name}" for name in names if getattr(self, name) > 0]
 
     def _source_problems(self) -> list[str]:
         found = []
@@ -201,6 +214,9 @@ class Optim(Strict):
     min_lr: float = Field(0.0, ge=0, description="cosine: rate at the end")
     ema: float | None = Field(
         None, gt=0, lt=1, description="decay per step of the averaged student; null: no average"
+    )
+    clip: float | None = Field(
+        None, gt=0, description="largest norm of all gradients of an optimiser; null: not clipped"
     )
 
     @model_validator(mode="after")

@@ -8,6 +8,7 @@ from torch.optim import Optimizer
 from .branch import Branch
 from .distiller import prefix
 from .methods import Terms
+from .optim import clip_gradients
 
 
 class Step:
@@ -19,17 +20,21 @@ class Step:
         branches: dict[str, Branch],  # the distiller's
         optimizers: Sequence[Optimizer],
         averages: Sequence[Callable[[], None]] = (),  # called after the optimisers
+        clip: float | None = None,  # largest norm of each optimiser's gradients
     ) -> None:
         self.model = model
         self.branches = branches
         self.optimizers = optimizers
         self.averages = averages
+        self.clip = clip
 
     def __call__(self, images: Tensor, target: Tensor, index: Tensor, epoch: float) -> Terms:
-        """Train on uint8 images (N, 3, H, W), labels and image numbers (N,) int64, on the device.
+        """Train on images (N, 3, H, W) of 0..255, uint8 or float32, on the device.
 
-        `epoch` is 0-based and fractional. Returns the losses and the methods' terms, detached; the
-        branches beside the main one with their name before a term's.
+        `target` are their labels (N,) int64, or class probabilities (N, C) where all methods take
+        them; `index` (N,) int64 their numbers in the training set; `epoch` is 0-based and
+        fractional. Returns the losses and the methods' terms, detached; the branches beside the
+        main one with their name before a term's.
         """
         losses: list[Tensor] = []
         found: Terms = {}
@@ -45,6 +50,8 @@ class Step:
         # The branches share no parameter, so that the sum trains each as if it were alone.
         sum(losses[1:], start=losses[0]).backward()
         for optimizer in self.optimizers:
+            if self.clip is not None:
+                clip_gradients(optimizer, self.clip)
             optimizer.step()
         for average in self.averages:
             average()

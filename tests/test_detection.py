@@ -515,6 +515,7 @@ def test_published_rows():
         (["run.amp=bf16"], 'run.amp: "bf16" has no effect with task detection; leave it out'),
         (["run.compile=true"], "run.compile: true has no effect with task detection"),
         (["optim.ema=0.9"], "optim.ema: 0.9 has no effect with task detection"),
+        (["optim.clip=5"], "optim.clip: 5.0 has no effect with task detection"),
         (["task=segmentation"], "task: got the text 'segmentation', wants detection"),
         (["method.gama=1"], "method.gama: unknown key; did you mean method.gamma?"),
         (["data.size=224"], "data.size: unknown key"),

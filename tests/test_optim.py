@@ -5,11 +5,15 @@ import math
 
 import pytest
 import torch
+from tiny import tiny
 from torch import nn
 
+from kdfuse.engine.distributed import join
 from kdfuse.engine.models import Taps, create
-from kdfuse.engine.optim import EMA, build_optimizer, lr_at, set_lr
+from kdfuse.engine.optim import EMA, build_optimizer, clip_gradients, lr_at, set_lr
 from kdfuse.engine.schema import Optim
+from kdfuse.engine.state import State
+from kdfuse.engine.step import Step
 
 
 def quadratic(optimizer, parameter, steps):
@@ -173,3 +177,44 @@ def test_ema_of_a_compiled_and_tapped_model_is_a_network_of_its_own():
     assert not ema.module(x).any()
     assert torch.equal(model.fc.weight, before)
     assert taps.take()["layer2"].abs().sum() > 0
+
+
+@pytest.mark.parametrize("norm", [5.0, 50.0])
+def test_clipping_is_by_the_norm_of_all_of_an_optimisers_gradients(norm):
+    torch.manual_seed(0)
+    values = [torch.randn(3, 4), torch.randn(7), torch.randn(2)]
+    parameters = [nn.Parameter(value) for value in values]
+    groups = [{"params": parameters[:1]}, {"params": parameters[1:], "weight_decay": 0.0}]
+    optimizer = build_optimizer(Optim(lr=0.1), groups)
+    gradients = [6 * value for value in values[:2]]  # the last one has none
+    for parameter, gradient in zip(parameters, gradients, strict=False):
+        parameter.grad = gradient.clone()
+    whole = math.sqrt(sum(float(g.double().square().sum()) for g in gradients))
+    assert 5 < whole < 50
+    clip_gradients(optimizer, norm)
+    for parameter, gradient in zip(parameters, gradients, strict=False):
+        torch.testing.assert_close(parameter.grad, gradient * min(1.0, norm / whole))
+    assert parameters[2].grad is None
+
+
+def test_a_step_clips_each_optimiser_for_itself():
+    """Plain SGD moves the weights of each network by no more than lr * clip."""
+    recipe = tiny(
+        None,
+        {"name": "dml", "peers": 1},
+        slt={"name": "resnet8"},
+        data={"source": "synthetic", "classes": 10, "subset": None},
+        optim={"lr": 0.5, "momentum": 0.0, "weight_decay": 0.0, "clip": 0.01},
+    )
+    state = State(recipe, join("cpu"), 10, {}, torch.arange(8))
+    distiller, optimizers = state.distiller.train(), list(state.optimizers.values())
+    before = copy.deepcopy(state.distiller.state_dict())
+    step = Step(distiller, distiller.parts, optimizers, clip=recipe.optim.clip)
+    images = torch.randint(0, 256, (8, 3, 16, 16), dtype=torch.uint8)
+    step(images, torch.arange(8), torch.arange(8), 0.0)
+    moved = {"branches.main.student.": 0.0, "branches.main.slts.0.": 0.0}
+    for name, parameter in distiller.named_parameters():
+        (network,) = (prefix for prefix in moved if name.startswith(prefix))
+        moved[network] += float((parameter.detach() - before[name]).double().square().sum())
+    for square in moved.values():
+        assert math.sqrt(square) == pytest.approx(0.5 * 0.01, rel=1e-3)

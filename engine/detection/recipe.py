@@ -14,7 +14,7 @@ AnyMethod = Annotated[Baseline | KD | DKD | NKD, Field(discriminator="name")]
 
 # Nothing in detection reads these; a recipe that sets them is refused.
 UNREAD_RUN = ("amp", "compile")
-UNREAD_OPTIM = ("ema",)
+UNREAD_OPTIM = ("ema", "clip")
 
 
 class CocoData(Strict):

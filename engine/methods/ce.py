@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .labels import hard
 from .method import Method, Outputs, Terms
 
 
@@ -14,16 +15,23 @@ class CE(Method):
 
     name: Literal["ce"] = "ce"
 
+    @property
+    def takes_soft_labels(self) -> bool:
+        return True
+
     def loss(self, out: Outputs, target: Tensor, epoch: float) -> tuple[Tensor, Terms]:
         return labelled(out.student, target)
 
 
 def labelled(logits: Tensor, target: Tensor) -> tuple[Tensor, Terms]:
-    """The mean cross-entropy of logits (N, C) in float32, and the terms ce, top1, top5, rows."""
+    """The mean cross-entropy of logits (N, C) in float32, and the terms ce, top1, top5, rows.
+
+    `target` is (N,) or class probabilities (N, C); of these the largest is the right class.
+    """
     logits = logits.float()
     loss = F.cross_entropy(logits, target)
     with torch.no_grad():
-        rank = (logits > logits.gather(1, target[:, None])).sum(1)  # (N,)
+        rank = (logits > logits.gather(1, hard(target)[:, None])).sum(1)  # (N,)
         terms = {
             "ce": loss.detach(),
             "top1": (rank < 1).sum(),

@@ -31,6 +31,10 @@ class DIST(Method):
     gamma: float = Field(1.0, ge=0, description="weight of the columns' correlation (intra-class)")
     gather: bool = Field(False, description="columns run over the images of all processes")
 
+    @property
+    def takes_soft_labels(self) -> bool:
+        return True
+
     def features(self, out: Outputs, target: Tensor) -> Terms:
         assert out.teacher is not None
         student = F.softmax(out.student.float() / self.temperature, 1)  # (N, C)

@@ -32,6 +32,10 @@ class DML(Method):
     def slt_count(self) -> int:
         return self.peers
 
+    @property
+    def takes_soft_labels(self) -> bool:
+        return True
+
     def loss(self, out: Outputs, target: Tensor, epoch: float) -> tuple[Tensor, Terms]:
         networks = {"": out.student, **{f"slt{i}_": slt for i, slt in enumerate(out.slts)}}
         losses: list[Tensor] = []

@@ -33,6 +33,10 @@ class KD(Method):
         False, description="KL of both networks' z-scored logits; cross-entropy of the logits"
     )
 
+    @property
+    def takes_soft_labels(self) -> bool:
+        return True
+
     def loss(self, out: Outputs, target: Tensor, epoch: float) -> tuple[Tensor, Terms]:
         """As every method; the term kd is T^2 KL as a batch mean with either reduction."""
         assert out.teacher is not None

@@ -70,6 +70,11 @@ class Method(Strict):
         return 0
 
     @property
+    def takes_soft_labels(self) -> bool:
+        """Whether the loss is defined for class probabilities (mixup, CutMix, smoothing)."""
+        return False
+
+    @property
     def uses_average(self) -> bool:
         """Whether the loss reads the logits of the student's running average (optim.ema)."""
         return False
@@ -98,8 +103,10 @@ class Method(Strict):
     def loss(self, out: Outputs, target: Tensor, epoch: float) -> tuple[Tensor, Terms]:
         """The loss of one batch (0-dim, float32) and its detached 0-dim terms.
 
-        `target` is (N,) int64; `epoch` is 0-based and fractional. Terms whose names end in top1
-        or top5, and rows, are counts over the batch; all others are means over its rows.
+        `target` is (N,) int64, or (N, C) float32 class probabilities where the method takes them;
+        `epoch` is 0-based and fractional. Terms whose names end in top1 or top5, and rows, are
+        counts over the batch; all others are means over its rows. The right class of probabilities
+        is the one with the largest.
         """
 
     def deployed(

@@ -6,6 +6,7 @@ from pydantic import Field
 from torch import Tensor
 
 from ...kernels.nkd import nkd_loss
+from .labels import hard
 from .method import Method, Outputs, Terms, with_terms
 from .target_term import Form, target_loss, target_probability
 
@@ -15,6 +16,7 @@ class NKD(Method):
 
     `target_term` is the published ablation: T1 = -V_t log S_t is NKD's own, T2 is
     -(1 - V_t) log(1 - S_t); V_t and S_t are what teacher and student give the target at T = 1.
+    Of soft labels the largest is the target, as released; cross-entropy takes them whole.
     """
 
     name: Literal["nkd"] = "nkd"
@@ -24,6 +26,10 @@ class NKD(Method):
     gamma: float = Field(1.5, ge=0, description="weight of the non-target part")
     ce_weight: float = Field(1.0, ge=0, description="weight of the cross-entropy")
     target_term: Form = Field("t1", description="of the teacher's binary cross-entropy")
+
+    @property
+    def takes_soft_labels(self) -> bool:
+        return True
 
     def loss(self, out: Outputs, target: Tensor, epoch: float) -> tuple[Tensor, Terms]:
         assert out.teacher is not None
@@ -41,7 +47,8 @@ class NKD(Method):
         if self.target_term == "t1":
             return loss, terms
         # nkd_loss always has T1, with weight 1: it is taken out again.
-        weight = target_probability(out.teacher, target)
-        wanted = target_loss(out.student, target, weight, self.target_term)
-        t1 = target_loss(out.student, target, weight, "t1")
+        label = hard(target)
+        weight = target_probability(out.teacher, label)
+        wanted = target_loss(out.student, label, weight, self.target_term)
+        t1 = target_loss(out.student, label, weight, "t1")
         return loss - t1 + wanted, {**terms, "target": wanted.detach()}

@@ -26,6 +26,10 @@ class SelfLearning(Method):
         None, description="one weight an SL-T, with sum 1; none: equal"
     )
 
+    @property
+    def takes_soft_labels(self) -> bool:
+        return True
+
     @model_validator(mode="after")
     def _fusion_is_a_mean(self) -> SelfLearning:
         if self.fusion is not None and min(self.fusion, default=0.0) < 0:

@@ -6,19 +6,39 @@ from pydantic import Field
 from torch import Tensor
 
 from ...kernels.tf_nkd import tf_nkd_loss
+from .ce import labelled
+from .labels import unsmoothed
 from .method import Method, Outputs, Terms, with_terms
 
 
 class TfNKD(Method):
-    """CE plus the target term; its batch mean is taken over each rank's own rows."""
+    """CE plus the target term; its batch mean is taken over each rank's own rows.
+
+    The two labels of a mixed image are targets, as released, before smoothing, which is
+    cross-entropy's alone.
+    """
 
     name: Literal["tf_nkd"] = "tf_nkd"
 
     weight: float = Field(1.0, ge=0, description="weight of the target term")
     ce_weight: float = Field(1.0, ge=0, description="weight of the cross-entropy")
 
+    @property
+    def takes_soft_labels(self) -> bool:
+        return True
+
     def loss(self, out: Outputs, target: Tensor, epoch: float) -> tuple[Tensor, Terms]:
-        result = tf_nkd_loss(
-            out.student, target, weight=self.weight, ce_weight=self.ce_weight, return_terms=True
+        soft = target.dim() == 2
+        loss, terms = with_terms(
+            tf_nkd_loss(
+                out.student,
+                unsmoothed(target) if soft else target,
+                weight=self.weight,
+                ce_weight=0.0 if soft else self.ce_weight,
+                return_terms=True,
+            )
         )
-        return with_terms(result)
+        if not soft:
+            return loss, terms
+        ce, found = labelled(out.student, target)
+        return loss + self.ce_weight * ce, {**terms, "ce": found["ce"]}

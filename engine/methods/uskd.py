@@ -8,6 +8,8 @@ from pydantic import Field
 from torch import Size, Tensor, nn
 
 from ...kernels.uskd import uskd_loss
+from .ce import labelled
+from .labels import unsmoothed
 from .method import Method, Networks, Outputs, Points, Role, Terms, with_terms
 from .target_term import Form, target_loss, target_probability
 
@@ -32,6 +34,9 @@ class USKD(Method):
     T1 = -w log S_t is USKD's own, T2 is -(1 - w) log(1 - S_t). The label is S_t^2 or S_t, less its
     mean over each process's own rows, plus 1, so that it may pass 1; or what the student's running
     average gives the target, for which no code was released.
+
+    The two labels of a mixed image are targets, as released, before smoothing, which is
+    cross-entropy's alone; the ablation is defined for one label.
     """
 
     name: Literal["uskd"] = "uskd"
@@ -49,6 +54,10 @@ class USKD(Method):
     weak_tap: str | None = Field(
         None, description="point or module path that the weak head reads; null: last stage but one"
     )
+
+    @property
+    def takes_soft_labels(self) -> bool:
+        return self._released
 
     @property
     def uses_average(self) -> bool:
@@ -70,24 +79,31 @@ class USKD(Method):
         return WeakHead(shape, networks.classes)
 
     def loss(self, out: Outputs, target: Tensor, epoch: float) -> tuple[Tensor, Terms]:
-        released = self.target_term == "t1" and self.labels == "square"
+        soft = target.dim() == 2
         loss, terms = with_terms(
             uskd_loss(
                 out.student,
                 out.head["weak"],
-                target,
-                alpha=self.alpha if released else 0.0,
+                unsmoothed(target) if soft else target,
+                alpha=self.alpha if self._released else 0.0,
                 beta=self.beta,
                 mu=self.mu,
                 rank=self.rank,
-                ce_weight=self.ce_weight,
+                ce_weight=0.0 if soft else self.ce_weight,
                 return_terms=True,
             )
         )
-        if released:
+        if soft:
+            ce, found = labelled(out.student, target)
+            return loss + self.ce_weight * ce, {**terms, "ce": found["ce"]}
+        if self._released:
             return loss, terms
         value = target_loss(out.student, target, self._label(out, target), self.target_term)
         return loss + self.alpha * value, {**terms, "target": value.detach()}
+
+    @property
+    def _released(self) -> bool:
+        return self.target_term == "t1" and self.labels == "square"
 
     def _label(self, out: Outputs, target: Tensor) -> Tensor:
         """(N,) soft labels of the target class, without gradient."""
