@@ -35,7 +35,8 @@ def _trained(recipe: Recipe, runs: Path, train: Train, way: tuple[str, ...]) -> 
     ]
     changed = False
     for where, network in networks:
-        if network and network["trained_by"] and network["checkpoint"] is None:
+        given = network and (network["checkpoint"] or network["name"].startswith("run:"))
+        if network and network["trained_by"] and not given:
             network["checkpoint"] = _one(where, network, recipe, runs, train, way)
             changed = True
     return Recipe.model_validate(plain) if changed else recipe

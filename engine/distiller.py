@@ -21,7 +21,6 @@ from .recipe import Recipe
 from .schema import Network, Normalize
 
 MAIN = "main"  # the branch of the recipe's own student
-RUN = "run:"  # before the folder of a run: a network's name, for what that run keeps
 
 
 class Inputs(nn.Module):
@@ -111,6 +110,11 @@ class Distiller(nn.Module):
             self.teacher.train(mode)
         return self
 
+    def frozen(self) -> dict[str, tuple[nn.Module, str]]:
+        """The teacher and the assistants, by their role in `inputs`, each with that role."""
+        roles = ["teacher", *(f"assistant{i}" for i in range(len(self._teachers) - 1))]
+        return {role: (network, role) for role, network in zip(roles, self._teachers, strict=False)}
+
     def networks(self) -> dict[str, tuple[nn.Module, str]]:
         """The networks that are evaluated, by the name in logs, each with its role in `inputs`."""
         found = {}
@@ -185,8 +189,8 @@ def build(
 
     def make(name: str, network: Network | None) -> nn.Module:
         assert network is not None  # a recipe has the networks that its method needs
-        if network.name.startswith(RUN):
-            made, normalize = of_run(Path(network.name.removeprefix(RUN)), classes)
+        if network.kept is not None:
+            made, normalize = of_run(network.kept, classes)
             network = network.model_copy(update={"normalize": network.normalize or normalize})
         else:
             made = create(network.name, classes, network.checkpoint)
@@ -240,7 +244,7 @@ def of_run(run: Path, classes: int) -> tuple[nn.Module, Normalize]:
     try:
         main.load((held.get("best") or held["last"])[0])
     except RuntimeError as error:
-        raise ValueError(f"{RUN}{run}: not of {classes} classes, or damaged: {error}") from error
+        raise ValueError(f"run:{run}: not of {classes} classes, or damaged: {error}") from error
     return main.deployed, recipe.student.normalize or recipe.data.normalize
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +89,10 @@ def _write_program(model: nn.Module, images: Tensor, about: dict[str, Any], out:
     # torch.export wants the suffix .pt2 of the unfinished file, too.
     unfinished = out.with_name(f".{os.getpid()}-{out.name}")
     try:
-        torch.export.save(program, unfinished, extra_files=extra)
+        with warnings.catch_warnings():
+            # It looks whether a weight is part of another one's storage, and warns of none.
+            warnings.filterwarnings("ignore", message="No complete tensor found")
+            torch.export.save(program, unfinished, extra_files=extra)
         os.replace(unfinished, out)
     finally:
         unfinished.unlink(missing_ok=True)
@@ -118,11 +122,11 @@ def _write_onnx(model: nn.Module, images: Tensor, about: dict[str, Any], out: Pa
 
 
 def _save_weights(chosen: nn.Module, state: State, network: str, out: Path) -> None:
-    bare = [m for b in state.branches.values() for m in (b.student, *b.slts)]
-    averages = [average.module for average in state.averages.values()]
-    if not any(chosen is module for module in (*bare, *averages)) or any(
-        branch.method.deploys_head for branch in state.branches.values()
-    ):
+    plain = {n: b for n, b in state.branches.items() if not b.method.deploys_head}
+    known = [network for b in state.branches.values() for network in b.slts]
+    known += [branch.student for branch in plain.values()]
+    known += [state.averages[name].module for name in plain if name in state.averages]
+    if not any(chosen is module for module in known):
         raise ValueError(
             f"out = {out}: {network} is more than the network of one name (projector, reused "
             "classifier); write a .pt2 file, or name it as run:FOLDER in a recipe"

@@ -31,5 +31,8 @@ def checkpoints_of(run: Path) -> dict[str, tuple[dict[str, Any], dict[str, Any]]
         print(f"skipped a damaged checkpoint: {reason}", flush=True)
     found = {"last": (last.state, last.facts)}
     if "best" in last.facts["results"]:
-        found["best"] = checkpoint.load(run / "checkpoints" / "best")
+        try:
+            found["best"] = checkpoint.load(run / "checkpoints" / "best")
+        except checkpoint.CheckpointError as error:
+            print(f"without the best one: {error}", flush=True)
     return found

@@ -19,7 +19,17 @@ from .optim import lr_at, set_lr
 from .pastruns import read_run
 from .recipe import Recipe
 from .report import report
-from .rundir import check_folder, create_folder, default_folder, held
+from .rundir import (
+    CARRIED_OUT,
+    RECIPE,
+    changes,
+    check_folder,
+    create_folder,
+    default_folder,
+    held,
+    plain,
+    refuse,
+)
 from .state import State
 from .step import Step
 
@@ -74,7 +84,9 @@ def train(recipe: Recipe, out: str | Path | None = None, resume: bool = False) -
 def _train_once(recipe: Recipe, folder: Path, resume: bool) -> Path:
     """Train, unless the folder holds the finished run of the same recipe."""
     if resume and read_run(folder).finished:
-        check_folder(folder, recipe, resume)
+        was, now = plain(Recipe.load(folder / RECIPE)), plain(recipe)
+        drift = changes({k: now.get(k, v) if k in CARRIED_OUT else v for k, v in was.items()}, now)
+        refuse(drift, f"cannot use {folder} as it was trained before: its recipe is another")
         return folder
     return train(recipe, folder, resume)
 
@@ -122,6 +134,13 @@ class Training:
         """From wherever the run stands to its end."""
         state, epochs = self.state, self.epochs
         notes = state.restore(self.checkpoints) if resume else []
+        if resume and state.done == 0:
+            if (self.folder / RECIPE).exists() and read_run(self.folder).finished:
+                raise ValueError(
+                    f"cannot resume {self.folder}: it is finished and its checkpoints are gone; "
+                    "train into another folder"
+                )
+            notes.append("no checkpoint yet: it starts again")
         teacher = self.check_teacher() if state.done == 0 else {}
         if self.group.first:
             create_folder(self.folder, self.recipe, self.group.world)
@@ -147,24 +166,26 @@ class Training:
             report([self.folder], self.folder / "report.html")
 
     def check_teacher(self) -> dict[str, float]:
-        """Evaluate the teacher and print its accuracy; ValueError when it is at chance level."""
-        distiller, spec = self.state.distiller, self.recipe.teacher
-        if distiller.teacher is None or spec is None:
-            return {}
-        networks = {"teacher": (distiller.teacher, "teacher")}
-        found = accuracy(distiller, networks, self.val.epoch(0), self.group)["teacher"]
-        text = f"teacher {spec.name}: top-1 {found['top1']:.2f}, top-5 {found['top5']:.2f}"
-        if self.group.first:
-            print(text, flush=True)
-        chance = 100 / self.state.classes
-        at_chance = found["top1"] <= chance + min(chance / 2, 5)
-        if at_chance and self.recipe.run.teacher_at_chance == "refuse":
-            raise ValueError(
-                f"{text}; chance is {chance:.2f}, so it has nothing to teach. Check "
-                f"teacher.checkpoint = {spec.checkpoint} and teacher.normalize, or set "
-                "run.teacher_at_chance=allow"
-            )
-        return {f"teacher_{name}": value for name, value in found.items()}
+        """Evaluate the frozen teachers and print how good they are; ValueError at chance level."""
+        recipe, distiller = self.recipe, self.state.distiller
+        specs = {f"assistants.{i}": network for i, network in enumerate(recipe.assistants)}
+        if recipe.teacher is not None:
+            specs = {"teacher": recipe.teacher, **specs}
+        frozen = distiller.frozen()
+        measured = accuracy(distiller, frozen, self.val.epoch(0), self.group) if frozen else {}
+        for (where, spec), found in zip(specs.items(), measured.values(), strict=True):
+            text = f"{where} {spec.name}: top-1 {found['top1']:.2f}, top-5 {found['top5']:.2f}"
+            if self.group.first:
+                print(text, flush=True)
+            chance = 100 / self.state.classes
+            at_chance = found["top1"] <= chance + min(chance / 2, 5)
+            if at_chance and recipe.run.teacher_at_chance == "refuse":
+                raise ValueError(
+                    f"{text}; chance is {chance:.2f}, so it has nothing to teach. Check "
+                    f"{where}.checkpoint = {spec.checkpoint} and {where}.normalize, or set "
+                    "run.teacher_at_chance=allow"
+                )
+        return {f"teacher_{k}": value for k, value in measured.get("teacher", {}).items()}
 
     def train_epoch(self, epoch: int, log: RunLog) -> None:
         """The steps of an epoch that are not done yet, with their log records and checkpoints."""

@@ -76,6 +76,13 @@ class Recipe(RecipeBase):
                     f"{where}: method {part.method.name} trains networks beside the student; add "
                     f"{where}.name=NETWORK"
                 )
+            inherits = part.method.slt_count and part.slt is None and self.teacher is not None
+            if inherits and self.teacher is not None and self.teacher.kept is not None:
+                where = f"also.{name}.slt" if name else "slt"
+                found.append(
+                    f"{where}: null stands for the teacher's network with random weights, and "
+                    f"{self.teacher.name} has no name of its own; add {where}.name=NETWORK"
+                )
             if part.method.uses_assistants and not self.assistants:
                 found.append(
                     f"assistants: method {part.method.name} needs at least one; add the networks"

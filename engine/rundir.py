@@ -30,6 +30,16 @@ FREE = {
     "expect",
 }
 
+# How a run is carried out: a result counts with any of these, and a published number is to be
+# reached. A resumed run keeps them, since its bytes may depend on them.
+CARRIED_OUT = {
+    "run.device",
+    "run.threads",
+    "run.eval_batch",
+    "run.log_every",
+    "run.checkpoint_every",
+}
+
 
 def default_folder(recipe: RecipeBase) -> Path:
     """runs/NAME, the recipe's name in one word."""

@@ -74,17 +74,27 @@ class Network(Strict):
     checkpoint: FilePath | None = Field(None, description="file of weights; null: random weights")
     normalize: Normalize | None = Field(None, description="null: the statistics of data.normalize")
     trained_by: str | None = Field(
-        None, description="recipe that trains it first where there is no checkpoint, as its student"
+        None, description="recipe that trains it first, unless a checkpoint or run: gives weights"
     )
     trained_with: Annotated[tuple[str, ...], Field(strict=False)] = Field(
         (), description="words for that recipe, as in [run.epochs=60]"
     )
 
     @model_validator(mode="after")
-    def _words_have_a_recipe(self) -> Network:
+    def _works(self) -> Network:
         if self.trained_with and self.trained_by is None:
             raise ValueError(f"trained_with: {list(self.trained_with)} needs trained_by, a recipe")
+        if self.kept and self.checkpoint is not None:
+            raise ValueError(
+                f"checkpoint: {self.checkpoint} has no effect with name {self.name}, which comes "
+                "with its weights; leave one of them out"
+            )
         return self
+
+    @property
+    def kept(self) -> Path | None:
+        """The run's folder of a name run:FOLDER."""
+        return Path(self.name.removeprefix("run:")) if self.name.startswith("run:") else None
 
 
 Source = Literal["folder", "tar", "digits", "cifar10", "cifar100", "glyphs", "synthetic"]

@@ -15,7 +15,7 @@ from .environment import seed
 from .meters import Diverged, Meters
 from .optim import EMA, build_optimizer, decay_groups
 from .recipe import Recipe
-from .rundir import changes, refuse
+from .rundir import changes, plain, refuse
 
 
 class State:
@@ -122,6 +122,8 @@ class State:
         state, facts = found.state, found.facts
         drift = changes(facts["sources"], self.sources)
         refuse(drift, f"cannot resume {found.path}: it was made from other data (was -> is)")
+        drift = changes(plain(Recipe.model_validate(facts["recipe"])), plain(self.recipe))
+        refuse(drift, f"cannot resume {found.path}: it was made by another recipe (was -> is)")
         self.load_networks(state)
         for name, optimizer in self.optimizers.items():
             optimizer.load_state_dict(state["optimizers"][name])

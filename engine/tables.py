@@ -12,18 +12,10 @@ from rich.text import Text
 from . import problems
 from .pastruns import Group, PastRun, below, by_seed, mean_and_spread
 from .recipe import Recipe, recipes
-from .rundir import changes, plain
+from .rundir import CARRIED_OUT, changes, plain
 from .schema import Cell, RecipeError
 
-# How a run is carried out: a published number is to be reached with any of these.
-NOT_COMPARED = {
-    "run.seed",
-    "run.device",
-    "run.threads",
-    "run.eval_batch",
-    "run.log_every",
-    "run.checkpoint_every",
-}
+NOT_COMPARED = CARRIED_OUT | {"run.seed"}
 
 
 ALONE = ("Teacher", "Student")
@@ -142,10 +134,16 @@ def counted(recipe: Recipe, runs: list[PastRun]) -> tuple[Group, list[str]]:
 def changed(recipe: Recipe, run: PastRun) -> list[str]:
     """What a run changed of its recipe that can move the result, the seed aside."""
     was, now = plain(recipe), plain(Recipe.load(run.path / "recipe.yaml"))
-    return changes(
+    found = changes(
         {name: value for name, value in was.items() if name not in NOT_COMPARED},
         {name: value for name, value in now.items() if name not in NOT_COMPARED},
     )
+    # Free for a resumed run, whose checkpoint has what came of them, but not for a result.
+    starts = [n for n in {**was, **now} if n.endswith(("student.checkpoint", "slt.checkpoint"))]
+    for name in (*starts, "run.teacher_at_chance"):
+        if was.get(name) != now.get(name):
+            found.append(f"{name}: {was.get(name)} -> {now.get(name)}")
+    return found
 
 
 def render(table: Table) -> rich.table.Table:

@@ -61,6 +61,10 @@ def test_every_student_is_logged_evaluated_and_exported(runs, tmp_path):
     out = export(together, tmp_path / "sim.pt2", network="sim_student")
     images = torch.zeros(2, 3, 16, 16, dtype=torch.uint8)
     assert torch.export.load(out).module()(images).shape == (2, 10)
+    weights = torch.load(export(together, tmp_path / "student.pt"), weights_only=True)
+    assert "fc.weight" in weights["model"]  # though another branch keeps more than its student
+    with pytest.raises(ValueError, match="more than the network of one name"):
+        export(together, tmp_path / "sim.pt", network="sim_student")
 
 
 @pytest.mark.parametrize(

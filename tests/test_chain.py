@@ -9,6 +9,8 @@ from kdfuse.engine.loop import train
 from kdfuse.engine.pastruns import read_run
 from kdfuse.engine.recipe import Recipe
 
+TRAINED = ["run.epochs=6", "data.subset=64"]  # well above chance
+
 
 @pytest.fixture
 def files(tmp_path):
@@ -50,6 +52,42 @@ def test_a_teacher_assistant_and_its_teacher_are_trained_first_and_once(files):
     newest = [load(path / "checkpoints" / "best")[0]["student"] for path in (run, again)]
     assert all((newest[0][key] == newest[1][key]).all() for key in newest[0])
     train(recipe, again, resume=True)  # what it waited for is its own recipe's, still
+
+
+def test_a_finished_teacher_is_used_whatever_it_was_trained_on(files):
+    by_teacher = {"name": "resnet14", "trained_by": files["teacher"]}
+    runs = files["folder"] / "runs"
+    train(student_of(files, by_teacher), runs / "first")
+    slow = tiny(
+        files["folder"] / "digits", "kd", teacher=by_teacher, run={"epochs": 1, "threads": 2}
+    )
+    log = next(runs.glob("*teacher*")) / "log.jsonl"
+    before = log.read_bytes()
+    train(slow, runs / "second")
+    assert log.read_bytes() == before
+
+
+def test_what_a_run_keeps_is_trained_by_nobody_and_has_no_other_weights(files):
+    kept = {"name": "run:somewhere", "trained_by": files["teacher"]}
+    recipe = student_of(files, kept)
+    with pytest.raises(FileNotFoundError, match="somewhere is not a run"):
+        train(recipe, files["folder"] / "runs" / "c")
+    with pytest.raises(ValueError, match="checkpoint: x.pt has no effect with name run:somewhere"):
+        student_of(files, {"name": "run:somewhere", "checkpoint": "x.pt"})
+    with pytest.raises(ValueError, match="slt: null stands for the teacher's network with random"):
+        tiny(files["folder"] / "digits", "slkd", teacher={"name": "run:somewhere"})
+
+
+def test_assistants_are_measured_as_the_teacher_is(files):
+    recipe = tiny(
+        files["folder"] / "digits",
+        "slkd_sequential",
+        teacher={"name": "resnet14", "trained_by": files["teacher"], "trained_with": TRAINED},
+        assistants=[{"name": "resnet8"}],
+        run={"epochs": 1, "teacher_at_chance": "refuse"},
+    )
+    with pytest.raises(ValueError, match="assistants.0 resnet8: top-1 .* nothing to teach"):
+        train(recipe, files["folder"] / "runs" / "d")
 
 
 def test_circles_and_other_networks_are_refused(files):

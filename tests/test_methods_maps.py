@@ -349,3 +349,16 @@ def test_kdsvd_refuses_what_it_cannot_compare():
 def test_options_that_are_refused(name, options, message):
     with pytest.raises(ValidationError, match=message):
         METHODS[name](**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"student_taps": []}, "student_taps"),
+        ({"student_taps": ["a", "a"], "teacher_taps": ["a", "b"]}, "student_taps: a point stands"),
+        ({"temperature": 2.0}, "no effect with kd_weight 0"),
+    ],
+)
+def test_taps_and_temperature_that_would_not_be_read_are_refused(options, message):
+    with pytest.raises(ValidationError, match=message):
+        METHODS["at"](**options)

@@ -15,6 +15,7 @@ from kdfuse.engine import checkpoint
 from kdfuse.engine.models import (
     FoldError,
     Taps,
+    Until,
     create,
     fold_batchnorm,
     points,
@@ -287,11 +288,13 @@ def test_timm_models_by_prefix_with_their_own_points():
     ):
         create("timm:resnet18dd", 10)
     model = create("timm:resnet18", 10).eval()
-    found = shapes(model, ["stage1", "stage5", "layer2.1.act2:in"], 64)
-    assert [shape[1] for shape in found.values()] == [64, 512, 128]
+    found = shapes(model, [*stages(points(model)), "layer2.1.act2:in"], 64)
+    assert [shape[1] for shape in found.values()] == [64, 128, 256, 512, 128]
+    assert [shape[2] for shape in found.values()] == [16, 8, 4, 2, 8]
+    assert points(create("timm:swin_tiny_patch4_window7_224", 10)) == {}  # maps are (N, H, W, C)
     vit = create("timm:deit_tiny_patch16_224", 10)
     assert shapes(vit, ["blocks.10"], 224)["blocks.10"] == (1, 197, 192)
-    assert vit.fc if hasattr(vit, "fc") else vit.head.out_features == 10
+    assert vit.head.out_features == 10
 
 
 def test_a_tap_that_the_network_overwrites_is_an_error():
@@ -310,6 +313,18 @@ def test_a_tap_that_the_network_overwrites_is_an_error():
     model(torch.randn(2, 3))
     with pytest.raises(RuntimeError, match="tap first: the network overwrites"):
         taps.take()
+
+
+def test_what_a_dry_run_changes_it_changes_back():
+    model = create("torchvision:resnet18", 10)
+    shapes(model, ["stage1.pre"], 32)
+    assert all(module.inplace for module in model.modules() if isinstance(module, nn.ReLU))
+
+
+def test_a_point_that_the_network_reads_itself_is_named():
+    inner = Until(create("resnet8", 10), "stage3")
+    with pytest.raises(ValueError, match="the network reads that point itself"):
+        Taps(inner, ["network.layer3.0.relu2"])
 
 
 def test_taps_stay_in_a_folded_network():

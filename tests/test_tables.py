@@ -122,6 +122,17 @@ def test_runs_count_by_seed_where_nothing_else_was_changed(
     assert notes[str(folder / "set" / "b")].endswith(f"seed 1 is {folder / 'c'}")
 
 
+def test_a_run_from_trained_weights_does_not_count(
+    written: dict[str, Recipe], tmp_path: Path
+) -> None:
+    recipe = written["r8"]
+    student = recipe.student.model_copy(update={"checkpoint": Path("trained.pt")})
+    begun = recipe.model_copy(update={"student": student})
+    run(tmp_path / "a", begun, {}, [99.0])
+    group, notes = tables.counted(recipe, below(tmp_path))
+    assert group.runs == [] and "student.checkpoint: None -> trained.pt" in notes[0]
+
+
 def test_a_summary_is_the_tables_that_have_runs_and_the_rest(
     written: dict[str, Recipe], tmp_path: Path
 ) -> None:

@@ -260,3 +260,22 @@ def test_a_folder_in_use_is_not_shared(tmp_path):
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 1 and "another process is training there" in done.stderr
     assert subprocess.run(command, check=False).returncode == 0
+
+
+def test_a_resumed_run_is_the_checkpoints_recipe_whatever_its_folder_says(digits, tmp_path):
+    run = train(tiny(digits, "ce"), tmp_path / "run")
+    (run / "recipe.yaml").unlink()
+    changed = tiny(digits, "ce", optim={"lr": 0.05, "schedule": "constant", "weight_decay": 0.5})
+    with pytest.raises(ValueError, match="by another recipe.*\n.*weight_decay: 0.0005 -> 0.5"):
+        train(changed, run, resume=True)
+
+
+def test_a_finished_run_without_checkpoints_is_not_trained_again(digits, tmp_path):
+    run = train(tiny(digits, "ce"), tmp_path / "run")
+    log = (run / "log.jsonl").read_bytes()
+    shutil.rmtree(run / "checkpoints" / "best")
+    assert set(evaluate(run)) == {"last"}
+    shutil.rmtree(run / "checkpoints")
+    with pytest.raises(ValueError, match="it is finished and its checkpoints are gone"):
+        train(tiny(digits, "ce"), run, resume=True)
+    assert (run / "log.jsonl").read_bytes() == log

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, ClassVar
 
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from ...kernels.kd import kd_loss
 from .method import Method, Outputs, Points, Role, Terms, with_terms
 
-Names = Annotated[tuple[str, ...], Field(strict=False)]
+Names = Annotated[tuple[str, ...], Field(strict=False, min_length=1)]
 
 
 class FeatureMethod(Method):
@@ -30,6 +30,19 @@ class FeatureMethod(Method):
         None, description="points or module paths of the teacher; null: as published"
     )
     feature_weight: float = Field(1.0, ge=0, description="weight of the feature loss")
+
+    @model_validator(mode="after")
+    def _taps_and_temperature_work(self) -> FeatureMethod:
+        found = []
+        if self.kd_weight == 0:
+            found += self.unused("kd_weight 0", "method", "temperature")
+        for name in ("student_taps", "teacher_taps"):
+            taps = getattr(self, name) or ()
+            if len(set(taps)) < len(taps):
+                found.append(f"method.{name}: a point stands twice in {list(taps)}")
+        if found:
+            raise ValueError("\n".join(found))
+        return self
 
     def reads(self, points: Mapping[Role, Points]) -> dict[Role, tuple[str, ...]]:
         student = self.student_taps or self._published("student", points["student"])

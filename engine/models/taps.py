@@ -1,4 +1,7 @@
-"""Features of a network while it runs: named points, and taps that keep what passes there."""
+"""Features of a network while it runs: named points, and taps that keep what passes there.
+
+Feature maps are (N, C, H, W), whatever their layout in memory, tokens (N, L, C).
+"""
 
 from __future__ import annotations
 
@@ -24,9 +27,9 @@ def points(model: nn.Module) -> dict[str, str]:
     """
     if isinstance(model, ResNet):
         return _torchvision_resnet(model)
-    info = getattr(model, "feature_info", None)  # timm's networks; those without a list have none
+    info = getattr(model, "feature_info", None)
     if isinstance(info, list):
-        return {f"stage{i + 1}": entry["module"] for i, entry in enumerate(info)}
+        return _timm(model, info)
     return dict(getattr(model, "taps", {}))
 
 
@@ -91,9 +94,10 @@ class Taps:
         paths = {name: known.get(name, name) for name in names}
         for name, path in paths.items():
             _check(model, known, name, path)
-        for module in model.modules() if names else ():
-            if getattr(module, "inplace", False):
-                vars(module)["inplace"] = False  # it would overwrite what a tap before it keeps
+        # They would overwrite what a tap before them keeps.
+        self._inplace = [m for m in model.modules() if names and getattr(m, "inplace", False)]
+        for module in self._inplace:
+            vars(module)["inplace"] = False
         wanted = dict.fromkeys(paths.values())
         self._own = [path for path in wanted if path not in _keeps(model)]
         for path in self._own:
@@ -105,7 +109,7 @@ class Taps:
         """The same taps in a copy of the model that was made with them, such as a folded one."""
         other = object.__new__(Taps)
         other._model, other._paths, other._keeps = copy, self._paths, _keeps(copy)
-        other._own = self._own
+        other._own, other._inplace = self._own, []
         return other
 
     def take(self) -> dict[str, Tensor]:
@@ -124,6 +128,8 @@ class Taps:
             del module._modules[_place(path)]
             if not any(isinstance(inner, Keep) for inner in module.children()):
                 module.__class__ = type(module).__mro__[2]
+        for module in self._inplace:
+            vars(module)["inplace"] = True
 
 
 class Until(nn.Module):
@@ -200,6 +206,10 @@ def _insert(module: nn.Module, path: str) -> None:
     if not isinstance(module, _Tapped):
         kind: Any = type(module)
         module.__class__ = _tapped(kind)
+    if _place(path) in module._modules:
+        raise ValueError(
+            f"tap {path!r}: the network reads that point itself; tap the module before or behind it"
+        )
     module.add_module(_place(path), Keep(path))
 
 
@@ -222,6 +232,17 @@ def _check(model: nn.Module, known: dict[str, str], name: str, path: str) -> Non
         f"tap {name!r}: no such point of {type(model).__name__}; {hint}{own}any path of a module "
         "is one, with :in for its input"
     )
+
+
+def _timm(model: nn.Module, info: list[dict[str, Any]]) -> dict[str, str]:
+    """Its list of features: the stages are those from 1/4 of the image's side on.
+
+    Networks whose maps are (N, H, W, C) name none: methods read (N, C, H, W).
+    """
+    if getattr(model, "output_fmt", "NCHW") != "NCHW":
+        return {}
+    known = [entry for entry in info if entry["reduction"] >= 4]
+    return {f"stage{i}": entry["module"] for i, entry in enumerate(known, start=1)}
 
 
 def _torchvision_resnet(model: ResNet) -> dict[str, str]:
