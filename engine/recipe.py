@@ -87,6 +87,11 @@ class Recipe(RecipeBase):
                 found.append(
                     f"assistants: method {part.method.name} needs at least one; add the networks"
                 )
+            elif part.method.uses_assistants:
+                try:
+                    part.method.check_assistants(len(self.assistants))
+                except ValueError as error:
+                    found.append(str(error))
             if self.data.softening and not part.method.takes_soft_labels:
                 where = f"also.{name}.method" if name else "method"
                 found.append(

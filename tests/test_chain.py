@@ -78,6 +78,15 @@ def test_what_a_run_keeps_is_trained_by_nobody_and_has_no_other_weights(files):
         tiny(files["folder"] / "digits", "slkd", teacher={"name": "run:somewhere"})
 
 
+def test_options_that_do_not_fit_the_assistants_are_refused_before_anything_runs(files):
+    for method, words in (
+        ({"name": "dgkd", "drop": 2}, "method.drop: 2 leaves none of 2 guides"),
+        ({"name": "slkd_sequential", "fusion": [0.5, 0.5]}, "2 weights for 1 assistants"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            tiny(files["folder"] / "digits", method, assistants=[{"name": "resnet8"}])
+
+
 def test_assistants_are_measured_as_the_teacher_is(files):
     recipe = tiny(
         files["folder"] / "digits",

@@ -35,16 +35,19 @@ class DGKD(Method):
     )
     drop: int = Field(1, ge=0, description="guides that each step leaves out by chance")
 
+    def check_assistants(self, count: int) -> None:
+        if self.drop > count:
+            raise ValueError(
+                f"method.drop: {self.drop} leaves none of {count + 1} guides (the teacher and "
+                f"{count} assistants); lower it or add assistants"
+            )
+
     def loss(self, out: Outputs, target: Tensor, epoch: float) -> tuple[Tensor, Terms]:
         """As every method; the terms kd, assistant0_kd, ... are those of all guides, dropped too,
         as batch means with either reduction."""
         assert out.teacher is not None
         guides = {"": out.teacher, **{f"assistant{i}_": z for i, z in enumerate(out.assistants)}}
-        if self.drop >= len(guides):
-            raise ValueError(
-                f"method.drop: {self.drop} leaves none of {len(guides)} guides (the teacher and "
-                f"{len(guides) - 1} assistants); lower it or add assistants"
-            )
+        self.check_assistants(len(out.assistants))
         loss, terms = from_labels(out, target, 1 - self.kd_weight)
         share = out.student.shape[1] if self.reduction == "mean" else 1
         values = []

@@ -79,6 +79,10 @@ class Method(Strict):
         """Whether the loss reads the logits of the student's running average (optim.ema)."""
         return False
 
+    def check_assistants(self, count: int) -> None:
+        """Raise ValueError unless the options fit that many assistants."""
+        return None
+
     def reads(self, points: Mapping[Role, Points]) -> dict[Role, tuple[str, ...]]:
         """The points that are tapped, by role; `points` are those that the networks name.
 

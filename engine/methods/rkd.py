@@ -36,7 +36,7 @@ class RKD(RelationMethod):
             if len(student) < 2:
                 raise ValueError(
                     "method rkd compares the images of a batch, and this one has 1; "
-                    "raise run.batch or set method.gather=true"
+                    "raise run.batch, or with several processes set method.gather=true"
                 )
             s, t = squared_distances(student), squared_distances(teacher)
             distances.append(F.smooth_l1_loss(relative(s), relative(t)))

@@ -46,13 +46,16 @@ class SequentialSLKD(SelfLearning):
         )
         return loss + fused, {**terms, "fused_kd": found["kd"]}
 
+    def check_assistants(self, count: int) -> None:
+        if self.fusion is not None and len(self.fusion) != count:
+            raise ValueError(
+                f"method.fusion: {len(self.fusion)} weights for {count} assistants; give one for "
+                "each"
+            )
+
     def _fused(self, slts: list[Tensor]) -> Tensor:
         """(N, C) float32: the mean of the SL-Ts' logits, weighted by `fusion`."""
-        if self.fusion is not None and len(self.fusion) != len(slts):
-            raise ValueError(
-                f"method.fusion: {len(self.fusion)} weights for {len(slts)} assistants; give one "
-                "for each"
-            )
+        self.check_assistants(len(slts))
         weights = self.fusion or [1 / len(slts)] * len(slts)
         first, *rest = (w * slt.float() for w, slt in zip(weights, slts, strict=True))
         return sum(rest, start=first)
