@@ -15,6 +15,7 @@ from .detection.method import METHODS as DETECTION_METHODS
 from .detection.recipe import DetectionRecipe
 from .methods import METHODS
 from .methods.method import Method
+from .misfits import misfits
 from .schema import Data, Expect, Network, Optim, RecipeBase, RecipeError, Run, Strict
 
 SHIPPED = Path(__file__).resolve().parent.parent / "recipes"
@@ -58,60 +59,8 @@ class Recipe(RecipeBase):
     expect: Expect | None = None
 
     @model_validator(mode="after")
-    def _networks_match_method(self) -> Recipe:
-        methods = [part.method for part in self.branches("").values()]
-        found = [] if self.also else problems.teacher(self.method, self.teacher is not None)
-        if "main" in self.also:
-            found.append("also.main: that name is the recipe's own student's; choose another")
-        if self.also:
-            used = [method for method in methods if method.uses_teacher]
-            found += problems.teacher((used or methods)[0], self.teacher is not None)
-        for name, part in self.branches("").items():
-            if part.slt is not None and part.method.slt_count == 0:
-                where = f"also.{name}.slt" if name else "slt"
-                found.append(f"{where}: method {part.method.name} has no SL-Ts; leave it out")
-            if part.method.slt_count and part.slt is None and self.teacher is None:
-                where = f"also.{name}.slt" if name else "slt"
-                found.append(
-                    f"{where}: method {part.method.name} trains networks beside the student; add "
-                    f"{where}.name=NETWORK"
-                )
-            inherits = part.method.slt_count and part.slt is None and self.teacher is not None
-            if inherits and self.teacher is not None and self.teacher.kept is not None:
-                where = f"also.{name}.slt" if name else "slt"
-                found.append(
-                    f"{where}: null stands for the teacher's network with random weights, and "
-                    f"{self.teacher.name} has no name of its own; add {where}.name=NETWORK"
-                )
-            if part.method.uses_assistants and not self.assistants:
-                found.append(
-                    f"assistants: method {part.method.name} needs at least one; add the networks"
-                )
-            elif part.method.uses_assistants:
-                try:
-                    part.method.check_assistants(len(self.assistants))
-                except ValueError as error:
-                    found.append(str(error))
-            if self.data.softening and not part.method.takes_soft_labels:
-                where = f"also.{name}.method" if name else "method"
-                found.append(
-                    f"{where}: {part.method.name}, as set, is not defined for soft labels; set "
-                    f"{', '.join(self.data.softening)} to 0"
-                )
-            if part.method.uses_average and self.optim.ema is None:
-                found.append(
-                    f"optim.ema: method {part.method.name} reads the student's average; "
-                    "add optim.ema=0.999"
-                )
-        modes = {method.teacher_mode for method in methods if method.uses_teacher}
-        if len(modes) > 1:
-            found.append(
-                "also: the methods share one teacher, and some want the batch's statistics of its "
-                "BatchNorm, others its running ones; train them apart or agree on one"
-            )
-        if self.assistants and not any(method.uses_assistants for method in methods):
-            found.append(f"assistants: method {self.method.name} reads none; leave them out")
-        if found:
+    def _sections_fit(self) -> Recipe:
+        if found := misfits(self):
             raise ValueError("\n".join(found))
         return self
 
