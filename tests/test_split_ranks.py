@@ -189,6 +189,7 @@ def main(folder, *parts):
     rank, world = dist.get_rank(), dist.get_world_size()
     found = {part: globals()[part](rank, world) for part in parts}
     torch.save(found, folder / f"{world}-{rank}.pt")
+    dist.barrier()  # gloo may abort where one process leaves while another still talks to it
     dist.destroy_process_group()
 
 
