@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from .recipe import Recipe
-from .rundir import RECIPE
+from .rundir import RECIPE, flat
 
 # What a run shares with those that train its teachers: where it runs, not what it computes.
 SHARED = ("data.root", "run.device", "run.threads", "run.seed", "data.workers", "run.compile")
@@ -55,8 +56,10 @@ def _one(
         raise ValueError(
             f"{where}.trained_by: {' -> '.join((*way, name))} is a circle; give a checkpoint"
         )
-    given = recipe.model_dump(mode="json")
-    shared = [f"{key}={_word(given, key)}" for key in SHARED if _word(given, key) is not None]
+    given = flat(recipe.model_dump(mode="json"))
+    shared = [
+        f"{key}={json.dumps(given[key])}" for key in SHARED if given[key] is not None
+    ]  # JSON is YAML
     loaded = Recipe.load(name, [*shared, *words])
     if loaded.student.name != network["name"]:
         raise ValueError(
@@ -66,12 +69,6 @@ def _one(
     folder = runs / "-".join(_slug(part) for part in (name, *words, f"seed{loaded.run.seed}"))
     first = _trained(loaded, runs, train, (*way, name))
     return train(first, folder, (folder / RECIPE).exists())
-
-
-def _word(given: dict[str, Any], key: str) -> Any:
-    section, name = key.split(".")
-    value = given[section][name]
-    return {True: "true", False: "false"}.get(value, value) if isinstance(value, bool) else value
 
 
 def _slug(text: str) -> str:

@@ -19,6 +19,7 @@ from .optim import lr_at, set_lr
 from .pastruns import read_run
 from .recipe import Recipe
 from .report import report
+from .resume import starts_again
 from .rundir import (
     CARRIED_OUT,
     RECIPE,
@@ -135,12 +136,7 @@ class Training:
         state, epochs = self.state, self.epochs
         notes = state.restore(self.checkpoints) if resume else []
         if resume and state.done == 0:
-            if (self.folder / RECIPE).exists() and read_run(self.folder).finished:
-                raise ValueError(
-                    f"cannot resume {self.folder}: it is finished and its checkpoints are gone; "
-                    "train into another folder"
-                )
-            notes.append("no checkpoint yet: it starts again")
+            notes += starts_again(self.folder)
         teacher = self.check_teacher() if state.done == 0 else {}
         if self.group.first:
             create_folder(self.folder, self.recipe, self.group.world)

@@ -109,7 +109,12 @@ def refuse(drift: list[str], problem: str) -> None:
 
 def plain(recipe: RecipeBase) -> dict[str, Any]:
     """The recipe as plain values: {"optim.lr": 0.1, ...}."""
-    return dict(_flat(recipe.model_dump(mode="json"), ""))
+    return flat(recipe.model_dump(mode="json"))
+
+
+def flat(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested plain values by their dotted keys."""
+    return dict(_flat(values, ""))
 
 
 def changes(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

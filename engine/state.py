@@ -4,18 +4,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from . import checkpoint, rng
+from . import checkpoint, resume, rng
 from .branch import Branch
 from .distiller import MAIN, build, prefix, role
 from .distributed import Group
 from .environment import seed
-from .meters import Diverged, Meters
+from .meters import Meters
 from .optim import EMA, build_optimizer, decay_groups
 from .recipe import Recipe
-from .rundir import changes, plain, refuse
 
 
 class State:
@@ -56,12 +54,7 @@ class State:
         self.done = 0  # finished steps
         self.results: dict[str, dict[str, float]] = {}  # the best and the last evaluation
         self.sources = {**sources, "teacher's weights": self.distiller.teacher_digest}
-        self.machine = {
-            "processes": group.world,
-            "device": group.device.type,
-            "torch": str(torch.__version__),
-            "threads": torch.get_num_threads(),
-        }
+        self.machine = resume.machine(group)
         seed(recipe.run.seed + group.rank)  # dropout differs between processes
 
     def networks(self) -> dict[str, tuple[nn.Module, str]]:
@@ -86,12 +79,7 @@ class State:
         best = name == "best"
         self.average_batchnorm()
         self.meters.gather()
-        weights = self.distiller.parameters()
-        if not torch.stack([value.isfinite().all() for value in weights]).all():
-            raise Diverged(
-                f"the weights after step {self.done} are not finite: stopped, checkpoints before "
-                "it are kept; lower optim.lr, add optim.warmup_epochs or look at the data"
-            )
+        resume.check_finite(self.distiller.parameters(), self.done)
         networks = {name: self._networks(name, whole=not best) for name in self.branches}
         state: dict[str, Any] = {**networks.pop(MAIN), "also": networks}
         if not best:
@@ -120,10 +108,7 @@ class State:
         if found is None:
             return []
         state, facts = found.state, found.facts
-        drift = changes(facts["sources"], self.sources)
-        refuse(drift, f"cannot resume {found.path}: it was made from other data (was -> is)")
-        drift = changes(plain(Recipe.model_validate(facts["recipe"])), plain(self.recipe))
-        refuse(drift, f"cannot resume {found.path}: it was made by another recipe (was -> is)")
+        resume.check_same_run(found, self.sources, self.recipe)
         self.load_networks(state)
         for name, optimizer in self.optimizers.items():
             optimizer.load_state_dict(state["optimizers"][name])
@@ -131,10 +116,7 @@ class State:
         if self.group.rank < len(state["rng"]):
             rng.restore(state["rng"][self.group.rank])
         self.done, self.results = facts["step"], facts["results"]
-        notes = [f"skipped a damaged checkpoint: {reason}" for reason in found.skipped]
-        for line in changes(facts["machine"], self.machine):
-            notes.append(f"not bit for bit as it would have been: {line}")
-        return [*notes, f"resumed from {found.path.name}"]
+        return resume.notes(found, self.machine)
 
     def load_networks(self, state: dict[str, Any]) -> None:
         """Take the weights of everything that is trained from a checkpoint."""

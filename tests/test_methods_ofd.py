@@ -9,8 +9,9 @@ from torch import nn
 from twenty_steps import digits, losses, made
 
 from kdfuse.engine.methods import METHODS, Networks, Outputs
+from kdfuse.engine.methods.method import stage_names
 from kdfuse.engine.methods.ofd import margins, norms_before, partial_l2
-from kdfuse.engine.models import create, points, shapes, stages
+from kdfuse.engine.models import create, points, shapes
 
 OFD = METHODS["ofd"]
 TARGET = torch.tensor([0, 1])
@@ -135,7 +136,7 @@ def test_batchnorms_are_those_that_the_released_code_names(name, published):
     network = create(name, 10).train()
     before = copy.deepcopy(network.state_dict())
     known = points(network)
-    found = norms_before(network, [known[s] for s in stages(known, ".pre")], 32)
+    found = norms_before(network, [known[s] for s in stage_names(known, ".pre")], 32)
     assert found == [network.get_submodule(path) for path in published]
     assert network.training
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in network.modules())

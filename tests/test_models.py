@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from kdfuse.engine import checkpoint
+from kdfuse.engine.methods.method import stage_names
 from kdfuse.engine.models import (
     FoldError,
     Taps,
@@ -20,7 +21,6 @@ from kdfuse.engine.models import (
     fold_batchnorm,
     points,
     shapes,
-    stages,
 )
 
 
@@ -243,7 +243,7 @@ def test_code_in_a_checkpoint_is_refused(tmp_path):
 def test_stages(name, channels):
     model = create(name, 10)
     keys, before = list(model.state_dict()), copy.deepcopy(model.state_dict())
-    found = shapes(model, stages(points(model)), 64)
+    found = shapes(model, stage_names(points(model)), 64)
     assert [shape[1] for shape in found.values()] == channels
     assert model.training and type(model.get_submodule("layer1")) is nn.Sequential
     assert list(model.state_dict()) == keys
@@ -288,7 +288,7 @@ def test_timm_models_by_prefix_with_their_own_points():
     ):
         create("timm:resnet18dd", 10)
     model = create("timm:resnet18", 10).eval()
-    found = shapes(model, [*stages(points(model)), "layer2.1.act2:in"], 64)
+    found = shapes(model, [*stage_names(points(model)), "layer2.1.act2:in"], 64)
     assert [shape[1] for shape in found.values()] == [64, 128, 256, 512, 128]
     assert [shape[2] for shape in found.values()] == [16, 8, 4, 2, 8]
     assert points(create("timm:swin_tiny_patch4_window7_224", 10)) == {}  # maps are (N, H, W, C)

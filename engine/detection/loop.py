@@ -13,6 +13,7 @@ from ..environment import settings
 from ..log import RunLog
 from ..meters import Clock
 from ..optim import lr_at, set_lr
+from ..resume import starts_again
 from ..rundir import check_folder, create_folder, default_folder, held
 from .coco import Coco, check_same_categories, read_coco
 from .evaluate import box_ap, check_pycocotools
@@ -117,6 +118,8 @@ class Training:
         """From wherever the run stands to its end."""
         state, epochs = self.state, self.epochs
         notes = state.restore(self.checkpoints) if resume else []
+        if resume and state.done == 0:
+            notes += starts_again(self.folder)
         if self.group.first:
             create_folder(self.folder, self.recipe, self.group.world)
         lock = held(self.folder) if self.group.first else nullcontext()

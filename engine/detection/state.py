@@ -8,12 +8,11 @@ from typing import Any
 
 import torch
 
-from .. import checkpoint, rng
+from .. import checkpoint, resume, rng
 from ..distributed import Group
 from ..environment import seed
-from ..meters import Diverged, Meters
+from ..meters import Meters
 from ..optim import build_optimizer, decay_groups
-from ..rundir import changes, refuse
 from .distiller import DetectionDistiller
 from .networks import create
 from .recipe import DetectionRecipe
@@ -41,12 +40,7 @@ class State:
         self.done = 0  # finished steps
         self.results: dict[str, dict[str, float]] = {}  # the best and the last evaluation
         self.sources = {**sources, "teacher's weights": self.distiller.teacher_digest}
-        self.machine = {
-            "processes": group.world,
-            "device": group.device.type,
-            "torch": str(torch.__version__),
-            "threads": torch.get_num_threads(),
-        }
+        self.machine = resume.machine(group)
         seed(run.seed + group.rank)  # which RoIs are sampled differs between processes
 
     def save(self, folder: Path, name: str) -> None:
@@ -56,12 +50,7 @@ class State:
         not finite.
         """
         self.meters.gather()
-        weights = self.distiller.parameters()
-        if not torch.stack([value.isfinite().all() for value in weights]).all():
-            raise Diverged(
-                f"the weights after step {self.done} are not finite: stopped, checkpoints before "
-                "it are kept; lower optim.lr, add optim.warmup_epochs or look at the data"
-            )
+        resume.check_finite(self.distiller.parameters(), self.done)
         state: dict[str, Any] = {"student": self.distiller.student.state_dict()}
         if name != "best":
             state |= {
@@ -88,15 +77,11 @@ class State:
         if found is None:
             return []
         state, facts = found.state, found.facts
-        drift = changes(facts["sources"], self.sources)
-        refuse(drift, f"cannot resume {found.path}: it was made from other data (was -> is)")
+        resume.check_same_run(found, self.sources, self.recipe)
         self.distiller.student.load_state_dict(state["student"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.meters.load_state_dict(state["meters"])
         if self.group.rank < len(state["rng"]):
             rng.restore(state["rng"][self.group.rank])
         self.done, self.results = facts["step"], facts["results"]
-        notes = [f"skipped a damaged checkpoint: {reason}" for reason in found.skipped]
-        for line in changes(facts["machine"], self.machine):
-            notes.append(f"not bit for bit as it would have been: {line}")
-        return [*notes, f"resumed from {found.path.name}"]
+        return resume.notes(found, self.machine)

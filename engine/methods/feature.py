@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from ...kernels.kd import kd_loss
-from .method import Method, Outputs, Points, Role, Terms, with_terms
+from .method import Method, Outputs, Points, Role, Terms, stage_names, with_terms
 
 Names = Annotated[tuple[str, ...], Field(strict=False, min_length=1)]
 
@@ -91,10 +91,8 @@ class FeatureMethod(Method):
 
     def _named(self, taps: str, role: str, points: Points) -> tuple[str, ...]:
         """`taps`, written as `default_taps` is, as names that the network has."""
-        base, _, suffix = taps.partition(".")
-        stages = tuple(
-            name for name in points if name.startswith("stage") and name.partition(".")[2] == suffix
-        )
+        base, dot, suffix = taps.partition(".")
+        stages = stage_names(points, dot + suffix)
         found = {"stages": stages, "last": stages[-1:]}.get(
             base, tuple(name for name in points if name == taps)
         )

@@ -5,6 +5,7 @@ A method is its options: adding one is one file with a subclass and one line in 
 
 from __future__ import annotations
 
+import re
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -121,6 +122,11 @@ class Method(Strict):
         `until(point)` is the student as a module that gives what passes at `point`.
         """
         return student
+
+
+def stage_names(points: Points, suffix: str = "") -> tuple[str, ...]:
+    """The stages among a network's named points, shallow to deep; `suffix` "" or ".pre"."""
+    return tuple(name for name in points if re.fullmatch(rf"stage\d+{re.escape(suffix)}", name))
 
 
 def with_terms(result: Tensor | tuple[Tensor, Terms]) -> tuple[Tensor, Terms]:

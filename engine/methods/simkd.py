@@ -11,7 +11,7 @@ from torch import Size, Tensor, nn
 
 from ...kernels.kd import kd_loss
 from .feature import Names
-from .method import Method, Networks, Outputs, Points, Role, Terms, with_terms
+from .method import Method, Networks, Outputs, Points, Role, Terms, stage_names, with_terms
 from .reused import Projector, Reused, aligned
 
 
@@ -103,7 +103,7 @@ class SimKD(Method):
             )
         if self.student_taps and self.teacher_taps:
             return list(zip(self.student_taps, self.teacher_taps, strict=True))
-        student, teacher = (_stages(points[role]) for role in ("student", "teacher"))
+        student, teacher = (stage_names(points[role]) for role in ("student", "teacher"))
         if not student:
             raise ValueError(
                 "method simkd reads the student's stages, and it names none; give module paths "
@@ -215,7 +215,3 @@ class Projections(nn.Module):
             made[f"wanted{i}"] = aligned(out.teacher_taps[teacher], projected.shape[2:])
         made["logits"] = self.classifier(projected.mean((2, 3)))
         return made
-
-
-def _stages(points: Points) -> list[str]:
-    return [name for name in points if name.startswith("stage") and not name.endswith(".pre")]

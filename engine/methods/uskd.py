@@ -1,6 +1,5 @@
 """Universal self-knowledge distillation (Yang et al. 2023): labels from the student itself."""
 
-import re
 from collections.abc import Mapping
 from typing import Literal
 
@@ -10,7 +9,7 @@ from torch import Size, Tensor, nn
 from ...kernels.uskd import uskd_loss
 from .ce import labelled
 from .labels import unsmoothed
-from .method import Method, Networks, Outputs, Points, Role, Terms, with_terms
+from .method import Method, Networks, Outputs, Points, Role, Terms, stage_names, with_terms
 from .target_term import Form, target_loss, target_probability
 
 
@@ -66,7 +65,7 @@ class USKD(Method):
     def reads(self, points: Mapping[Role, Points]) -> dict[Role, tuple[str, ...]]:
         if self.weak_tap is not None:
             return {"student": (self.weak_tap,)}
-        known = [name for name in points["student"] if re.fullmatch(r"stage\d+", name)]
+        known = stage_names(points["student"])
         if len(known) < 2:
             raise ValueError(
                 "method uskd reads the student's last stage but one, and the student names "

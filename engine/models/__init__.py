@@ -20,7 +20,7 @@ from .mobilenet_v2 import MobileNetV2
 from .plain import PLAIN
 from .shufflenet_v1 import ShuffleNetV1
 from .shufflenet_v2 import X1_0, X1_5, ShuffleNetV2
-from .taps import Taps, Until, points, shapes, stages, unreached
+from .taps import Taps, Until, points, shapes, unreached
 from .vgg import VGG
 from .wrn import WideResNet
 
@@ -34,7 +34,6 @@ __all__ = [
     "fold_dirac",
     "points",
     "shapes",
-    "stages",
     "unreached",
 ]
 

@@ -6,8 +6,7 @@ Feature maps are (N, C, H, W), whatever their layout in memory, tokens (N, L, C)
 from __future__ import annotations
 
 import difflib
-import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -31,11 +30,6 @@ def points(model: nn.Module) -> dict[str, str]:
     if isinstance(info, list):
         return _timm(model, info)
     return dict(getattr(model, "taps", {}))
-
-
-def stages(known: Iterable[str], suffix: str = "") -> tuple[str, ...]:
-    """The stage names among `known`, shallow to deep, with `suffix` ("" or ".pre")."""
-    return tuple(name for name in known if re.fullmatch(rf"stage\d+{re.escape(suffix)}", name))
 
 
 def shapes(model: nn.Module, names: Sequence[str], size: int) -> dict[str, torch.Size]:
