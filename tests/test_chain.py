@@ -109,6 +109,15 @@ def test_circles_and_other_networks_are_refused(files):
         student_of(files, {"name": "resnet8", "trained_with": ["run.seed=1"]})
 
 
+def test_a_data_folder_of_any_name_is_handed_on(files):
+    root = files["folder"] / "my #1 set: true"
+    recipe = tiny(root, "kd", teacher={"name": "resnet8", "trained_by": files["assistant"]})
+    plain = {**recipe.model_dump(), "run": {**recipe.run.model_dump(), "epochs": 1}}
+    run = train(Recipe.model_validate(plain), files["folder"] / "runs" / "student")
+    teacher = Recipe.load(Recipe.load(run / "recipe.yaml").teacher.checkpoint / "recipe.yaml")
+    assert teacher.data.root == root
+
+
 def test_an_early_stop_keeps_the_schedule(files):
     recipe = tiny(
         files["folder"] / "digits",

@@ -430,6 +430,12 @@ def test_killed_and_resumed_it_ends_with_the_same_bytes(data, tmp_path, capsys):
     moved = data.model_copy(update={"flip": False})
     with pytest.raises(ValueError, match="data.flip: True -> False"):
         train(recipe_of(moved, checkpoint_every=3, keep=9), out, resume=True)
+    (out / "recipe.yaml").unlink()  # the checkpoint still says whose it is
+    with pytest.raises(ValueError, match="by another recipe.*\n.*data.flip: True -> False"):
+        train(recipe_of(moved, checkpoint_every=3, keep=9), out, resume=True)
+    shutil.rmtree(whole / "checkpoints")
+    with pytest.raises(ValueError, match="finished and its checkpoints are gone"):
+        train(recipe, whole, resume=True)
 
 
 def kdfuse(monkeypatch, *words):

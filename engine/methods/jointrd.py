@@ -231,15 +231,16 @@ class _From(nn.Module):
 
 def behind(guide: nn.Module, feature: Tensor, stage: int) -> tuple[Tensor, Tensor]:
     """The guide's stages after `stage`, in evaluation mode and without gradients of its weights."""
-    way, training = _From(guide), guide.training
-    if training:
-        guide.eval()
+    way = _From(guide)
+    if not guide.training and not next(guide.parameters()).requires_grad:  # the frozen teacher
+        return way(feature, stage)
+    training = guide.training
+    guide.eval()
     try:
         weights = {name: value.detach() for name, value in way.named_parameters()}
         return functional_call(way, weights, (feature, stage))
     finally:
-        if training:
-            guide.train()
+        guide.train(training)
 
 
 def connector(channels_in: int, channels: int) -> nn.Module:
