@@ -25,12 +25,12 @@ lint: install
 	$(BIN)/ruff check $(PACKAGES)
 	$(BIN)/ruff format --check $(PACKAGES)
 	$(BIN)/mypy -p kdfuse
-	$(BIN)/clang-format --dry-run -Werror $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu csrc/losses/*.h tests/*.cpp tests/*.cu)
+	$(BIN)/clang-format --dry-run -Werror $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu csrc/losses/*.h tests/kernels/*.cpp tests/kernels/*.cu)
 
 format: install
 	$(BIN)/ruff check --fix $(PACKAGES)
 	$(BIN)/ruff format $(PACKAGES)
-	$(BIN)/clang-format -i $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu csrc/losses/*.h tests/*.cpp tests/*.cu)
+	$(BIN)/clang-format -i $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu csrc/losses/*.h tests/kernels/*.cpp tests/kernels/*.cu)
 
 # Appends to docs/results/cpu/losses.jsonl; begins no case after BUDGET seconds.
 BUDGET ?= 1800

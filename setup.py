@@ -251,22 +251,33 @@ class BuildLevels(build_ext):
         print(f"kdfuse: no CUDA kernels: {why}", file=sys.stderr)
 
 
+ENGINE = [
+    "",
+    ".cli",
+    ".data",
+    ".data.loaders",
+    ".data.sources",
+    ".detection",
+    ".methods",
+    ".methods.parts",
+    ".models",
+    ".recipe",
+    ".report",
+    ".run",
+    ".training",
+]
 extension = _extension()
 setup(
     packages=[
         "kdfuse",
         "kdfuse.kernels",
-        "kdfuse.engine",
-        "kdfuse.engine.data",
-        "kdfuse.engine.detection",
-        "kdfuse.engine.models",
-        "kdfuse.engine.methods",
+        *(f"kdfuse.engine{part}" for part in ENGINE),
         "kdfuse.recipes",
     ],
     # The links make kdfuse/ whole, so that an editable install is one line on sys.path.
     package_data={
         "kdfuse.kernels": ["*.pyi"],
-        "kdfuse.engine": ["templates/*"],
+        "kdfuse.engine.report": ["templates/*"],
         "kdfuse.recipes": ["**/*.yaml"],
     },
     ext_modules=[extension] if extension else [],

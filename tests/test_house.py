@@ -10,9 +10,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 LIBRARY = {"kernels": set(), "engine": {"kernels"}}
-# loop.py, evaluate.py and cli.py join the engine's parts; recipe.py joins schema and methods.
-JOINERS = {"loop", "evaluate", "cli", "demo", "state", "report", "rundir", "__init__"}
-SHARED = {"schema", "problems", "yamlfile"}
+
+
+SHARED = {"recipe"}
 OPS = {"kd", "dkd", "nkd", "tf_nkd", "uskd", "slkd"}
 
 

@@ -42,7 +42,11 @@ def built(tmp_path_factory):
 def test_sdist_holds_the_sources(built):
     with tarfile.open(built[0]) as file:
         names = {name.split("/", 1)[1] for name in file.getnames() if "/" in name}
-    for path in ("csrc/rows_cpu.cpp", "csrc/losses/kd.h", "kdfuse/engine/templates/report.html"):
+    for path in (
+        "csrc/rows_cpu.cpp",
+        "csrc/losses/kd.h",
+        "kdfuse/engine/report/templates/report.html",
+    ):
         assert path in names
     assert "kdfuse/recipes/digits/kd.yaml" in names and "LICENSE" in names
 
@@ -55,9 +59,9 @@ def test_wheel_works_away_from_the_checkout(built, tmp_path):
         "import kdfuse, torch; assert kdfuse.backends()['cpu'] == '', kdfuse.backends();"
         "z = torch.randn(4, 5, requires_grad=True);"
         "kdfuse.kd_loss(z, torch.randn(4, 5), backend='cpu').backward();"
-        "from kdfuse.engine.recipe import Recipe, recipes;"
+        "from kdfuse.engine.recipe.load import Recipe, recipes;"
         "assert Recipe.load(recipes()[0]);"
-        "import kdfuse.engine.report; print(kdfuse.__file__)"
+        "import kdfuse.engine.report.page; print(kdfuse.__file__)"
     )
     done = subprocess.run(
         [sys.executable, "-P", "-c", code],
@@ -89,7 +93,7 @@ def test_without_a_compiler_it_installs_and_says_so(tmp_path):
         "reason = kdfuse.backends()['cpu']; assert 'C++17 compiler' in reason, reason;"
         "z = torch.randn(4, 5, requires_grad=True);"
         "kdfuse.kd_loss(z, torch.randn(4, 5)).backward(); assert z.grad is not None;"
-        "from kdfuse.engine.doctor import doctor;"
+        "from kdfuse.engine.cli.doctor import doctor;"
         "print([f for f in doctor() if f.what == 'compiled module'])"
     )
     done = subprocess.run(

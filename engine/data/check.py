@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from .images import EXTENSIONS, Opener, UnreadableError, decode, opener_of
-from .tars import members
+from .sources.tar_index import members
 from .window import open_window
 
 Found = tuple[str, Opener]  # an image's name and how to open it

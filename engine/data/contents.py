@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from .images import decode
-from .synthetic import Synthetic
+from .sources.synthetic import Synthetic
 from .window import open_window
 
 

@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..schema import Data
+from ..recipe.schema import Data
 from .batch import Batch
 from .manifest import Manifest
+from .plan import Ints, Plan, eval_plan, permutation, plan
 from .quarantine import Quarantine
-from .sampler import Ints, Plan, eval_plan, permutation, plan
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.roi_heads import fastrcnn_loss
 
-from ..distiller import digest
+from ..training.networks import digest
 from .method import Baseline, Distillation, Terms
 
 Features = Mapping[str, Tensor]  # levels of the pyramid, each (N, channels, H, W)

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torchvision.models.detection import FasterRCNN
 
-from ..distributed import Group, join
-from ..environment import settings
-from ..evaluate import checkpoints_of
+from ..run.environment import settings
+from ..training.evaluate import checkpoints_of
+from ..training.ranks import Group, join
 from .coco import Coco, read_coco
 from .loader import Loader, Sample
 from .networks import create

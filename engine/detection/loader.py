@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..data.images import UnreadableError, decode
-from ..data.sampler import AUGMENT, Ints, key, permutation, uniforms
+from ..data.plan import AUGMENT, Ints, key, permutation, uniforms
 from .coco import Coco
 from .recipe import CocoData
 

@@ -7,14 +7,14 @@ from pathlib import Path
 
 from torch import nn
 
-from ..checkpoint import step_name
-from ..distributed import Group, join
-from ..environment import settings
-from ..log import RunLog
-from ..meters import Clock
-from ..optim import lr_at, set_lr
-from ..resume import starts_again
-from ..rundir import check_folder, create_folder, default_folder, held
+from ..run.checkpoint import step_name
+from ..run.environment import settings
+from ..run.folder import check_folder, create_folder, default_folder, held
+from ..run.log import RunLog
+from ..run.resume import starts_again
+from ..training.meters import Clock
+from ..training.optim import lr_at, set_lr
+from ..training.ranks import Group, join
 from .coco import Coco, check_same_categories, read_coco
 from .evaluate import box_ap, check_pycocotools
 from .loader import Loader

@@ -21,7 +21,7 @@ from torch import Tensor
 from ...kernels.dkd import dkd_loss
 from ...kernels.kd import kd_loss
 from ...kernels.nkd import nkd_loss
-from ..schema import Strict
+from ..recipe.schema import Strict
 
 Terms = dict[str, Tensor]
 

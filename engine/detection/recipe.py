@@ -6,8 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from .. import problems
-from ..schema import Expect, FilePath, Optim, RecipeBase, Run, Strict
+from ..recipe import problems
+from ..recipe.schema import Expect, FilePath, Optim, RecipeBase, Run, Strict
 from .method import DKD, KD, NKD, Baseline
 
 AnyMethod = Annotated[Baseline | KD | DKD | NKD, Field(discriminator="name")]

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from .. import checkpoint, resume, rng
-from ..distributed import Group
-from ..environment import seed
-from ..meters import Meters
-from ..optim import build_optimizer, decay_groups
+from ..run import checkpoint, resume, rng
+from ..run.environment import seed
+from ..training.meters import Meters
+from ..training.optim import build_optimizer, decay_groups
+from ..training.ranks import Group
 from .distiller import DetectionDistiller
 from .networks import create
 from .recipe import DetectionRecipe

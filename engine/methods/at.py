@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from .maps import MapMethod
 from .method import Outputs, Terms
+from .parts.maps import MapMethod
 
 
 class AT(MapMethod):

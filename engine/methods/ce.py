@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .labels import hard
 from .method import Method, Outputs, Terms
+from .parts.labels import hard
 
 
 class CE(Method):

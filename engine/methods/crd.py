@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Size, Tensor, nn
 
-from .feature import FeatureMethod
 from .method import Networks, Outputs, Terms
+from .parts.feature import FeatureMethod
 
 EPS = 1e-7  # of the released code, beside the noise's probability
 PIECE = 2**26  # elements of the largest temporary tensor: 256 MiB

@@ -9,8 +9,8 @@ from pydantic import Field
 from torch import Tensor
 
 from ...kernels.kd import kd_loss
-from .labels import from_labels
 from .method import Method, Outputs, Terms, with_terms
+from .parts.labels import from_labels
 
 
 class DGKD(Method):

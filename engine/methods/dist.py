@@ -7,9 +7,9 @@ from pydantic import Field
 from torch import Tensor
 from torch.linalg import vector_norm
 
-from .gather import gathered
-from .labels import from_labels
 from .method import Method, Outputs, Terms
+from .parts.gather import gathered
+from .parts.labels import from_labels
 
 
 class DIST(Method):

@@ -7,9 +7,9 @@ from pydantic import Field
 from torch import Tensor
 
 from ...kernels.dkd import dkd_loss
-from .labels import from_labels
 from .method import Method, Outputs, Terms, with_terms
-from .standardise import standardised
+from .parts.labels import from_labels
+from .parts.standardise import standardised
 
 
 class DKD(Method):

@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Size, Tensor, nn
 
-from .feature import FeatureMethod
-from .maps import map_shapes
 from .method import Networks, Outputs, Terms
+from .parts.feature import FeatureMethod
+from .parts.maps import map_shapes
 
 
 class FitNet(FeatureMethod):

@@ -6,9 +6,9 @@ from pydantic import Field
 from torch import Tensor
 
 from ...kernels.kd import kd_loss
-from .labels import from_labels
 from .method import Method, Outputs, Terms, with_terms
-from .standardise import standardised
+from .parts.labels import from_labels
+from .parts.standardise import standardised
 
 
 class KD(Method):

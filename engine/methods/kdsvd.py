@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from .maps import MapMethod, map_shapes
 from .method import Networks, Outputs, Points, Role, Terms
+from .parts.maps import MapMethod, map_shapes
 
 MORE = 3  # of the student's vectors, among which the teacher's find their partners
 APART = 1e-6  # eigenvalues nearer than this share of the largest count as equal

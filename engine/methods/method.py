@@ -13,7 +13,7 @@ from typing import ClassVar, Literal
 
 from torch import Size, Tensor, nn
 
-from ..schema import Strict
+from ..recipe.schema import Strict
 
 Terms = dict[str, Tensor]
 Taps = dict[str, Tensor]  # what the network gave at each of its tapped points

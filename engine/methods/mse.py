@@ -9,9 +9,9 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from .connector import Connectors
-from .feature import FeatureMethod
 from .method import Networks, Outputs, Points, Role, Terms
+from .parts.connector import Connectors
+from .parts.feature import FeatureMethod
 
 Weights = Annotated[tuple[Annotated[float, Field(ge=0)], ...], Field(strict=False)]
 

@@ -6,9 +6,9 @@ from pydantic import Field
 from torch import Tensor
 
 from ...kernels.nkd import nkd_loss
-from .labels import hard
 from .method import Method, Outputs, Terms, with_terms
-from .target_term import Form, target_loss, target_probability
+from .parts.labels import hard
+from .parts.target_term import Form, target_loss, target_probability
 
 
 class NKD(Method):

@@ -10,10 +10,10 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from .connector import Connectors
-from .feature import FeatureMethod
 from .method import Networks, Outputs, Terms
-from .pooling import pooled_to
+from .parts.connector import Connectors
+from .parts.feature import FeatureMethod
+from .parts.pooling import pooled_to
 
 
 class OFD(FeatureMethod):

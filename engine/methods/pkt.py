@@ -7,7 +7,7 @@ from pydantic import Field
 from torch import Tensor
 
 from .method import Outputs, Terms
-from .relations import RelationMethod
+from .parts.relations import RelationMethod
 
 EPS = 1e-7  # as released: beside each norm and each probability
 

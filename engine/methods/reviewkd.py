@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Size, Tensor, nn
 
-from .feature import FeatureMethod
 from .method import Networks, Outputs, Points, Terms
-from .pooling import pooled_to
+from .parts.feature import FeatureMethod
+from .parts.pooling import pooled_to
 
 
 class ReviewKD(FeatureMethod):

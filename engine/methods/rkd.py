@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from .method import Outputs, Terms
-from .relations import RelationMethod
+from .parts.relations import RelationMethod
 
 EPS = 1e-12  # as released: the least squared distance of two images
 ANGLES = 2**24  # that are held at a time

@@ -10,9 +10,9 @@ from pydantic import Field, model_validator
 from torch import Size, Tensor, nn
 
 from ...kernels.kd import kd_loss
-from .feature import Names
 from .method import Method, Networks, Outputs, Points, Role, Terms, stage_names, with_terms
-from .reused import Projector, Reused, aligned
+from .parts.feature import Names
+from .parts.reused import Projector, Reused, aligned
 
 
 class SimKD(Method):

@@ -11,7 +11,7 @@ from torch import Tensor
 from ...kernels.kd import kd_loss
 from ...kernels.slkd import slkd_loss
 from .method import Outputs, Terms, with_terms
-from .self_learning import SelfLearning
+from .parts.self_learning import SelfLearning
 
 
 class SLKD(SelfLearning):

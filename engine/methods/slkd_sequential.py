@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ...kernels.kd import kd_loss
 from .method import Outputs, Terms, with_terms
-from .self_learning import SelfLearning
+from .parts.self_learning import SelfLearning
 
 
 class SequentialSLKD(SelfLearning):

@@ -8,7 +8,7 @@ from pydantic import Field
 from torch import Tensor
 
 from .method import Outputs, Terms
-from .relations import RelationMethod
+from .parts.relations import RelationMethod
 
 
 class SP(RelationMethod):

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from ...kernels.tf_nkd import tf_nkd_loss
 from .ce import labelled
-from .labels import unsmoothed
 from .method import Method, Outputs, Terms, with_terms
+from .parts.labels import unsmoothed
 
 
 class TfNKD(Method):

@@ -8,9 +8,9 @@ from torch import Size, Tensor, nn
 
 from ...kernels.uskd import uskd_loss
 from .ce import labelled
-from .labels import unsmoothed
 from .method import Method, Networks, Outputs, Points, Role, Terms, stage_names, with_terms
-from .target_term import Form, target_loss, target_probability
+from .parts.labels import unsmoothed
+from .parts.target_term import Form, target_loss, target_probability
 
 
 class WeakHead(nn.Module):

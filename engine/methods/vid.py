@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from .maps import MapMethod, map_shapes, same_size
 from .method import Networks, Outputs, Terms
+from .parts.maps import MapMethod, map_shapes, same_size
 
 EPS = 1e-5  # as released: the least variance
 

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernels"))
 
 from calls import FULL, NAMES, Case, call, cast, make, probabilities  # noqa: E402
 from on_gpu import move  # noqa: E402
 
-from kdfuse import SparseTeacher  # noqa: E402
+from kdfuse import SparseTeacher
 
 f32, bf16, f16, f64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 # Rows of a warp, of a block, of a cluster, and read twice; of odd lengths, so that they lie in

@@ -135,7 +135,7 @@ def of_bench(path: Path) -> Callable[[str], Record]:
 def stages(results: Path) -> list[Stage]:
     python, here = sys.executable, Path(__file__).parent
     native = {"KDFUSE_CUDA": "1", "KDFUSE_CUDA_ARCHS": "native", "KDFUSE_REQUIRE_BUILD": "1"}
-    tests = [str(p.relative_to(ROOT)) for p in sorted((ROOT / "tests").glob("test_*gpu*.py"))]
+    tests = [str(p.relative_to(ROOT)) for p in sorted((ROOT / "tests").rglob("test_*gpu*.py"))]
     pytest = [python, "-m", "pytest", "-m", "gpu", "--tb=short", "-rfE", "-p", "no:cacheprovider"]
     parallel = subprocess.run([python, "-c", "import xdist"], capture_output=True).returncode == 0
     if parallel:

@@ -1,0 +1,134 @@
+"""What a run keeps, as one file that needs nothing of kdfuse to classify images."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..models import fold_dirac
+from ..run.finished import checkpoints_of, recipe_of
+from ..training.networks import Inputs
+from ..training.ranks import Group
+from ..training.state import State
+
+SUFFIXES = (".pt2", ".onnx", ".pt")
+
+
+class Classifier(nn.Module):
+    """uint8 images (N, 3, H, W), RGB, 0 to 255, to logits (N, classes)."""
+
+    def __init__(self, inputs: Inputs, network: nn.Module) -> None:
+        super().__init__()
+        self.inputs = inputs
+        self.network = network
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.network(self.inputs(images))
+
+
+def export(run: str | Path, out: str | Path, which: str = "best", network: str = "student") -> Path:
+    """Write a network of a run to `out` and return its path.
+
+    By the suffix: .pt2 is a program of torch.export, with facts beside it as the extra file
+    "kdfuse.json"; .onnx is an ONNX model; both take uint8 images of any number and normalise them
+    themselves. .pt holds the weights under "model", as published teachers do. SimKD's student
+    comes with projector and reused classifier; Dirac layers are plain convolutions in the first
+    two. `which` is "best" or "last"; `network` "student", "ema", "slt0", ... or one of those with
+    the name of a branch before it ("small_student"). Raises ValueError, FileNotFoundError, or
+    CheckpointError (a RuntimeError) when there is no checkpoint to use.
+    """
+    run, out = Path(run), Path(out)
+    if out.suffix not in SUFFIXES:
+        raise ValueError(f"out = {out}: write one of {', '.join(SUFFIXES)}")
+    if which not in ("best", "last"):
+        raise ValueError(f"which = {which!r}: best or last")
+    recipe = recipe_of(run)
+    held = checkpoints_of(run)
+    if which not in held:
+        raise ValueError(f"which = {which!r}: {run} was not evaluated yet; take last")
+    weights, facts = held[which]
+    classes = facts["classes"]
+    state = State(recipe, Group(0, 1, torch.device("cpu")), classes, {})
+    state.load_networks(weights)
+    networks = state.networks()
+    if network not in networks:
+        raise ValueError(f"network = {network!r}: this run has {', '.join(networks)}")
+    chosen, inputs = networks[network]
+    if out.suffix == ".pt":
+        _save_weights(chosen, state, network, out)
+        return out
+    normalise = state.distiller.inputs[inputs]
+    assert isinstance(normalise, Inputs)
+    model = Classifier(normalise, fold_dirac(chosen)).eval()
+    size = recipe.data.size
+    images = torch.zeros(2, 3, size, size, dtype=torch.uint8)
+    about = {
+        "recipe": recipe.name,
+        "network": network,
+        "step": facts["step"],
+        "results": facts["results"],
+        "classes": classes,
+        "size": size,
+    }
+    write = _write_onnx if out.suffix == ".onnx" else _write_program
+    write(model, images, about, out)
+    return out
+
+
+def _write_program(model: nn.Module, images: Tensor, about: dict[str, Any], out: Path) -> None:
+    batch = torch.export.Dim("batch")
+    program = torch.export.export(model, (images,), dynamic_shapes={"images": {0: batch}})
+    extra = {"kdfuse.json": json.dumps(about)}
+    # torch.export wants the suffix .pt2 of the unfinished file, too.
+    unfinished = out.with_name(f".{os.getpid()}-{out.name}")
+    try:
+        with warnings.catch_warnings():
+            # It looks whether a weight is part of another one's storage, and warns of none.
+            warnings.filterwarnings("ignore", message="No complete tensor found")
+            torch.export.save(program, unfinished, extra_files=extra)
+        os.replace(unfinished, out)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def _write_onnx(model: nn.Module, images: Tensor, about: dict[str, Any], out: Path) -> None:
+    for package in ("onnx", "onnxscript"):
+        try:
+            importlib.import_module(package)
+        except ImportError as error:
+            raise ValueError(
+                f"out = {out}: ONNX needs {package} ({error}): pip install onnx onnxscript, or "
+                "write a .pt2 file"
+            ) from error
+    program = torch.onnx.export(
+        model,
+        (images,),
+        dynamo=True,
+        verbose=False,
+        input_names=["images"],
+        output_names=["logits"],
+        dynamic_shapes={"images": {0: torch.export.Dim("batch")}},
+    )
+    assert program is not None
+    program.model.metadata_props["kdfuse"] = json.dumps(about)
+    program.save(out)
+
+
+def _save_weights(chosen: nn.Module, state: State, network: str, out: Path) -> None:
+    plain = {n: b for n, b in state.branches.items() if not b.method.deploys_head}
+    known = [network for b in state.branches.values() for network in b.slts]
+    known += [branch.student for branch in plain.values()]
+    known += [state.averages[name].module for name in plain if name in state.averages]
+    if not any(chosen is module for module in known):
+        raise ValueError(
+            f"out = {out}: {network} is more than the network of one name (projector, reused "
+            "classifier); write a .pt2 file, or name it as run:FOLDER in a recipe"
+        )
+    torch.save({"model": chosen.state_dict()}, out)

@@ -1,0 +1,75 @@
+"""Images for training and evaluation: sources list them, loaders deliver what the plan says."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+import torch
+
+from ...recipe.schema import Data
+from ..batch import CPU, Batch
+from ..check import check_folder
+from ..contents import Encoded, Pixels
+from ..manifest import Manifest
+from ..sources import open_source
+from ..sources.digits import write_digits
+from ..sources.glyphs import write_glyphs
+from .dali import DaliLoader
+from .resident import ResidentLoader
+from .vision import VisionLoader
+
+__all__ = [
+    "LOADERS",
+    "Batch",
+    "Loader",
+    "Manifest",
+    "check_folder",
+    "make_loader",
+    "open_source",
+    "write_digits",
+    "write_glyphs",
+]
+
+Loader = DaliLoader | VisionLoader | ResidentLoader
+LOADERS: dict[str, type[Loader]] = {
+    "dali": DaliLoader,
+    "torchvision": VisionLoader,
+    "resident": ResidentLoader,
+}
+
+
+def make_loader(
+    manifest: Manifest,
+    data: Data,
+    batch: int,
+    *,
+    seed: int,
+    rank: int = 0,
+    world: int = 1,
+    train: bool,
+    device: torch.device = CPU,
+) -> Loader:
+    """The loader of `data.loader` for process `rank` of `world`, with `batch` images a step each.
+
+    "auto" is, for images that a source holds in memory, resident where the crop is of one size;
+    dali where it is installed and the images are files or in tars; else torchvision. The loader's
+    `name` says which. `device` is where the run computes: batches for a GPU lie in pinned memory,
+    or with resident on the GPU itself.
+    """
+    kind = _best(manifest, data) if data.loader == "auto" else data.loader
+    return LOADERS[kind](
+        manifest, data, batch, seed=seed, rank=rank, world=world, train=train, device=device
+    )
+
+
+def _best(manifest: Manifest, data: Data) -> str:
+    if isinstance(manifest.content, Pixels) and data.augment != "random_resized_crop":
+        return "resident"
+    return "dali" if isinstance(manifest.content, Encoded) and _has_dali() else "torchvision"
+
+
+def _has_dali() -> bool:
+    try:
+        return find_spec("nvidia.dali") is not None
+    except ModuleNotFoundError:  # no package `nvidia` at all
+        return False

@@ -1,0 +1,124 @@
+"""The loader without DALI: PIL decodes and torchvision crops and resizes, in a pool of threads."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms.v2 import functional as F
+
+from ...recipe.schema import Data
+from ..batch import CPU, Batch
+from ..images import UnreadableError
+from ..manifest import Manifest
+from ..plan import Plan
+from ..schedule import Schedule, Task
+
+Pending = tuple[Task, Tensor, "list[Future[str | None]]"]
+
+
+def render(image: Image.Image, plan: Plan, i: int, size: int) -> NDArray[np.uint8]:
+    """Row i of the plan done to its decoded image: uint8 (size, size, 3)."""
+    top, left, height, width = plan.box[i].tolist()
+    scaled, (y, x) = plan.scaled[i].tolist(), plan.window[i].tolist()
+    image = F.crop(image, top, left, height, width)
+    if [height, width] != scaled:
+        image = F.resize(image, scaled, antialias=True)
+    if scaled != [size, size]:
+        image = F.crop(image, y, x, size, size)
+    if plan.flip[i]:
+        image = F.horizontal_flip(image)
+    return np.asarray(image)
+
+
+class VisionLoader:
+    """Batches of `batch` images for process `rank` of `world`, exactly as planned.
+
+    `workers` threads decode; `prefetch` batches are under way while one is in use. Neither changes
+    what comes out. With a GPU as `device`, batches lie in pinned memory.
+    """
+
+    name = "torchvision"
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        data: Data,
+        batch: int,
+        *,
+        seed: int,
+        rank: int = 0,
+        world: int = 1,
+        train: bool,
+        device: torch.device = CPU,
+    ) -> None:
+        self._schedule = Schedule(
+            manifest, data, batch, seed=seed, rank=rank, world=world, train=train
+        )
+        self._manifest, self._data = manifest, data
+        self._pin = device.type == "cuda"
+        self._pool = ThreadPoolExecutor(data.workers, thread_name_prefix="kdfuse-decode")
+        self.steps = self._schedule.steps
+        self.bad = self._schedule.quarantine.bad
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """The batches of an epoch from step `start`; nothing before it is read."""
+        return self._batches(epoch, iter(self._schedule.tasks_from(start)))
+
+    def close(self) -> None:
+        """Ends the threads; an epoch in progress cannot go on."""
+        self._pool.shutdown(cancel_futures=True)
+
+    def _batches(self, epoch: int, steps: Iterator[int]) -> Iterator[Batch]:
+        ahead: deque[Pending] = deque()
+        try:
+            for step in islice(steps, self._data.prefetch):
+                ahead.append(self._submit(self._schedule.task(epoch, step)))
+            while ahead:
+                batch = self._finish(*ahead[0])
+                ahead.popleft()
+                for step in islice(steps, 1):
+                    ahead.append(self._submit(self._schedule.task(epoch, step)))
+                yield batch
+        finally:
+            for _, _, futures in ahead:
+                for future in futures:
+                    future.cancel()
+
+    def _submit(self, task: Task) -> Pending:
+        size = self._data.size
+        shape = (len(task.plan.index), size, size, 3)
+        images = torch.empty(shape, dtype=torch.uint8, pin_memory=self._pin)
+        out = images.numpy()
+        jobs = [self._pool.submit(self._fill, task.plan, i, out) for i in range(len(out))]
+        return task, images, jobs
+
+    def _finish(self, task: Task, images: Tensor, jobs: list[Future[str | None]]) -> Batch:
+        """Waits for a batch; where a file is bad, plans its step anew and does the changed rows."""
+        faults = {i: why for i, job in enumerate(jobs) if (why := job.result()) is not None}
+        while faults:
+            for i, why in faults.items():
+                self._schedule.quarantine.add(int(task.plan.index[i]), why)
+            before, task = task.plan.index, self._schedule.task(task.epoch, task.step)
+            again = {
+                int(i): self._pool.submit(self._fill, task.plan, int(i), images.numpy())
+                for i in np.flatnonzero(task.plan.index != before)
+            }
+            faults = {i: why for i, job in again.items() if (why := job.result()) is not None}
+        return self._schedule.pack(task, images)
+
+    def _fill(self, plan: Plan, i: int, out: NDArray[np.uint8]) -> str | None:
+        """Image i of the plan into out[i]; why its file is bad, or None."""
+        try:
+            image = self._manifest.read(int(plan.index[i]))
+        except UnreadableError as error:
+            return str(error)
+        out[i] = render(image, plan, i, self._data.size)
+        return None

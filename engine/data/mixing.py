@@ -1,0 +1,120 @@
+"""Mixup, CutMix and label smoothing: a batch's images mixed in pairs, its labels made soft.
+
+What is drawn for a step is a hash of (seed, epoch, step), so that a run can stop and go on
+anywhere, and every process draws the same. The partners are within each process's own batch.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..recipe.schema import Data
+from .plan import MIX, key, uniforms
+
+DRAWS = 6  # which of the two, lambda (2), shift, the box's centre (2)
+
+
+@dataclass(frozen=True)
+class Mix:
+    """How the B images of a batch are mixed: the partner of row i is row (i + shift) % B."""
+
+    own: float  # lambda: the share of a row's own image and label
+    shift: int  # 1 to B - 1
+    box: tuple[int, int, int, int] | None  # CutMix: top, left, bottom, right; mixup: None
+
+
+class Mixing:
+    """Mixes the batches of a run as its recipe says; with all of it off they stay as they are."""
+
+    def __init__(self, data: Data, classes: int, seed: int) -> None:
+        self.data, self.classes, self.seed = data, classes, seed
+
+    def __call__(
+        self, images: Tensor, target: Tensor, epoch: int, step: int
+    ) -> tuple[Tensor, Tensor]:
+        """Images (B, 3, H, W) and labels of a step of an epoch, both 0-based.
+
+        Takes uint8 images and (B,) int64 labels and leaves them as they are. Gives uint8 images,
+        or after mixup float32 ones of 0..255; and the labels as they were, or (B, C) float32 class
+        probabilities. Waits for no device. Raises ValueError for one image, which has no partner.
+        """
+        data = self.data
+        if not data.softening:
+            return images, target
+        mix = None
+        if data.mixup or data.cutmix:
+            if len(images) < 2:
+                raise ValueError(
+                    f"data.mixup={data.mixup}, data.cutmix={data.cutmix}: run.batch leaves a "
+                    "process a single image, which has no partner; raise it or set both to 0"
+                )
+            mix = draw(data, len(images), self.seed, epoch, step)
+            images = mix_images(images, mix)
+        return images, soft_labels(target, self.classes, mix, data.smoothing)
+
+
+def draw(data: Data, batch: int, seed: int, epoch: int, step: int) -> Mix:
+    """The mix of a step, one for all its rows: a pure function of (seed, epoch, step).
+
+    Lambda is a Beta(alpha, alpha) draw. CutMix (Yun et al., ICCV 2019, "CutMix") pastes a square
+    of the share 1 - lambda about a uniform centre, and has the lambda of what of it is inside.
+    """
+    u = uniforms(key(seed, epoch, MIX), step * DRAWS + np.arange(DRAWS)).tolist()
+    cut = data.cutmix > 0 and (data.mixup == 0 or u[0] < 0.5)
+    own = symmetric_beta(data.cutmix if cut else data.mixup, u[1], u[2])
+    shift = 1 + int(u[3] * (batch - 1))
+    if not cut:
+        return Mix(own, shift, None)
+    size = data.size
+    side = int(size * math.sqrt(1 - own))
+    top, left = (int(centre * size) - side // 2 for centre in u[4:])
+    bottom, right = min(top + side, size), min(left + side, size)
+    top, left = max(top, 0), max(left, 0)
+    return Mix(1 - (bottom - top) * (right - left) / size**2, shift, (top, left, bottom, right))
+
+
+def symmetric_beta(alpha: float, u: float, v: float) -> float:
+    """A draw of Beta(alpha, alpha), any alpha > 0, from two uniform draws in [0, 1).
+
+    For t of Student's distribution with 2 alpha degrees of freedom, (1 + t / sqrt(2 alpha + t^2))
+    / 2 is such a draw; t is Bailey's (1994, "Polar Generation of Random Variates with the
+    t-Distribution"), sqrt(2 alpha (w^-1 - 1)) cos(2 pi v) with w = u^(1 / alpha).
+    """
+    w = (1 - u) ** (1 / alpha)  # 1 - u is not 0
+    c = math.cos(2 * math.pi * v)
+    found = (1 + math.sqrt(1 - w) * c / math.sqrt(w + (1 - w) * c * c)) / 2
+    return min(max(found, 0.0), 1.0)  # rounding may lead past the ends
+
+
+def mix_images(images: Tensor, mix: Mix) -> Tensor:
+    """Images (B, 3, H, W) mixed with their partners', in the layout that they have.
+
+    Mixup (Zhang et al., ICLR 2018, "mixup") gives float32: the mean is not rounded, so that it
+    equals the mean of the normalised images.
+    """
+    partners = torch.cat([images[mix.shift :], images[: mix.shift]])
+    if mix.box is None:
+        own = images.to(torch.float32, copy=True)
+        return own.mul_(mix.own).add_(partners, alpha=1 - mix.own)
+    top, left, bottom, right = mix.box
+    out = images.clone()
+    out[..., top:bottom, left:right] = partners[..., top:bottom, left:right]
+    return out
+
+
+def soft_labels(target: Tensor, classes: int, mix: Mix | None, smoothing: float) -> Tensor:
+    """(B, C) float32 class probabilities of labels (B,): mixed as the images are, then smoothed.
+
+    Smoothing s leaves (1 - s) of them and gives s / C to every class, as
+    torch.nn.CrossEntropyLoss(label_smoothing=s) does.
+    """
+    soft = (target[:, None] == torch.arange(classes, device=target.device)).to(torch.float32)
+    if mix is not None:
+        partners = torch.cat([soft[mix.shift :], soft[: mix.shift]])
+        soft = soft.mul_(mix.own).add_(partners, alpha=1 - mix.own)
+    return soft.mul_(1 - smoothing).add_(smoothing / classes)

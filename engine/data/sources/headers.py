@@ -1,0 +1,67 @@
+"""Sizes of all images of a split, read from the headers once and kept in the user's cache."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..images import Opener, UnreadableError, inspect, opener_of
+from .kept import keep, kept_under
+
+THREADS = 8  # header reads wait for the disk more than they compute
+Sizes = NDArray[np.int32]
+
+
+def read_sizes(stats: list[tuple[str, int, int]]) -> tuple[Sizes, dict[int, str]]:
+    """`sizes_of` files; `stats`: path, modification time in nanoseconds and length of each."""
+    openers = [opener_of(path) for path, _, _ in stats]
+    return sizes_of([fact(*stat) for stat in stats], openers)
+
+
+def fact(path: str, time: int, size: int) -> str:
+    """What changes when a file does, so that what was learnt from it is learnt anew."""
+    return f"{os.path.abspath(path)}\0{time}\0{size}"
+
+
+def sizes_of(facts: list[str], openers: Sequence[Opener]) -> tuple[Sizes, dict[int, str]]:
+    """Sizes (n, 2) as height, width, and the unreadable rows with the reason (their size is 0, 0).
+
+    The sizes are kept under a name made of the facts, one for each image, so a changed image is
+    read anew. Unreadable images are tried again each time: the cause may have been the disk or the
+    rights.
+    """
+    kept = kept_under("headers-1", facts, ".npy")
+    sizes = _load(kept, len(facts))
+    missing = np.flatnonzero(sizes[:, 0] == 0).tolist()
+    with ThreadPoolExecutor(THREADS) as pool:
+        results = list(pool.map(_inspect, [openers[row] for row in missing]))
+    bad = {}
+    for row, result in zip(missing, results, strict=True):
+        if isinstance(result, str):
+            bad[row] = result
+        else:
+            sizes[row] = result
+    if len(bad) < len(missing):
+        keep(kept, lambda file: np.save(file, sizes), "image sizes")
+    return sizes, bad
+
+
+def _inspect(opener: Opener) -> tuple[int, int] | str:
+    try:
+        return inspect(opener)
+    except UnreadableError as error:
+        return str(error)
+
+
+def _load(path: Path, n: int) -> Sizes:
+    """The sizes kept, 0 where there are none."""
+    try:
+        sizes = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError):  # not there, or torn: read the headers again
+        return np.zeros((n, 2), np.int32)
+    return sizes if sizes.shape == (n, 2) else np.zeros((n, 2), np.int32)

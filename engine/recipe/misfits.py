@@ -1,0 +1,73 @@
+"""What does not fit between the sections of a recipe: its methods, networks, data and optimiser."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from ..methods.method import Method
+from . import problems
+from .schema import Network
+
+if TYPE_CHECKING:
+    from .load import Also, Recipe
+
+
+def misfits(recipe: Recipe) -> list[str]:
+    """One line for each problem, with the key, the reason and the cure."""
+    branches = recipe.branches("")
+    methods = [branch.method for branch in branches.values()]
+    found = list(_shared(recipe, methods))
+    for name, branch in branches.items():
+        found += _of_slts(f"also.{name}.slt" if name else "slt", branch, recipe.teacher)
+        found += _of_method(f"also.{name}.method" if name else "method", branch.method, recipe)
+    return found
+
+
+def _shared(recipe: Recipe, methods: list[Method]) -> Iterator[str]:
+    """Of what all branches share."""
+    readers = [method for method in methods if method.uses_teacher]
+    yield from problems.teacher((readers or methods)[0], recipe.teacher is not None)
+    if "main" in recipe.also:
+        yield "also.main: that name is the recipe's own student's; choose another"
+    if len({method.teacher_mode for method in readers}) > 1:
+        yield (
+            "also: the methods share one teacher, and some want the batch's statistics of its "
+            "BatchNorm, others its running ones; train them apart or agree on one"
+        )
+    if recipe.assistants and not any(method.uses_assistants for method in methods):
+        yield f"assistants: method {recipe.method.name} reads none; leave them out"
+
+
+def _of_slts(key: str, branch: Also, teacher: Network | None) -> Iterator[str]:
+    name = branch.method.name
+    if branch.method.slt_count == 0:
+        if branch.slt is not None:
+            yield f"{key}: method {name} has no SL-Ts; leave it out"
+    elif branch.slt is None and teacher is None:
+        yield f"{key}: method {name} trains networks beside the student; add {key}.name=NETWORK"
+    elif branch.slt is None and teacher is not None and teacher.kept is not None:
+        yield (
+            f"{key}: null stands for the teacher's network with random weights, and "
+            f"{teacher.name} has no name of its own; add {key}.name=NETWORK"
+        )
+
+
+def _of_method(key: str, method: Method, recipe: Recipe) -> Iterator[str]:
+    softening = recipe.data.softening
+    if softening and not method.takes_soft_labels:
+        yield (
+            f"{key}: {method.name}, as set, is not defined for soft labels; set "
+            f"{', '.join(softening)} to 0"
+        )
+    if method.uses_average and recipe.optim.ema is None:
+        yield (f"optim.ema: method {method.name} reads the student's average; add optim.ema=0.999")
+    if not method.uses_assistants:
+        return
+    if not recipe.assistants:
+        yield f"assistants: method {method.name} needs at least one; add the networks"
+        return
+    try:
+        method.check_assistants(len(recipe.assistants))
+    except ValueError as error:
+        yield str(error)

@@ -1,0 +1,108 @@
+"""One HTML page about one or several runs: results beside the published ones, curves, settings.
+
+The page is one file that needs nothing else: styles and curves are inside.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from ..recipe import problems
+from ..run.past import Group, PastRun, by_seed, mean_and_spread, read_run
+from . import curves
+
+TEMPLATE = Path(__file__).resolve().parent / "templates" / "report.html"
+
+
+def report(runs: list[Path], out: Path) -> Path:
+    """Write the page about the given run directories to `out` and return its path.
+
+    Runs that differ only in seed are one row, with mean and sample standard deviation. Raises
+    FileNotFoundError for a folder that is not a run, ValueError without any run.
+    """
+    if not runs:
+        raise ValueError("report needs at least one run directory")
+    read = [read_run(Path(path)) for path in runs]
+    groups = by_seed(read)
+    page = jinja2.Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    ).from_string(TEMPLATE.read_text(encoding="utf-8"))
+    text = page.render(
+        title=read[0].name if len(groups) == 1 else f"{len(groups)} recipes, {len(read)} runs",
+        results=[_result(group) for group in groups],
+        comparison=curves.comparison(groups) if len(read) > 1 else None,
+        differences=_differences(groups),
+        runs=[_section(run) for run in read],
+    )
+    partial = out.with_name(out.name + ".tmp")
+    partial.write_text(text, encoding="utf-8")
+    return partial.replace(out)
+
+
+def _result(group: Group) -> dict[str, Any]:
+    """A row of the table of results; accuracies are text, percent."""
+    run = group.runs[0]
+    best, expect = group.top1("best"), run.recipe.get("expect") or {}
+    published = expect.get("top1")
+    gain = None
+    if best and published is not None:
+        gain = f"{statistics.mean(best) - published:+.2f}"
+    speeds = [r.images_per_s for r in group.runs if r.images_per_s is not None]
+    tops = [r.best for r in group.runs if r.best is not None]
+    return {
+        "name": group.name,
+        "method": run.recipe.get("method", {}).get("name", ""),
+        "runs": group.runs,
+        "last": mean_and_spread(group.top1("last")),
+        "best": mean_and_spread(best),
+        "best_epoch": f"epoch {tops[0]['epoch']:g}" if len(tops) == 1 else "",
+        "published": None if published is None else f"{published:.2f}",
+        "source": expect.get("source", ""),
+        "gain": gain,
+        "speed": f"{statistics.median(speeds):,.0f}" if speeds else None,
+    }
+
+
+def _differences(groups: list[Group]) -> dict[str, list[str]]:
+    """Settings that are not the same in all groups: dotted key and one value a group."""
+    flat = [dict(problems.leaves(group.runs[0].recipe)) for group in groups]
+    keys = dict.fromkeys(key for recipe in flat for key in recipe)
+    dull = ("name", "description", "expect", "run.seed")
+    rows = {key: [_text(recipe.get(key, "")) for recipe in flat] for key in keys}
+    telling = [key for key in keys if not key.startswith("expect.") and key not in dull]
+    return {key: rows[key] for key in telling if len(set(rows[key])) > 1}
+
+
+def _section(run: PastRun) -> dict[str, Any]:
+    """What the page shows of one run."""
+    return {
+        "name": run.name,
+        "folder": run.folder,
+        "seed": run.seed,
+        "state": run.state,
+        "description": run.recipe.get("description", ""),
+        "charts": curves.charts(run),
+        "notes": [record["text"] for record in run.of_kind("note")],
+        "evaluations": [_evaluation(record) for record in run.evaluations],
+        "recipe": _table(run.recipe),
+        "environment": _table(run.environment),
+    }
+
+
+def _evaluation(record: dict[str, Any]) -> dict[str, str]:
+    hidden = ("kind", "step", "time")
+    return {k: f"{v:.5g}" if v is not None else "-" for k, v in record.items() if k not in hidden}
+
+
+def _table(values: dict[str, Any]) -> dict[str, str]:
+    rows = {key: _text(value) for key, value in problems.leaves(values)}
+    return {key: value for key, value in rows.items() if key not in ("name", "description")}
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)

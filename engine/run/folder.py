@@ -1,0 +1,144 @@
+"""The folder of a run: created once, and continued only by the recipe that started it."""
+
+import fcntl
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ..recipe.load import load
+from ..recipe.schema import RecipeBase
+from .environment import environment
+
+RECIPE, ENVIRONMENT = "recipe.yaml", "environment.json"
+
+# Settings that change no number of a run, so that a resumed run may have others. Weights that
+# were read from a file stand in the checkpoint, or are compared by digest: files may move.
+FREE = {
+    "name",
+    "description",
+    "data.root",
+    "data.workers",
+    "data.prefetch",
+    "data.bad_images",
+    "run.keep",
+    "run.teacher_at_chance",
+    "student.backbone",
+    "expect",
+}
+
+# How a run is carried out: a result counts with any of these, and a published number is to be
+# reached. A resumed run keeps them, since its bytes may depend on them.
+CARRIED_OUT = {
+    "run.device",
+    "run.threads",
+    "run.eval_batch",
+    "run.log_every",
+    "run.checkpoint_every",
+}
+
+
+def default_folder(recipe: RecipeBase) -> Path:
+    """runs/NAME, the recipe's name in one word."""
+    return Path("runs") / one_word(recipe.name)
+
+
+def one_word(name: str) -> str:
+    """A name as that of a folder."""
+    return re.sub(r"[^\w.-]+", "-", name)
+
+
+def occupied(folder: Path) -> bool:
+    """Whether something is in the folder. ValueError for a file of that name."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"out = {folder}: a file of that name exists; choose another folder")
+    return folder.exists() and any(folder.iterdir())
+
+
+def check_folder(folder: Path, recipe: RecipeBase, resume: bool) -> None:
+    """Raise ValueError unless the folder is new or empty, or `resume` may go on with it."""
+    if not occupied(folder):
+        return
+    if not resume:
+        raise ValueError(
+            f"out = {folder}: not empty; choose another folder, or resume=true to go on with it"
+        )
+    if (folder / RECIPE).exists():
+        drift = changes(plain(load(folder / RECIPE)), plain(recipe))
+        refuse(drift, f"cannot resume {folder}: the recipe is not the one it was started with")
+
+
+def create_folder(folder: Path, recipe: RecipeBase, world: int) -> None:
+    """Write recipe.yaml and environment.json where they are not there yet."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / RECIPE).exists():
+        _write(folder / ENVIRONMENT, json.dumps(environment(world), indent=2) + "\n")
+        _write(folder / RECIPE, recipe.explain())
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Keep other processes out of a run's folder; the system lets go when this one ends.
+
+    Raises ValueError when another process trains there.
+    """
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(handle)
+        raise ValueError(
+            f"out = {folder}: another process is training there; stop it first, or choose another "
+            "folder"
+        ) from error
+    try:
+        yield
+    finally:
+        os.close(handle)
+
+
+def refuse(drift: list[str], problem: str) -> None:
+    """Raise ValueError with the differences, if there are any."""
+    if drift:
+        lines = "\n  ".join(drift)
+        raise ValueError(f"{problem}:\n  {lines}\nundo that, or train into another folder")
+
+
+def plain(recipe: RecipeBase) -> dict[str, Any]:
+    """The recipe as plain values: {"optim.lr": 0.1, ...}."""
+    return flat(recipe.model_dump(mode="json"))
+
+
+def flat(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested plain values by their dotted keys."""
+    return dict(_flat(values, ""))
+
+
+def changes(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """One line for each value that differs and can change a number of the run."""
+    names = [name for name in {**was, **now} if not _free(name)]
+    return [f"{n}: {was.get(n)} -> {now.get(n)}" for n in names if was.get(n) != now.get(n)]
+
+
+def _free(name: str) -> bool:
+    return name in FREE or name.startswith("expect.") or name.endswith(".checkpoint")
+
+
+def _flat(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{name}.")
+        elif isinstance(value, list) and any(isinstance(entry, dict) for entry in value):
+            yield from _flat({str(i): entry for i, entry in enumerate(value)}, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _write(path: Path, text: str) -> None:
+    """All of the file or nothing, whenever the process is killed."""
+    unfinished = path.with_name(path.name + ".tmp")
+    unfinished.write_text(text, encoding="utf-8")
+    os.replace(unfinished, path)

@@ -1,0 +1,131 @@
+"""Reading run directories back: what a run was, how far it came, which runs differ only in seed."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from ..recipe import yamlfile
+from . import log
+
+RECIPE, ENVIRONMENT = "recipe.yaml", "environment.json"
+
+
+@dataclass(frozen=True)
+class PastRun:
+    """What a run directory holds; a run that was killed early has empty lists."""
+
+    path: Path
+    recipe: dict[str, Any]
+    environment: dict[str, Any]
+    records: list[dict[str, Any]]
+
+    def of_kind(self, kind: str) -> list[dict[str, Any]]:
+        return [record for record in self.records if record["kind"] == kind]
+
+    @property
+    def name(self) -> str:
+        return str(self.recipe.get("name", self.path.name))
+
+    @property
+    def folder(self) -> str:
+        return self.path.resolve().name
+
+    @property
+    def seed(self) -> int:
+        return self.recipe.get("run", {}).get("seed", 0)
+
+    @cached_property
+    def evaluations(self) -> list[dict[str, Any]]:
+        """Epoch records with a top-1 accuracy (percent), in order."""
+        return [record for record in self.of_kind("epoch") if record.get("top1") is not None]
+
+    @property
+    def last(self) -> dict[str, Any] | None:
+        return self.evaluations[-1] if self.evaluations else None
+
+    @property
+    def best(self) -> dict[str, Any] | None:
+        """The evaluation with the highest top-1, the earliest of equal ones."""
+        return max(self.evaluations, key=lambda record: record["top1"], default=None)
+
+    @property
+    def finished(self) -> bool:
+        return bool(self.of_kind("end"))
+
+    @property
+    def state(self) -> str:
+        """'finished', or how far an unfinished run came."""
+        if self.finished:
+            return "finished"
+        if not self.records:
+            return "not started"
+        start = (self.of_kind("start") or [{}])[0]
+        done = f"step {self.records[-1]['step']}"
+        return f"unfinished, {done} of {start['steps']}" if "steps" in start else done
+
+    @property
+    def images_per_s(self) -> float | None:
+        """Median over the step records, images a second of all processes."""
+        speeds = [r["images_per_s"] for r in self.of_kind("step") if r.get("images_per_s")]
+        return statistics.median(speeds) if speeds else None
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs of one recipe that differ in nothing but the seed."""
+
+    runs: list[PastRun]
+
+    @property
+    def name(self) -> str:
+        return self.runs[0].name
+
+    def top1(self, which: str) -> list[float]:
+        """Top-1 (percent), `which` 'last' or 'best', of the finished runs or, with none, of all."""
+        counted = [run for run in self.runs if run.finished] or self.runs
+        found = [getattr(run, which) for run in counted]
+        return [record["top1"] for record in found if record is not None]
+
+
+def read_run(path: Path) -> PastRun:
+    """Read a run directory. Raises FileNotFoundError for a folder that is none, by its name."""
+    if not (path / RECIPE).is_file():
+        what = f"has no {RECIPE}" if path.is_dir() else "does not exist"
+        raise FileNotFoundError(f"{path} is not a run directory: it {what}")
+    facts = path / ENVIRONMENT
+    written = path / log.NAME
+    return PastRun(
+        path,
+        yamlfile.read(path / RECIPE),
+        json.loads(facts.read_text(encoding="utf-8")) if facts.is_file() else {},
+        log.read(written) if written.is_file() else [],
+    )
+
+
+def by_seed(runs: list[PastRun]) -> list[Group]:
+    """Group the runs that differ only in run.seed, in the order in which they come."""
+    groups: dict[str, list[PastRun]] = {}
+    for run in runs:
+        recipe = {**run.recipe, "run": {**run.recipe.get("run", {}), "seed": None}}
+        groups.setdefault(json.dumps(recipe, sort_keys=True), []).append(run)
+    return [Group(members) for members in groups.values()]
+
+
+def below(folder: Path) -> list[PastRun]:
+    """The runs in and below a folder, by path. FileNotFoundError where it is not there."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: no such folder")
+    return [read_run(path.parent) for path in sorted(folder.rglob(RECIPE))]
+
+
+def mean_and_spread(values: list[float]) -> str | None:
+    """Mean and, of two or more, sample standard deviation; None without any value."""
+    if not values:
+        return None
+    mean = f"{statistics.mean(values):.2f}"
+    return f"{mean} \u00b1 {statistics.stdev(values):.2f}" if len(values) > 1 else mean

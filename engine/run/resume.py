@@ -1,0 +1,63 @@
+"""What every run does alike between its state and its checkpoints, whatever it trains."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..recipe.schema import RecipeBase
+from ..training.meters import Diverged
+from ..training.ranks import Group
+from .checkpoint import Latest
+from .folder import RECIPE, changes, plain, refuse
+from .past import read_run
+
+
+def check_finite(weights: Iterable[Tensor], step: int) -> None:
+    """Raise Diverged when one of the weights after `step` steps is not finite."""
+    if not torch.stack([value.isfinite().all() for value in weights]).all():
+        raise Diverged(
+            f"the weights after step {step} are not finite: stopped, checkpoints before "
+            "it are kept; lower optim.lr, add optim.warmup_epochs or look at the data"
+        )
+
+
+def machine(group: Group) -> dict[str, Any]:
+    """What the bytes of a run depend on beside its recipe and data."""
+    return {
+        "processes": group.world,
+        "device": group.device.type,
+        "torch": str(torch.__version__),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def check_same_run(found: Latest, sources: Mapping[str, Any], recipe: RecipeBase) -> None:
+    """Raise ValueError when a checkpoint was made from other data or by another recipe."""
+    drift = changes(found.facts["sources"], sources)
+    refuse(drift, f"cannot resume {found.path}: it was made from other data (was -> is)")
+    made_by = type(recipe).model_validate(found.facts["recipe"])  # with newer settings' defaults
+    drift = changes(plain(made_by), plain(recipe))
+    refuse(drift, f"cannot resume {found.path}: it was made by another recipe (was -> is)")
+
+
+def notes(found: Latest, now: Mapping[str, Any]) -> list[str]:
+    """For the log: damaged checkpoints passed over, and what differs on this machine."""
+    skipped = [f"skipped a damaged checkpoint: {reason}" for reason in found.skipped]
+    other = changes(found.facts["machine"], now)
+    differs = [f"not bit for bit as it would have been: {line}" for line in other]
+    return [*skipped, *differs, f"resumed from {found.path.name}"]
+
+
+def starts_again(folder: Path) -> list[str]:
+    """The note of a resumed run without a checkpoint. Raises ValueError for a finished one."""
+    if (folder / RECIPE).exists() and read_run(folder).finished:
+        raise ValueError(
+            f"cannot resume {folder}: it is finished and its checkpoints are gone; train into "
+            "another folder"
+        )
+    return ["no checkpoint yet: it starts again"]

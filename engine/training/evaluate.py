@@ -1,0 +1,114 @@
+"""Top-1 and top-5 accuracy of the networks of a run, every validation image counted once."""
+
+from collections.abc import Iterable
+from contextlib import closing
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ..data.batch import Batch
+from ..data.loaders import Loader, make_loader
+from ..data.sources import open_source
+from ..run.environment import settings
+from ..run.finished import checkpoints_of, recipe_of
+from .meters import Diverged
+from .networks import Distiller
+from .ranks import Group, join
+from .state import State
+
+
+def hits(logits: Tensor, target: Tensor) -> Tensor:
+    """Top-1 hits, top-5 hits, rows, and rows that are not finite: float64 (4,).
+
+    Of equal logits the one of the lower class comes first, so that a constant output is no hit
+    for every class; a row that is not finite is no hit at all.
+    """
+    own = logits.gather(1, target[:, None])  # logits (N, C), target (N,)
+    classes = torch.arange(logits.shape[1], device=logits.device)
+    ahead = (logits > own) | ((logits == own) & (classes < target[:, None]))
+    rank = ahead.sum(1)
+    fine = logits.isfinite().all(1)
+    rows = torch.ones_like(fine)
+    return torch.stack([(rank < 1) & fine, (rank < 5) & fine, rows, ~fine]).double().sum(1)
+
+
+def accuracy(
+    distiller: Distiller,
+    networks: dict[str, tuple[nn.Module, str]],  # name: the network and its role
+    batches: Iterable[Batch],  # this process's part of the validation set
+    group: Group,
+) -> dict[str, dict[str, float]]:
+    """{name: {"top1": percent, "top5": percent}} over all processes' batches.
+
+    Leaves the networks in evaluation mode. Raises Diverged when one gives NaN or infinity.
+    """
+    counts = torch.zeros(len(networks), 4, dtype=torch.float64, device=group.device)
+    for network, _ in networks.values():
+        network.eval()
+    for batch in batches:
+        images = batch.images.to(group.device, non_blocking=True)
+        target = batch.target.to(group.device, non_blocking=True)[: batch.valid]
+        for count, (network, inputs) in zip(counts, networks.values(), strict=True):
+            count += hits(distiller.predict(network, inputs, images)[: batch.valid], target)
+    found = {}
+    for name, row in zip(networks, group.sum(counts).tolist(), strict=True):
+        top1, top5, rows, broken = row
+        if broken:
+            cure = (
+                "its checkpoint is damaged or for other inputs"
+                if name == "teacher"
+                else "lower optim.lr or look at the data"
+            )
+            raise Diverged(
+                f"{name}: the outputs for {int(broken)} of {int(rows)} images are not "
+                f"finite; {cure}"
+            )
+        found[name] = {"top1": 100 * top1 / rows, "top5": 100 * top5 / rows}
+    return found
+
+
+def evaluate_state(state: State, val: Loader, group: Group) -> dict[str, float]:
+    """Percent: top1 and top5 of the student; slt0_top1, ema_top1 and so on of the others."""
+    state.average_batchnorm()
+    found = accuracy(state.distiller, state.networks(), val.epoch(0), group)
+    student = found.pop("student")
+    return student | {f"{name}_{k}": v for name, row in found.items() for k, v in row.items()}
+
+
+def evaluate(run: str | Path) -> dict[str, dict[str, float]]:
+    """Evaluate the last and the best checkpoint of a run's folder again, and print the results.
+
+    {"last": {...}, "best": {...}}, each as `evaluate_state` gives it, with the checkpoint's step.
+    Raises FileNotFoundError for a folder that is no run, CheckpointError (a RuntimeError) when
+    there is no checkpoint to use.
+    """
+    run = Path(run)
+    recipe = recipe_of(run)
+    results = {}
+    group = join(recipe.run.device)
+    with settings(recipe.run):
+        val_set = open_source(recipe.data, "val")
+        state = State(recipe, group, len(val_set.classes), {})
+        loader = make_loader(
+            val_set,
+            recipe.data,
+            group.share(recipe.run.eval_batch, "run.eval_batch"),
+            seed=recipe.run.seed,
+            rank=group.rank,
+            world=group.world,
+            train=False,
+            device=group.device,
+        )
+        with closing(loader) as val:
+            for name, (weights, facts) in checkpoints_of(run).items():
+                state.load_networks(weights)
+                found = evaluate_state(state, val, group)
+                results[name] = {"step": facts["step"], **found}
+                if group.first:
+                    print(f"{name} (step {facts['step']}): {_words(found)}", flush=True)
+    return results
+
+
+def _words(found: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:.2f}" for name, value in found.items())

@@ -1,0 +1,242 @@
+"""The command line: verbs do their work, and a user's mistake is one message and exit code 2."""
+
+import ast
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+import kdfuse
+from kdfuse.engine.cli import main as cli
+from kdfuse.engine.cli import recipes as cli_recipes
+from kdfuse.engine.recipe import load as recipe_module
+from kdfuse.engine.recipe.load import Recipe, recipes
+from kdfuse.engine.run import log
+
+CE = "digits/ce:resnet8"
+SMALL = [
+    "run.epochs=1", "run.batch=16", "run.log_every=1", "run.device=cpu", "run.threads=1",
+    "data={source: synthetic, classes: 4, size: 16, images: 32, augment: none, eval_resize: 16,"
+    " loader: torchvision}",
+]  # fmt: skip
+
+
+class Result:
+    def __init__(self, code: int, out: str, err: str) -> None:
+        self.code, self.out, self.err = code, out, err
+
+
+@pytest.fixture
+def kd(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path):
+    """Runs `kdfuse WORDS...` in an empty folder, through the program's entry point."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("KDFUSE_TRACEBACK", raising=False)
+
+    def call(*words: str | Path) -> Result:
+        monkeypatch.setattr(sys, "argv", ["kdfuse", *map(str, words)])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as leaving:
+            code = leaving.code if isinstance(leaving.code, int) else 0
+        seen = capsys.readouterr()
+        return Result(code, seen.out, seen.err)
+
+    return call
+
+
+def as_program(code: str, *words: str) -> subprocess.CompletedProcess[str]:
+    root = str(Path(kdfuse.__file__).parent.parent)
+    path = os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, "-c", f"from kdfuse.engine.cli.main import main\n{code}", *words]
+    return subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path}
+    )
+
+
+def test_help_names_the_verbs() -> None:
+    done = as_program("main()", "--help")
+    assert done.returncode == 0, done.stderr
+    for verb in ("train", "eval", "report", "recipes", "data", "doctor", "bench"):
+        assert re.search(rf"\b{verb}\b", done.stdout)
+
+
+@pytest.mark.parametrize("module", [cli, cli_recipes])
+def test_verbs_import_what_they_need_themselves(module) -> None:
+    statements = ast.parse(Path(module.__file__).read_text()).body
+    names = [s.module or "recipes" for s in statements if isinstance(s, ast.ImportFrom)]
+    names += [alias.name for s in statements if isinstance(s, ast.Import) for alias in s.names]
+    light = {"__future__", "os", "re", "sys", "pathlib", "typing", "typer", "rich", "recipes"}
+    assert {name.split(".")[0] for name in names} <= light
+
+
+def test_a_mistake_in_a_program_is_one_line_and_code_2() -> None:
+    done = as_program("main()", "report", "nowhere")
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr == "error: nowhere is not a run directory: it does not exist\n"
+
+
+def test_traceback_on_request(kd, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KDFUSE_TRACEBACK", "1")
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        kd("report", "nowhere")
+
+
+def test_our_own_mistakes_are_not_hidden(kd, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(context: object) -> None:
+        raise KeyError("a defect")
+
+    monkeypatch.setattr(cli, "app", lambda prog_name: broken(None))
+    with pytest.raises(KeyError):
+        kd("doctor")
+
+
+def test_version(kd) -> None:
+    assert kd("--version").out == f"{kdfuse.__version__}\n"
+
+
+def test_recipes_lists_every_recipe_on_its_line(kd) -> None:
+    done = kd("recipes")
+    assert done.code == 0
+    rows = [line.split() for line in done.out.splitlines()[1:]]
+    assert [row[0] for row in rows] == recipes()
+    row = next(row for row in rows if row[0] == "cifar100/kd:resnet32x4-resnet8x4")
+    assert row[1:] == ["resnet8x4", "resnet32x4", "73.33", *"SLKD paper, table 1".split()]
+
+
+def test_recipes_are_filtered(kd) -> None:
+    def names(*words: str) -> list[str]:
+        done = kd("recipes", *words)
+        assert done.code == 0, done.err
+        return [line.split()[0] for line in done.out.splitlines()[1:]]
+
+    assert names("--method", "dkd", "--data", "imagenet") == [
+        name for name in recipes() if name.startswith("imagenet/dkd:")
+    ]
+    assert set(names("--data", "digits")) == {n for n in recipes() if n.startswith("digits/")}
+    for words, error in (
+        (["--method", "dk"], "--method: no recipe has dk; did you mean dkd? (there are "),
+        (["--data", "cifar"], "--data: no recipe has cifar; did you mean cifar100?"),
+        (["--table", "none/7"], "--table: no recipe has none/7"),
+        (["--method", "kd", "table"], "--method: filters the list; leave it out before table"),
+    ):
+        done = kd("recipes", *words)
+        assert done.code == 2 and error in done.err
+
+
+def test_a_published_table_with_own_runs(kd, tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "shipped" / "set").mkdir(parents=True)
+    text = (
+        "method: {name: ce}\nstudent: {name: resnet8}\noptim: {lr: 0.05}\n"
+        "data: {source: synthetic, classes: 4, size: 16, images: 32, augment: none,\n"
+        "       eval_resize: 16, loader: torchvision}\n"
+        "run: {epochs: 1, batch: 16, device: cpu, threads: 1}\n"
+        "expect: {table: paper/1, row: CE, source: 'Paper, table 1'}\n"
+        "rows:\n  a: {expect: {column: A, top1: 50}}\n"
+        "  b: {expect: {column: B, top1: 60}}\n  c: {expect: null}\n"
+    )
+    (tmp_path / "shipped" / "set" / "ce.yaml").write_text(text)
+    monkeypatch.setattr(recipe_module, "SHIPPED", tmp_path / "shipped")
+    assert [line.split() for line in kd("recipes", "table").out.splitlines()] == [
+        ["table", "cells", "source"],
+        ["paper/1", "2", "Paper,", "table", "1"],
+    ]
+    listed = kd("recipes", "--table", "paper/1").out.splitlines()[1:]
+    assert [line.split()[0] for line in listed] == ["set/ce:a", "set/ce:b"]
+    empty = kd("recipes", "table", "paper/1").out
+    assert "50.00" in empty and "60.00" in empty and "seed" not in empty
+
+    assert kd("train", "set/ce:b").code == 0
+    assert kd("train", "set/ce:a", "optim.lr=0.1", "--out", "elsewhere").code == 0
+    done = kd("recipes", "table", "paper/1")
+    assert "1 seed" in done.out and "elsewhere" not in done.out
+    done = kd("recipes", "table", "paper/1", "--runs", "elsewhere")
+    assert "seed" not in done.out and "it is not set/ce:a: optim.lr: 0.05 -> 0.1" in done.out
+    for words, error in (
+        (["paper/2"], "no table paper/2; did you mean paper/1?"),
+        (["paper/1", "--runs", "nowhere"], "nowhere: no such folder"),
+        (["--runs", "elsewhere"], "--runs elsewhere: say which table"),
+    ):
+        done = kd("recipes", "table", *words)
+        assert done.code == 2 and error in done.err
+
+
+def test_recipes_show_prints_what_load_reads(kd, tmp_path: Path) -> None:
+    done = kd("recipes", "show", CE, "optim.lr=0.25")
+    (tmp_path / "shown.yaml").write_text(done.out)
+    assert Recipe.load(tmp_path / "shown.yaml") == Recipe.load(CE, ["optim.lr=0.25"])
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["train", "digits/k"], "did you mean digits/kd?"),
+        (["train", CE, "run.epoch=1"], "run.epoch: unknown key; did you mean run.epochs?"),
+        (["train", CE, "resume=maybe"], "resume: got maybe, wants true or false"),
+        (["train", CE, "resume=true"], "add --out DIR"),
+        (["train", "none.yaml"], "recipe file none.yaml does not exist"),
+        (["recipes", "show", "cifar100/kd"], "several rows"),
+        (["data", "check", "nowhere"], "nowhere"),
+        (["eval", "nowhere"], "nowhere"),
+    ],
+)
+def test_mistakes(words: list[str], expected: str, kd, tmp_path: Path) -> None:
+    done = kd(*words)
+    assert done.code == 2
+    assert done.err.startswith("error: ") and expected in done.err
+    assert "Traceback" not in done.err and list(tmp_path.iterdir()) == []
+
+
+def test_a_missing_word_is_code_2(kd) -> None:
+    assert kd("train").code == 2
+
+
+def test_data_digits_and_check(kd, tmp_path: Path) -> None:
+    assert kd("data", "digits", "set").out == "set\n"
+    assert kd("data", "check", "set").out == "set: every image can be read\n"
+    victim = sorted((tmp_path / "set" / "train").rglob("*.jpg"))[3]
+    victim.write_bytes(victim.read_bytes()[:200])
+    done = kd("data", "check", "set")
+    assert done.code == 2
+    assert victim.name in done.out and "1 unreadable images" in done.err
+
+
+def test_train_resume_eval_report(kd, tmp_path: Path) -> None:
+    done = kd("train", CE, *SMALL)
+    assert done.code == 0, done.err
+    run = tmp_path / "runs" / "digits-ce-resnet8-1"
+    assert f"{run.name}/report.html" in done.out
+    assert yaml.safe_load((run / "recipe.yaml").read_text())["run"]["batch"] == 16
+    first = log.read(run / "log.jsonl")
+    assert [r["kind"] for r in first].count("step") == 2 and first[-1]["kind"] == "end"
+
+    assert kd("train", CE, *SMALL).code == 0
+    assert (tmp_path / "runs" / "digits-ce-resnet8-2" / "report.html").is_file()
+
+    done = kd("train", CE, *SMALL, "--out", run)
+    assert done.code == 2 and "resume=true" in done.err
+    assert kd("train", CE, *SMALL, "--out", run, "resume=true").code == 0
+
+    done = kd("eval", run)
+    assert done.code == 0, done.err
+    last = [r for r in first if r["kind"] == "epoch"][-1]
+    assert f"top1 {last['top1']:.2f}" in done.out
+
+    done = kd("report", run, tmp_path / "runs" / "digits-ce-resnet8-2", "--out", "both.html")
+    assert done.out == "both.html\n" and "digits-ce-resnet8-2" in Path("both.html").read_text()
+
+
+def test_doctor_prints_every_finding(kd) -> None:
+    done = kd("doctor")
+    assert done.code == 0
+    for word in ("torch", "compiled module", "backend reference", "nvcc", "cores"):
+        assert word in done.out
+
+
+def test_bench_hands_its_words_on(kd) -> None:
+    done = kd("bench", "losses", "--help")
+    assert done.code == 0 and "usage" in done.out.lower()

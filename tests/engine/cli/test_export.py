@@ -1,0 +1,126 @@
+"""Export: what a run keeps gives equal outputs as a program, as ONNX and as weights."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from tiny import tiny
+
+from kdfuse.engine.cli.export import export
+from kdfuse.engine.models import create
+from kdfuse.engine.run.finished import checkpoints_of, recipe_of
+from kdfuse.engine.training.loop import train
+from kdfuse.engine.training.ranks import Group
+from kdfuse.engine.training.state import State
+
+CPU = torch.device("cpu")
+
+
+def images(n=3, side=16):
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, 256, (n, 3, side, side), dtype=torch.uint8, generator=generator)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A run of each kind of kept network: plain, with projector and classifier, with Dirac."""
+    folder = tmp_path_factory.mktemp("runs")
+    short = {"epochs": 1}
+    made = {}
+    for name, recipe in {
+        "ce": tiny(folder / "d", "ce", run=short, optim={"lr": 0.05, "ema": 0.5}),
+        "simkd": tiny(folder / "d", "simkd", run=short),
+        "dirac": tiny(folder / "d", "ce", student={"name": "plain18_dirac"}, run=short),
+        "slkd": tiny(folder / "d", {"name": "slkd", "slts": 1}, run=short),
+    }.items():
+        made[name] = train(recipe, folder / name)
+    return made
+
+
+def expected(run, network="student", which="best"):
+    state = State(recipe_of(run), Group(0, 1, CPU), 10, {})
+    state.load_networks(checkpoints_of(run)[which][0])
+    chosen, inputs = state.networks()[network]
+    chosen.eval()
+    return state.distiller.predict(chosen, inputs, images())
+
+
+@pytest.mark.parametrize(
+    ("name", "network"),
+    [
+        ("ce", "student"),
+        ("ce", "ema"),
+        ("simkd", "student"),
+        ("dirac", "student"),
+        ("slkd", "slt0"),
+    ],
+)
+def test_a_program_gives_the_same_logits_for_any_batch(runs, tmp_path, name, network):
+    out = export(runs[name], tmp_path / "model.pt2", network=network)
+    assert [path.name for path in tmp_path.iterdir()] == ["model.pt2"]
+    extra = {"kdfuse.json": ""}
+    program = torch.export.load(out, extra_files=extra)
+    found = program.module()(images())
+    torch.testing.assert_close(found, expected(runs[name], network), rtol=1e-4, atol=1e-4)
+    assert program.module()(images(7)).shape == (7, 10)
+    about = json.loads(extra["kdfuse.json"])
+    assert (about["network"], about["classes"], about["size"]) == (network, 10, 16)
+    if name == "dirac":
+        assert not any("alpha" in key for key in program.state_dict)
+
+
+def test_onnx_gives_the_same_logits(runs, tmp_path):
+    runtime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    out = export(runs["simkd"], tmp_path / "model.onnx")
+    session = runtime.InferenceSession(out, providers=["CPUExecutionProvider"])
+    (found,) = session.run(None, {"images": images().numpy()})
+    np.testing.assert_allclose(found, expected(runs["simkd"]).numpy(), rtol=1e-3, atol=1e-3)
+    (more,) = session.run(None, {"images": images(5).numpy()})
+    assert more.shape == (5, 10)
+
+
+def test_weights_load_as_a_published_checkpoint_does(runs, tmp_path):
+    out = export(runs["ce"], tmp_path / "student.pt", which="last")
+    state = State(recipe_of(runs["ce"]), Group(0, 1, CPU), 10, {})
+    state.load_networks(checkpoints_of(runs["ce"])["last"][0])
+    loaded = create("resnet8", 10, checkpoint=out)
+    for key, value in state.distiller.main.student.state_dict().items():
+        assert torch.equal(loaded.state_dict()[key], value), key
+    with pytest.raises(ValueError, match="more than the network of one name"):
+        export(runs["simkd"], tmp_path / "student.pt")
+
+
+def test_a_runs_result_is_a_teacher_of_another(runs, tmp_path):
+    recipe = tiny(
+        runs["simkd"].parent / "d",
+        "kd",
+        teacher={"name": f"run:{runs['simkd']}"},
+        run={"epochs": 1},
+    )
+    state = State(recipe, Group(0, 1, CPU), 10, {}, torch.zeros(8, dtype=torch.int64))
+    state.distiller.eval()
+    target = torch.zeros(3, dtype=torch.int64)
+    out = state.distiller(images(), target, target)["main"]
+    torch.testing.assert_close(out.teacher, expected(runs["simkd"]), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ({"out": "model.bin"}, "model.bin: write one of .pt2"),
+        ({"which": "first"}, "which = 'first': best or last"),
+        ({"network": "slt7"}, "network = 'slt7': this run has student, ema"),
+    ],
+)
+def test_refusals_name_what_there_is(runs, tmp_path, words, message):
+    given = {"out": "model.pt2", **words}
+    with pytest.raises(ValueError, match=message):
+        export(runs["ce"], tmp_path / given.pop("out"), **given)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_is_no_run_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="is not a run"):
+        export(tmp_path, tmp_path / "model.pt2")

@@ -1,0 +1,474 @@
+"""Loaders: each does what the plan says, whatever the files, the threads or the place to start."""
+
+import os
+import struct
+import subprocess
+import sys
+import threading
+import time
+import warnings
+from importlib.util import find_spec
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from kdfuse.engine.data import plan as sampler
+from kdfuse.engine.data.loaders import LOADERS, make_loader
+from kdfuse.engine.data.sources import open_source
+from kdfuse.engine.recipe.schema import Data
+
+DALI = pytest.param(
+    "dali", marks=pytest.mark.skipif(find_spec("nvidia.dali") is None, reason="needs NVIDIA DALI")
+)
+READERS = [DALI, "torchvision"]
+EVERY = [DALI, "torchvision", "resident"]
+PIXELS = {"dali": 0.35, "torchvision": 0.0, "resident": 0.25}  # mean difference to PIL, levels
+LARGEST = {"dali": 2, "torchvision": 0}
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+def field(rng, height, width, channels=3):
+    """A smooth random field with gradients and some grain, uint8: what a photo is to a decoder."""
+    coarse = rng.integers(0, 256, (height // 12 + 2, width // 12 + 2, channels), dtype=np.uint8)
+    planes = [
+        np.asarray(Image.fromarray(coarse[..., c]).resize((width, height), Image.BICUBIC))
+        for c in range(channels)
+    ]
+    y, x = np.mgrid[0:height, 0:width]
+    slope = 255 * np.stack([x / width, y / height, (x + y) / (width + height), x / width], -1)
+    image = 0.7 * np.stack(planes, -1) + 0.3 * slope[..., :channels]
+    return (image + rng.normal(0, 3, image.shape)).clip(0, 255).astype(np.uint8)
+
+
+def photo(rng, height, width):
+    return Image.fromarray(field(rng, height, width))
+
+
+def save_kinds(folder, rng):
+    """Twelve kinds of file, all named .jpg as a crawl of the web leaves them."""
+    folder.mkdir(parents=True)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # "rotate by 90 degrees", which nobody may do
+    photo(rng, 375, 500).save(folder / "00.jpg", quality=90)
+    photo(rng, 333, 217).save(folder / "01.jpg", quality=75)
+    photo(rng, 61, 47).save(folder / "02.jpg", quality=90)
+    photo(rng, 241, 320).save(folder / "03.jpg", quality=95, subsampling=0)
+    photo(rng, 241, 321).save(folder / "04.jpg", quality=85, subsampling=1)
+    photo(rng, 301, 200).convert("L").save(folder / "05.jpg")
+    photo(rng, 301, 400).save(folder / "06.jpg", progressive=True)
+    photo(rng, 200, 301).convert("CMYK").save(folder / "07.jpg")
+    photo(rng, 200, 301).save(folder / "08.jpg", exif=exif)
+    photo(rng, 200, 301).save(folder / "09.jpg", format="PNG")
+    photo(rng, 160, 99).convert("RGBA").save(folder / "10.jpg", format="PNG")
+    photo(rng, 160, 99).save(folder / "11.jpg", format="WEBP", lossless=True)
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """root/{train,val}/one: the twelve kinds."""
+    root = tmp_path_factory.mktemp("photos")
+    for number, split in enumerate(("train", "val")):
+        save_kinds(root / split / "one", np.random.default_rng(number))
+    return root
+
+
+@pytest.fixture
+def few(tmp_path):
+    """Two classes of twelve training and five validation images, all 48 x 40."""
+    rng = np.random.default_rng(2)
+    for split, count in (("train", 12), ("val", 5)):
+        for name in ("cat", "dog"):
+            folder = tmp_path / "few" / split / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                photo(rng, 48, 40).save(folder / f"{i:02d}.jpg", quality=92)
+    return tmp_path / "few"
+
+
+def folder(root, **changes):
+    return Data(source="folder", root=root, **({"size": 32, "eval_resize": 40} | changes))
+
+
+def synthetic(**changes):
+    fixed = {"classes": 10, "size": 16, "images": 200, "eval_resize": None}
+    return Data(source="synthetic", **(fixed | changes))
+
+
+def loaded(data, split="train", batch=4, **changes):
+    fixed = {"seed": 7, "train": split == "train"}
+    return make_loader(open_source(data, split), data, batch, **(fixed | changes))
+
+
+def collect(loader, epoch=0, start=0):
+    """Every batch of an epoch as one tuple of tensors, the loader closed."""
+    batches = list(loader.epoch(epoch, start))
+    loader.close()
+    for batch in batches:
+        assert batch.images.dtype == torch.uint8
+        assert batch.target.dtype == batch.index.dtype == torch.int64
+    return tuple(torch.cat([getattr(b, f) for b in batches]) for f in ("images", "target", "index"))
+
+
+def same(one, other):
+    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def by_hand(manifest, plan, size, shift=0):
+    """The plan done with nothing but PIL, its boxes moved right by `shift` pixels."""
+    out = []
+    for i, row in enumerate(plan.index):
+        top, left, height, width = plan.box[i].tolist()
+        image = Image.open(manifest.content.paths[row]).convert("RGB")
+        image = image.crop((left + shift, top, left + shift + width, top + height))
+        y, x = plan.window[i].tolist()
+        image = image.resize(tuple(plan.scaled[i, ::-1].tolist()), Image.BILINEAR)
+        image = image.crop((x, y, x + size, y + size))
+        pixels = np.asarray(image)
+        out.append(pixels[:, ::-1] if plan.flip[i] else pixels)
+    return torch.from_numpy(np.stack(out)).permute(0, 3, 1, 2)
+
+
+def distance(a, b):
+    """Mean absolute difference of each image, levels: (B,)."""
+    return (a.float() - b.float()).abs().mean(dim=(1, 2, 3))
+
+
+@pytest.mark.parametrize("name", READERS)
+@pytest.mark.parametrize("size", [64, 224])
+def test_random_crops_of_every_kind_of_file_are_the_plans(photos, name, size):
+    data = folder(photos, size=size, eval_resize=None, loader=name)
+    manifest = open_source(data, "train")
+    for epoch in range(3):
+        images, target, index = collect(loaded(data), epoch)
+        plan = sampler.plan(data, manifest.sizes, 7, epoch, np.arange(12))
+        assert index.tolist() == plan.index.tolist() and not target.any()
+        assert images.shape == (12, 3, size, size)
+        want = by_hand(manifest, plan, size)
+        assert distance(images, want).max() <= PIXELS[name]
+        inner = (images.float() - want.float())[:, :, 1:-1, 1:-1]  # DALI has another border rule
+        assert inner.abs().max() <= LARGEST[name]
+        # The bound means something: a mirrored image or a box one pixel off is far outside.
+        assert (distance(images, want.flip(3)) > 5).all()
+        moved = distance(images, by_hand(manifest, plan, size, shift=1))
+        assert (moved > max(3 * PIXELS[name], 0.5)).all()
+
+
+@pytest.mark.skipif(find_spec("nvidia.dali") is None, reason="needs NVIDIA DALI")
+def test_dali_decodes_as_pil_does(photos):
+    """Without a resize the two differ nowhere, at the crop's borders neither."""
+    data = folder(photos, augment="pad_crop", size=45, padding=0, eval_resize=None)
+    for epoch in range(3):
+        ours = [
+            collect(loaded(data.model_copy(update={"loader": name})), epoch)
+            for name in ("dali", "torchvision")
+        ]
+        assert same(*ours)
+
+
+@pytest.mark.parametrize("name", READERS)
+@pytest.mark.parametrize("eval_resize", [80, None])
+def test_evaluation_view_is_the_plans(photos, name, eval_resize):
+    data = folder(photos, size=64, eval_resize=eval_resize, loader=name)
+    manifest = open_source(data, "val")
+    images, _, index = collect(loaded(data, "val"))
+    assert index.tolist() == list(range(12))
+    want = by_hand(manifest, sampler.eval_plan(data, manifest.sizes, np.arange(12)), 64)
+    assert distance(images, want).max() <= PIXELS[name]
+
+
+@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("augment", ["random_resized_crop", "pad_crop", "none"])
+def test_each_augmentation_is_the_plans(few, name, augment):
+    data = folder(few, augment=augment, size=40, loader=name)
+    manifest = open_source(data, "train")
+    images, target, index = collect(loaded(data), epoch=1)
+    plan = sampler.plan(data, manifest.sizes, 7, 1, np.arange(24))
+    assert plan.flip.any() and not plan.flip.all()
+    assert index.tolist() == plan.index.tolist()
+    assert target.tolist() == (plan.index >= 12).tolist()
+    bound = PIXELS[name] if augment == "random_resized_crop" or name == "dali" else 0
+    assert distance(images, by_hand(manifest, plan, 40)).max() <= bound
+    if augment == "pad_crop":  # black beyond the border, where the box reaches out
+        rows = np.flatnonzero((plan.box[:, 0] < 0) & ~plan.flip)
+        assert len(rows)
+        for i in rows:
+            assert not images[i, :, : -plan.box[i, 0]].any()
+            assert images[i, :, -plan.box[i, 0] :].any()
+
+
+def test_images_are_stored_channels_last(few):
+    for name in LOADERS:
+        batch = next(loaded(folder(few, loader=name)).epoch(0))
+        assert batch.images.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_threads_and_prefetching_change_nothing(few, name):
+    want = collect(loaded(folder(few, loader=name, workers=1, prefetch=1)), epoch=3)
+    for workers, prefetch in ((1, 4), (3, 1), (4, 9)):
+        data = folder(few, loader=name, workers=workers, prefetch=prefetch)
+        assert same(want, collect(loaded(data), epoch=3))
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_an_epoch_can_start_anywhere(few, name):
+    data = folder(few, loader=name, prefetch=3)
+    whole = collect(loaded(data), epoch=2)
+    for start in (1, 4, 5):
+        tail = collect(loaded(data), 2, start)
+        assert same(tail, tuple(part[start * 4 :] for part in whole))
+    loader = loaded(data)
+    assert loader.steps == 6 and list(loader.epoch(2, 6)) == []
+    for start in (-1, 7):
+        with pytest.raises(ValueError, match=f"start={start} is outside an epoch of 6 steps"):
+            loader.epoch(2, start)
+    loader.close()
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_epochs_follow_one_another_and_differ(few, name):
+    data = folder(few, loader=name)
+    loader = loaded(data)
+    orders = []
+    for epoch in (0, 1, 0):
+        batches = list(loader.epoch(epoch))
+        orders.append(torch.cat([batch.index for batch in batches]))
+        assert sorted(orders[-1].tolist()) == list(range(24))
+    loader.close()
+    assert orders[0].tolist() != orders[1].tolist()
+    assert torch.equal(orders[0], orders[2])
+
+
+@pytest.mark.parametrize("name", ["torchvision", "resident"])
+def test_two_processes_of_32_see_what_one_of_64_sees(name):
+    data = synthetic(loader=name, augment="pad_crop")
+    whole = [batch for batch in loaded(data, batch=64).epoch(5)]
+    halves = [list(loaded(data, batch=32, rank=rank, world=2).epoch(5)) for rank in (0, 1)]
+    assert len(whole) == len(halves[0]) == len(halves[1]) == 3  # the last 8 images are left out
+    for one, first, second in zip(whole, *halves, strict=True):
+        for part in ("images", "target", "index"):
+            both = torch.cat([getattr(first, part), getattr(second, part)])
+            assert torch.equal(getattr(one, part), both)
+
+
+def test_the_training_set_must_fill_a_batch(few):
+    with pytest.raises(ValueError, match="run.batch=26 is larger than the training set of 24"):
+        loaded(folder(few), batch=13, world=2)
+    assert loaded(folder(few), batch=12, world=2).steps == 1
+
+
+@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_evaluation_counts_each_image_once(few, name, world):
+    data = folder(few, loader=name)
+    parts = [
+        list(loaded(data, "val", batch=4, rank=rank, world=world).epoch(0)) for rank in range(world)
+    ]
+    assert len({len(part) for part in parts}) == 1
+    batches = [batch for part in parts for batch in part]
+    assert {batch.images.shape for batch in batches} == {(4, 3, 32, 32)}
+    assert sum(batch.valid for batch in batches) == 10
+    seen = [i for batch in batches for i in batch.index[: batch.valid].tolist()]
+    assert sorted(seen) == list(range(10))
+    first = parts[0][0].images[0]
+    for batch in batches:
+        for row in range(batch.valid, 4):
+            assert batch.index[row] == 0 and torch.equal(batch.images[row], first)
+
+
+def tasks():
+    return len(os.listdir("/proc/self/task"))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts threads in /proc")
+@pytest.mark.parametrize("name", EVERY)
+def test_threads_end_with_the_loader(few, name):
+    collect(loaded(folder(few, loader=name)))  # what the libraries keep for good
+    before = tasks()
+    loader = loaded(folder(few, loader=name, workers=5))
+    halfway = loader.epoch(0)
+    next(halfway)
+    assert tasks() > before or name == "resident"
+    next(loader.epoch(1))  # abandoned at once
+    loader.close()
+    # join() returns just before the system's thread is gone; a thread that leaks stays for good.
+    for _ in range(500):
+        if tasks() <= before:
+            break
+        time.sleep(0.01)
+    assert tasks() <= before
+    assert not [t for t in threading.enumerate() if t.name.startswith("kdfuse")]
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_batches_outlive_their_epoch(few, name):
+    """A loader's memory is not reused under a batch that someone still holds."""
+    data = folder(few, loader=name)
+    loader = loaded(data)
+    held = list(loader.epoch(0))
+    copies = [batch.images.clone() for batch in held]
+    list(loader.epoch(1))
+    loader.close()
+    for batch, copy in zip(held, copies, strict=True):
+        assert torch.equal(batch.images, copy)
+
+
+HTML = b"<html><body>404 Not Found</body></html>"
+
+
+def broken(root, split="train"):
+    """Four kinds of damage, in two neighbours of one class and at the ends of the other."""
+    cat, dog = root / split / "cat", root / split / "dog"
+    whole = (cat / "03.jpg").read_bytes()
+    (cat / "03.jpg").write_bytes(whole[: len(whole) // 2])
+    (cat / "04.jpg").write_bytes(HTML)
+    (dog / "00.jpg").write_bytes(b"")
+    (dog / "11.jpg").write_bytes((dog / "11.jpg").read_bytes()[:-30])
+    return {3: 5, 4: 5, 12: 13, 23: 13}  # row: the row that takes its place
+
+
+def damage_later(root, manifest):
+    """The same after the files were indexed, and one with the length unchanged."""
+    replaced = broken(root)
+    os.remove(root / "train" / "cat" / "04.jpg")
+    path = root / "train" / "dog" / "05.jpg"
+    path.write_bytes(HTML.ljust(os.path.getsize(path)))
+    return replaced | {17: 18}
+
+
+@pytest.mark.parametrize("later", [False, True])
+@pytest.mark.parametrize("name", EVERY)
+def test_bad_files_are_named_counted_and_replaced(few, name, later):
+    data = folder(few, loader=name, augment="pad_crop")
+    clean = open_source(data, "train")
+    replaced = damage_later(few, clean) if later else broken(few)
+    manifest = clean if later else open_source(data, "train")
+
+    def epoch(start=0, **changes):
+        loader = make_loader(manifest, data, 4, seed=7, train=True, **changes)
+        batches = list(loader.epoch(4, start))
+        loader.close()
+        bad.update(loader.bad)
+        return batches
+
+    bad = {}
+    with pytest.warns(UserWarning, match="unreadable image") as told:
+        whole = epoch()
+    assert bad.keys() == replaced.keys()
+    for row in replaced:
+        (text,) = [
+            str(w.message) for w in told if f"image {manifest.content.paths[row]} (" in str(w)
+        ]
+        assert bad[row] in text
+    plan = sampler.plan(data, clean.sizes, 7, 4, np.arange(24))
+    index = np.array([replaced.get(row, row) for row in plan.index])
+    want = sampler.plan(data, clean.sizes, 7, 4, np.arange(24), index=index)
+    assert torch.cat([batch.index for batch in whole]).tolist() == index.tolist()
+    pixels = torch.cat([batch.images for batch in whole])
+    assert torch.equal(pixels, by_hand(manifest, want, 32))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        resumed = epoch(start=3)
+        ranks = [epoch(rank=rank, world=2) for rank in (0, 1)]
+    for batch, again in zip(whole[3:], resumed, strict=True):
+        assert torch.equal(batch.index, again.index) and torch.equal(batch.images, again.images)
+    of_two = [batch.index for pair in zip(*ranks, strict=True) for batch in pair]
+    assert torch.cat(of_two).tolist() == index.tolist()
+
+
+@pytest.mark.skipif(find_spec("nvidia.dali") is None, reason="needs NVIDIA DALI")
+def test_a_file_that_only_dali_refuses_is_found(few):
+    """A bitmap of 16 bits a pixel: its batch decodes without fault in PIL."""
+    head = b"BM" + struct.pack("<IHHI", 54 + 16 * 16 * 2, 0, 0, 54)
+    head += struct.pack("<IiiHHIIiiII", 40, 16, 16, 1, 16, 0, 16 * 16 * 2, 0, 0, 0, 0)
+    (few / "train" / "cat" / "02.jpg").write_bytes(head + bytes(16 * 16 * 2))
+    loader = loaded(folder(few, loader="dali"))
+    with pytest.warns(UserWarning, match=r"02.jpg \(DALI cannot decode it"):
+        index = torch.cat([batch.index for batch in loader.epoch(0)])
+    loader.close()
+    assert list(loader.bad) == [2] and sorted(set(range(24)) - set(index.tolist())) == [2]
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_too_many_bad_files_stop_the_run(few, name):
+    clean = open_source(folder(few), "train")
+    data = folder(few, loader=name, bad_images=3, augment="pad_crop")
+    broken(few)
+    with pytest.raises(RuntimeError, match="4 unreadable images, data.bad_images=3") as error:
+        loaded(data)
+    for file in ("cat/03.jpg", "cat/04.jpg", "dog/00.jpg", "dog/11.jpg"):
+        assert file in str(error.value)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises(RuntimeError, match="4 unreadable images, data.bad_images=3"):
+            loader = make_loader(clean, data, 4, seed=7, train=True)  # resident reads all here
+            list(loader.epoch(0))
+
+
+def test_a_class_without_a_readable_image_stops_the_run(few):
+    for path in (few / "train" / "dog").iterdir():
+        path.write_bytes(HTML)
+    with pytest.raises(RuntimeError, match="no readable image of class 'dog' is left"):
+        loaded(folder(few))
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_evaluation_replaces_bad_files_too(few, name):
+    (few / "val" / "cat" / "00.jpg").write_bytes(HTML)
+    with pytest.warns(UserWarning, match="cat/00.jpg .*cat/01.jpg takes its place"):
+        loader = loaded(folder(few, loader=name), "val")
+    batches = list(loader.epoch(0))
+    loader.close()
+    seen = [i for batch in batches for i in batch.index[: batch.valid].tolist()]
+    assert seen == [1, 1, 2, 3, 4, 5, 6, 7, 8, 9] and list(loader.bad) == [0]
+
+
+def test_auto_takes_dali_for_files_and_torchvision_without_it(few, monkeypatch):
+    if find_spec("nvidia.dali") is not None:
+        assert loaded(folder(few)).name == "dali"
+    assert loaded(synthetic()).name == "torchvision"
+    monkeypatch.setitem(sys.modules, "nvidia.dali", None)  # as if it were not installed
+    assert loaded(folder(few)).name == "torchvision"
+    with pytest.raises(ValueError, match="data.loader=dali needs NVIDIA DALI.*pip install"):
+        loaded(folder(few, loader="dali"))
+
+
+def test_dali_is_not_imported_before_it_is_used():
+    code = "import sys, kdfuse.engine.data.loaders; sys.exit('nvidia.dali' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_dali_refuses_a_source_without_files():
+    manifest = open_source(synthetic(), "train")
+    with pytest.raises(ValueError, match="data.loader=dali reads files and data.source=synthetic"):
+        LOADERS["dali"](manifest, synthetic(), 4, seed=0, train=True)
+
+
+@pytest.mark.parametrize("name", ["torchvision", "resident"])
+@pytest.mark.parametrize("augment", ["random_resized_crop", "pad_crop", "none"])
+def test_synthetic_images_take_every_augmentation(name, augment):
+    data = synthetic(augment=augment, loader=name, eval_resize=20)
+    images, target, index = collect(loaded(data, batch=50))
+    assert images.shape == (200, 3, 16, 16) and images.float().std() > 10
+    assert torch.equal(target, index % 10)
+    assert collect(loaded(data, "val", batch=20))[0].shape == (60, 3, 16, 16)
+
+
+def test_resident_needs_one_size_for_random_crops(photos):
+    data = folder(photos, loader="resident", size=32)
+    with pytest.raises(ValueError, match="data.loader=resident.*images of one size.*loader=auto"):
+        loaded(data)
+    ours = collect(loaded(folder(photos, loader="resident"), "val"))
+    assert same(ours, collect(loaded(folder(photos, loader="torchvision"), "val")))
+
+
+def test_pad_crop_needs_images_as_large_as_the_crop(few):
+    with pytest.raises(ValueError, match="data.size=49 .*data.padding=4.*48 x 40 pixels"):
+        loaded(folder(few, augment="pad_crop", size=49, eval_resize=None))
+    loaded(folder(few, augment="pad_crop", size=48, eval_resize=None)).close()

@@ -1,0 +1,129 @@
+"""Every method, by one suite: it learns, resumes to the same bytes, and is exported."""
+
+import shutil
+
+import pytest
+import torch
+from tiny import tiny
+
+from kdfuse.engine.cli.export import export
+from kdfuse.engine.data.loaders import make_loader
+from kdfuse.engine.data.sources import open_source
+from kdfuse.engine.methods import METHODS
+from kdfuse.engine.run.checkpoint import load
+from kdfuse.engine.run.finished import checkpoints_of, recipe_of
+from kdfuse.engine.training.loop import train
+from kdfuse.engine.training.ranks import join
+from kdfuse.engine.training.state import State
+from kdfuse.engine.training.step import Step
+
+DATA = {"size": 16, "subset": 8, "augment": "none"}
+DATA |= {"scale": (0.08, 1.0)}  # what augment none wants: the default
+PLAIN = {"student": {"name": "plain18_dirac"}, "optim": {"lr": 0.01, "schedule": "constant"}}
+GUIDE = {"name": "jointrd_resnet18"}
+# What a method needs beside a student resnet8 and, where it has one, a teacher resnet14.
+NEEDS = {
+    "slkd": {"slt": {"name": "resnet8"}},
+    "slkd_sequential": {"assistants": [{"name": "resnet14"}, {"name": "resnet8"}]},
+    "dgkd": {"assistants": [{"name": "resnet8"}]},
+    "dml": {"slt": {"name": "resnet8"}},
+    # One batch again and again: its rows of the memory must not move along with the networks.
+    "crd": {"method": {"negatives": 32, "momentum": 0.99}},
+    "jointrd": {**PLAIN, "teacher": GUIDE, "method": {"feature_weight": 1e-4}},
+    "jointrd_ta_released": {**PLAIN, "teacher": GUIDE, "method": {"feature_weight": 1e-4}},
+    "jointrd_joint": {**PLAIN, "slt": GUIDE, "method": {"feature_weight": 1e-4}},
+}
+
+
+def recipe_for(name, folder):
+    needs = dict(NEEDS.get(name, {}))
+    method = {"name": name, **needs.pop("method", {})}
+    if METHODS[name].uses_teacher:
+        needs.setdefault("teacher", {"name": "resnet14"})
+    needs.setdefault("optim", {"lr": 0.02, "schedule": "constant"})
+    run = {"epochs": 2, "batch": 16, "checkpoint_every": 3, "keep": 20}
+    return tiny(folder / "digits", method, data=DATA, run=run, **needs)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("digits")
+
+
+@pytest.fixture(scope="module")
+def runs(folder):
+    """The run of each method, trained when it is first asked for."""
+    made = {}
+
+    def run(name):
+        if name not in made:
+            made[name] = train(recipe_for(name, folder), folder / name)
+        return made[name]
+
+    return run
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_twenty_steps_lower_its_own_loss(name, folder):
+    recipe = recipe_for(name, folder)
+    manifest = open_source(recipe.data, "train")
+    labels = torch.from_numpy(manifest.target)
+    state = State(recipe, join("cpu"), 10, {}, labels)
+    loader = make_loader(manifest, recipe.data, 16, seed=0, train=True)
+    batch = next(iter(loader.epoch(0)))
+    loader.close()
+    state.distiller.train()
+    step = Step(state.distiller, state.branches, list(state.optimizers.values()))
+    losses = []
+    for _ in range(20):
+        # Well behind every warm-up, so that the weights of the terms stay what they are.
+        terms = step(batch.images, batch.target, batch.index, 100.0)
+        losses.append(terms["loss"].item())
+    assert all(torch.isfinite(torch.tensor(losses)))
+    assert sum(losses[-3:]) < sum(losses[:3])
+    trained = [p for p in state.distiller.parameters() if p.requires_grad]
+    assert all(p.grad is not None for p in trained)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_run_cut_off_in_an_epoch_ends_with_the_same_bytes(name, folder, runs, tmp_path):
+    whole = runs(name)
+    cut = tmp_path / "cut"
+    shutil.copytree(whole, cut)
+    for checkpoint in (cut / "checkpoints").iterdir():
+        if checkpoint.name != "step-00000003":
+            shutil.rmtree(checkpoint)
+    resumed = train(recipe_for(name, folder), cut, resume=True)
+    last = "step-00000010"
+    (first, facts), (second, other) = (load(run / "checkpoints" / last) for run in (whole, resumed))
+    assert facts["results"] == other["results"]
+    _same(first, second, "")
+
+
+def _same(first, second, where):
+    assert type(first) is type(second), where
+    if isinstance(first, torch.Tensor):
+        assert torch.equal(first, second), where
+    elif isinstance(first, dict):
+        assert first.keys() == second.keys(), where
+        for key in first:
+            _same(first[key], second[key], f"{where}.{key}")
+    elif isinstance(first, list | tuple):
+        for i, (a, b) in enumerate(zip(first, second, strict=True)):
+            _same(a, b, f"{where}.{i}")
+    else:
+        assert first == second, where
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_what_is_kept_is_exported_with_equal_outputs(name, runs, tmp_path):
+    run = runs(name)
+    out = export(run, tmp_path / "model.pt2", which="last")
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (5, 3, 16, 16), dtype=torch.uint8, generator=generator)
+    state = State(recipe_of(run), join("cpu"), 10, {})
+    state.load_networks(checkpoints_of(run)["last"][0])
+    network, inputs = state.networks()["student"]
+    expected = state.distiller.predict(network.eval(), inputs, images)
+    found = torch.export.load(out).module()(images)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)

@@ -1,0 +1,148 @@
+"""The page about runs: numbers beside the published ones, whatever state a run is in."""
+
+import json
+import re
+import xml.etree.ElementTree as ET
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from kdfuse.engine.recipe.load import Recipe
+from kdfuse.engine.report.page import report
+from kdfuse.engine.run import past as pastruns
+from kdfuse.engine.run.log import RunLog
+from kdfuse.engine.run.past import by_seed, read_run
+
+SLKD = "cifar100/slkd:resnet32x4-resnet8x4"
+Maker = Callable[..., Path]
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Maker:
+    """Writes a run directory as training does, with made-up accuracies."""
+
+    def write(
+        folder: str,
+        recipe: str = SLKD,
+        words: tuple[str, ...] = (),
+        top1: tuple[float, ...] = (70.0, 77.0, 76.0),
+        finished: bool = True,
+    ) -> Path:
+        path = tmp_path / folder
+        path.mkdir()
+        (path / "recipe.yaml").write_text(Recipe.load(recipe, words).explain())
+        (path / "environment.json").write_text(json.dumps({"torch": "2.x", "gpus": ["<H200>"]}))
+        with RunLog(path, 30, 3) as log:
+            log.note("teacher: 79.42 <top-1>")
+            for epoch, value in enumerate(top1, 1):
+                losses = {"loss": 2.0 / epoch, "kd": 1.0 / epoch, "top1": value - 5, "lr": 0.05}
+                log.step(10 * epoch, epoch, losses, 1000.0, 0.1)
+                more = {"slt0_top1": value + 1, "slt1_top1": value + 2, "train_slt0_top1": 1.0}
+                log.epoch(epoch, {"top1": value, "top5": 99.0, **more, "lr": 0.05})
+            if finished:
+                log.end({"best_top1": max(top1)})
+        return path
+
+    return write
+
+
+def text_of(page: str) -> str:
+    """What a reader sees: no styles, no tags, single spaces."""
+    page = re.sub(r"<(style|svg).*?</\1>", " ", page, flags=re.DOTALL)
+    return " ".join(re.sub(r"<[^>]*>", " ", page).split())
+
+
+def test_one_run(make: Maker, tmp_path: Path) -> None:
+    out = report([make("first")], tmp_path / "page.html")
+    assert out == tmp_path / "page.html"
+    page = out.read_text()
+    seen = text_of(page)
+    assert f"{SLKD} slkd first seed 0 76.00 77.00 epoch 2 76.85 SLKD paper, table 1 +0.15" in seen
+    assert "SL-T 0 SL-T 1 student, training batches published 76.85" in seen
+    assert "method.temperature 4.0" in seen and "optim.lr 0.05" in seen
+    assert page.count("<svg") == 3
+
+
+def test_page_needs_nothing_else_and_escapes(make: Maker, tmp_path: Path) -> None:
+    page = report([make("first")], tmp_path / "page.html").read_text()
+    assert not re.search(r"(src|href)=\"(?!#)", page)
+    assert "@import" not in page and "<script" not in page and "url(http" not in page
+    assert "teacher: 79.42 &lt;top-1&gt;" in page and "<H200>" not in page
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_curves_are_well_formed_and_use_the_pages_colours(make: Maker, tmp_path: Path) -> None:
+    page = report([make("first"), make("second", words=("run.seed=1",))], tmp_path / "p.html")
+    found = re.findall(r"<svg.*?</svg>", page.read_text(), flags=re.DOTALL)
+    assert len(found) == 7
+    names = [name for svg in found for name in re.findall(r'\bid="([^"]*)"', svg)]
+    assert len(names) == len(set(names))
+    for svg in found:
+        assert ET.fromstring(svg).get("viewBox")
+        assert "var(--c0)" in svg and "#fe0" not in svg
+
+
+def test_the_same_runs_give_the_same_page(make: Maker, tmp_path: Path) -> None:
+    run = make("first")
+    assert (
+        report([run], tmp_path / "a.html").read_bytes()
+        == report([run], tmp_path / "b.html").read_bytes()
+    )
+
+
+def test_seeds_are_one_row_with_mean_and_spread(make: Maker, tmp_path: Path) -> None:
+    runs = [
+        make("s0", top1=(70, 76)),
+        make("s1", top1=(70, 77), words=("run.seed=1",)),
+        make("s2", top1=(78, 75), words=("run.seed=2",)),
+        make("killed", top1=(10,), words=("run.seed=3",), finished=False),
+        make("kd", recipe="cifar100/kd:resnet32x4-resnet8x4", top1=(73.0,)),
+    ]
+    assert [len(group.runs) for group in by_seed([read_run(run) for run in runs])] == [4, 1]
+    seen = text_of(report(runs, tmp_path / "page.html").read_text())
+    assert "76.00 \u00b1 1.00 77.00 \u00b1 1.00 76.85" in seen
+    assert "killed seed 3, unfinished, step 10 of 30" in seen
+    assert "What differs" in seen and "method.name slkd kd" in seen
+
+
+def test_a_killed_run(make: Maker, tmp_path: Path) -> None:
+    run = make("killed", top1=(70.0,), finished=False)
+    with (run / "log.jsonl").open("a") as file:
+        file.write('{"kind": "ep')
+    seen = text_of(report([run], tmp_path / "page.html").read_text())
+    assert "killed seed 0, unfinished, step 10 of 30 70.00 70.00 epoch 1" in seen
+
+
+def test_runs_without_an_epoch(make: Maker, tmp_path: Path) -> None:
+    started, bare = make("started", top1=(), finished=False), make("bare", finished=False)
+    (bare / "log.jsonl").unlink()
+    (bare / "environment.json").unlink()
+    assert read_run(started).state == "unfinished, step 0 of 30"
+    seen = text_of(report([started, bare], tmp_path / "page.html").read_text())
+    assert "bare seed 0, not started - - 76.85" in seen
+    assert seen.count("Nothing recorded yet.") == 7
+
+
+def test_values_that_are_not_numbers_leave_gaps(make: Maker, tmp_path: Path) -> None:
+    run = make("diverged", top1=(70.0, float("nan"), 71.0))
+    past = read_run(run)
+    assert [record["epoch"] for record in past.evaluations] == [1.0, 3.0]
+    assert past.best is not None and past.best["top1"] == 71.0
+    assert "<svg" in report([run], tmp_path / "page.html").read_text()
+
+
+def test_what_is_no_run_is_refused_by_name(make: Maker, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match="empty is not a run directory"):
+        report([make("first"), tmp_path / "empty"], tmp_path / "page.html")
+    with pytest.raises(FileNotFoundError, match="nowhere is not a run directory"):
+        report([tmp_path / "nowhere"], tmp_path / "page.html")
+    with pytest.raises(ValueError, match="at least one"):
+        report([], tmp_path / "page.html")
+    assert not (tmp_path / "page.html").exists()
+
+
+def test_best_is_the_earliest_of_equals(make: Maker) -> None:
+    best = pastruns.read_run(make("ties", top1=(70.0, 75.0, 75.0))).best
+    assert best is not None and best["epoch"] == 2.0

@@ -1,0 +1,148 @@
+"""The record of a run: one JSON object a line, cut at the resumed step, readable after a kill."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kdfuse.engine.run import log
+from kdfuse.engine.run.log import RunLog
+
+CLOCK = ("time", "images_per_s", "data_wait")
+
+
+def train(
+    run_dir: Path, first: int, last: int, resume: int | None = None, end: bool = True
+) -> None:
+    """Steps first..last of a run of 2 epochs with 4 steps each, logged every second step."""
+    with RunLog(run_dir, 8, 2, resume_step=resume, facts={"images": 64}) as run:
+        run.note("loader: torchvision")
+        for step in range(first, last + 1):
+            if step % 2 == 0:
+                run.step(step, step / 4, {"loss": 1 / step}, 100.0 * step, 0.25)
+            if step % 4 == 0:
+                run.epoch(step // 4, {"top1": 50.0 + step, "train_loss": 1.0, "lr": 0.1})
+        if end:
+            run.end({"best_top1": 58.0})
+
+
+def without_clock(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{k: v for k, v in record.items() if k not in CLOCK} for record in records]
+
+
+def test_records(tmp_path: Path) -> None:
+    train(tmp_path, 1, 8)
+    records = log.read(tmp_path / "log.jsonl")
+    assert [(r["kind"], r["step"], r["epoch"]) for r in records] == [
+        ("start", 0, 0.0), ("note", 0, 0.0), ("step", 2, 0.5), ("step", 4, 1.0),
+        ("epoch", 4, 1.0), ("step", 6, 1.5), ("step", 8, 2.0), ("epoch", 8, 2.0),
+        ("end", 8, 2.0),
+    ]  # fmt: skip
+    assert records[0]["images"] == 64 and records[0]["steps"] == 8
+    assert records[2]["loss"] == 0.5 and records[2]["images_per_s"] == 200.0
+    assert records[4]["top1"] == 54.0
+    assert all(record["time"] > 1.6e9 for record in records)
+
+
+@pytest.mark.parametrize("resume", [0, 2, 3, 4, 5, 7])
+def test_killed_and_resumed_twin_is_the_same(resume: int, tmp_path: Path) -> None:
+    whole, twin = tmp_path / "whole", tmp_path / "twin"
+    whole.mkdir()
+    twin.mkdir()
+    train(whole, 1, 8)
+    train(twin, 1, 7, end=False)
+    with (twin / "log.jsonl").open("a") as file:
+        file.write('{"kind": "step", "ste')  # the kill came in the middle of a line
+    train(twin, resume + 1, 8, resume=resume)
+    expected = without_clock(log.read(whole / "log.jsonl"))
+    assert without_clock(log.read(twin / "log.jsonl")) == expected
+
+
+def test_resume_of_a_finished_run_drops_its_end(tmp_path: Path) -> None:
+    train(tmp_path, 1, 8)
+    train(tmp_path, 9, 8, resume=8, end=False)
+    assert [r["kind"] for r in log.read(tmp_path / "log.jsonl")].count("end") == 0
+
+
+def test_a_new_log_never_overwrites(tmp_path: Path) -> None:
+    train(tmp_path, 1, 2)
+    before = (tmp_path / "log.jsonl").read_bytes()
+    with pytest.raises(FileExistsError, match="resume"):
+        RunLog(tmp_path, 8, 2)
+    assert (tmp_path / "log.jsonl").read_bytes() == before
+
+
+def test_no_nan_reaches_the_file(tmp_path: Path) -> None:
+    with RunLog(tmp_path, 8, 2) as run:
+        run.step(1, 0.25, {"loss": math.nan, "kd": -math.inf, "ce": 1.0}, 1.0, 0.0)
+    text = (tmp_path / "log.jsonl").read_text()
+    assert "NaN" not in text and "Infinity" not in text
+    record = json.loads(text.splitlines()[-1])
+    assert (record["loss"], record["kd"], record["ce"]) == (None, None, 1.0)
+
+
+def test_every_record_is_on_disk_at_once(tmp_path: Path) -> None:
+    with RunLog(tmp_path, 8, 2) as run:
+        run.step(2, 0.5, {"loss": 1.0}, 1.0, 0.0)
+        assert [r["kind"] for r in log.read(run.path)] == ["start", "step"]
+
+
+def test_other_ranks_are_silent(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with RunLog(tmp_path, 8, 2, rank=1) as run:
+        run.note("hello")
+        run.step(2, 0.5, {"loss": 1.0}, 1.0, 0.0)
+        run.epoch(1, {"top1": 1.0})
+        run.end({})
+    assert list(tmp_path.iterdir()) == [] and capsys.readouterr().out == ""
+
+
+def test_plain_lines_without_a_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train(tmp_path, 1, 4, end=False)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "loader: torchvision"
+    assert lines[-2] == "epoch 1.00/2  step 4/8  400 img/s  data wait 25%  loss 0.25"
+    assert lines[-1] == "epoch 1/2 done  top1 54  lr 0.1"
+
+
+def test_broken_line_in_the_middle_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    path.write_text('{"kind": "start", "step": 0}\nnonsense\n{"kind": "end", "step": 1}\n')
+    with pytest.raises(ValueError, match=r"log\.jsonl line 2"):
+        log.read(path)
+
+
+def test_tensorboard_holds_the_same_numbers(tmp_path: Path) -> None:
+    reading = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    train(tmp_path, 1, 8)
+    board = reading.EventAccumulator(str(tmp_path / "tensorboard"))
+    board.Reload()
+    assert [(e.step, e.value) for e in board.Scalars("epoch/top1")] == [(4, 54.0), (8, 58.0)]
+    assert [e.step for e in board.Scalars("step/loss")] == [2, 4, 6, 8]
+
+
+def test_progress_bar_on_a_terminal(tmp_path: Path) -> None:
+    pty = pytest.importorskip("pty")
+    parent, child = pty.openpty()
+    code = (
+        "import sys; from pathlib import Path; from kdfuse.engine.run.log import RunLog\n"
+        "with RunLog(Path(sys.argv[1]), 8, 2) as run:\n"
+        "    run.step(2, 0.5, {'loss': 1.5}, 1234.0, 0.25)\n"
+        "    run.epoch(1, {'top1': 54.0})\n"
+        "    run.note('[brackets] stay')\n"
+    )
+    root = str(Path(log.__file__).parents[3])
+    env = {**os.environ, "PYTHONPATH": root, "TERM": "xterm", "COLUMNS": "120"}
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    done = subprocess.run(command, stdout=child, stderr=subprocess.PIPE, env=env)
+    os.close(child)
+    seen = os.read(parent, 1 << 16).decode()
+    os.close(parent)
+    assert done.returncode == 0, done.stderr
+    assert "1,234 img/s  data wait 25%  loss 1.5" in seen
+    assert "epoch 1/2 done  top1 54" in seen and "[brackets] stay" in seen
+    assert [r["kind"] for r in log.read(tmp_path / "log.jsonl")][-1] == "note"

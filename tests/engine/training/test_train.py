@@ -1,0 +1,283 @@
+"""train() and evaluate() on small runs: what they write, what they refuse, that they repeat."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import tiny
+
+import kdfuse.engine
+from kdfuse.engine.data.loaders import make_loader
+from kdfuse.engine.data.sources import open_source
+from kdfuse.engine.data.sources.digits import write_digits
+from kdfuse.engine.run import environment
+from kdfuse.engine.run.checkpoint import load, save
+from kdfuse.engine.run.folder import held
+from kdfuse.engine.run.log import read
+from kdfuse.engine.training.evaluate import evaluate, evaluate_state, hits
+from kdfuse.engine.training.loop import train
+from kdfuse.engine.training.meters import Diverged
+from kdfuse.engine.training.ranks import join
+from kdfuse.engine.training.state import State
+
+LAST = "step-00000010"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
+        yield
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    root = tmp_path_factory.mktemp("data") / "digits"
+    write_digits(root)
+    return root
+
+
+@pytest.fixture(scope="module")
+def teacher(digits, tmp_path_factory):
+    """A run that learned something: resnet8 on all training images."""
+    run = tmp_path_factory.mktemp("runs") / "teacher"
+    optim = {"lr": 0.1, "schedule": "cosine"}
+    changes = {"data": {"subset": None}, "optim": optim, "run": {"epochs": 4}}
+    return train(tiny(digits, "ce", **changes), run)
+
+
+def last(run, kind):
+    return [record for record in read(run / "log.jsonl") if record["kind"] == kind][-1]
+
+
+def test_a_run_learns_and_leaves_its_files(teacher):
+    names = {path.name for path in teacher.iterdir()} - {"tensorboard"}
+    wanted = {"recipe.yaml", "environment.json", "log.jsonl", "report.html", "checkpoints"}
+    assert names == wanted
+    assert last(teacher, "epoch")["top1"] > 80
+    facts = json.loads((teacher / "environment.json").read_text())
+    assert facts["torch"] == torch.__version__ and facts["processes"] == 1
+    again = kdfuse.engine.Recipe.load(teacher / "recipe.yaml")
+    assert again.optim.lr == 0.1 and again.method.name == "ce"
+
+
+def test_evaluate_repeats_the_log(teacher, capsys):
+    found = evaluate(teacher)
+    records = [record for record in read(teacher / "log.jsonl") if record["kind"] == "epoch"]
+    assert found["last"]["top1"] == records[-1]["top1"]
+    assert found["last"]["top5"] == records[-1]["top5"]
+    assert found["best"]["top1"] == max(record["top1"] for record in records)
+    printed = capsys.readouterr().out
+    assert f"last (step {found['last']['step']}): top1 {found['last']['top1']:.2f}" in printed
+    assert "best (step " in printed
+
+
+def test_an_unfinished_run_is_evaluated_as_far_as_it_came(teacher, tmp_path):
+    run, kept = tmp_path / "run", "step-00000010"
+    shutil.copytree(teacher, run)
+    for path in (run / "checkpoints").iterdir():
+        shutil.rmtree(path)
+    with pytest.raises(RuntimeError, match="no checkpoint yet"):
+        evaluate(run)
+    state, facts = load(teacher / "checkpoints" / "best")
+    save(run / "checkpoints", kept, state, facts | {"step": 10, "results": {}})
+    assert list(evaluate(run)) == ["last"]
+    with pytest.raises(FileNotFoundError, match="no recipe.yaml"):
+        evaluate(tmp_path)
+
+
+def test_a_method_with_a_teacher_reports_every_network(digits, teacher, tmp_path):
+    copy = tmp_path / "teacher"
+    shutil.copytree(teacher / "checkpoints" / "best", copy)
+    given = {"name": "resnet8", "checkpoint": copy}
+    changes = {"optim": {"ema": 0.9}, "run": {"teacher_at_chance": "refuse"}}
+    run = train(tiny(digits, "slkd", teacher=given, **changes), tmp_path / "run")
+    best = evaluate(teacher)["best"]
+    assert read(run / "log.jsonl")[0]["teacher_top1"] == pytest.approx(best["top1"], abs=0.3)
+    record = last(run, "epoch")
+    for name in ("", "slt0_", "slt1_", "ema_"):
+        assert 0 < record[f"{name}top1"] <= record[f"{name}top5"] <= 100
+    assert record["lr"] == 0.05 and record["train_loss"] > 0
+    state, facts = load(run / "checkpoints" / LAST)
+    assert sorted(state["optimizers"]) == ["slt0", "slt1", "student"]
+    assert len(state["slts"]) == 2 and facts["step"] == 10
+    assert not any("teacher" in key for key in state)
+    best, _ = load(run / "checkpoints" / "best")
+    assert sorted(best) == ["also", "ema", "head", "slts", "student"] and best["head"] is None
+    shutil.rmtree(copy)  # a run is evaluated from its own checkpoints alone
+    again = evaluate(run)["last"]
+    for name in ("top1", "slt0_top1", "slt1_top1", "ema_top1"):
+        assert again[name] == record[name]
+
+
+@pytest.mark.parametrize("name", ["kd", "dkd", "nkd", "tf_nkd", "uskd"])
+def test_every_method_trains(digits, teacher, name, tmp_path):
+    given = {"teacher": {"name": "resnet8", "checkpoint": teacher}}
+    needed = given if name in ("kd", "dkd", "nkd") else {}
+    method = {"name": "dkd", "beta": 2.0, "warmup": 2} if name == "dkd" else name
+    recipe = tiny(digits, method, optim={"lr": 0.02}, run={"epochs": 8}, **needed)
+    run = train(recipe, tmp_path / "run")
+    assert last(run, "epoch")["top1"] > 40
+    assert not any("weak" in key for key in load(run / "checkpoints" / "best")[0]["student"])
+
+
+def test_the_same_seed_gives_the_same_bytes(digits, tmp_path):
+    def weights(name, seed):
+        run = train(tiny(digits, "slkd", run={"seed": seed}), tmp_path / name)
+        return load(run / "checkpoints" / LAST)[0]["student"]
+
+    one, same, other = weights("a", 1), weights("b", 1), weights("c", 2)
+    assert all(torch.equal(one[key], same[key]) for key in one)
+    assert not torch.equal(one["conv1.weight"], other["conv1.weight"])
+
+
+def test_checkpoints_and_records_come_when_they_are_due(digits, tmp_path):
+    run = {"epochs": 3, "eval_every": 2, "checkpoint_every": 4, "keep": 9, "log_every": 3}
+    folder = train(tiny(digits, "ce", run=run), tmp_path / "run")
+    names = sorted(path.name for path in (folder / "checkpoints").iterdir())
+    assert names == ["best", "step-00000004", "step-00000008", "step-00000012", "step-00000015"]
+    records = read(folder / "log.jsonl")
+    assert [r["step"] for r in records if r["kind"] == "step"] == [3, 5, 6, 9, 10, 12, 15]
+    evaluated = {r["epoch"]: "top1" in r for r in records if r["kind"] == "epoch"}
+    assert evaluated == {1.0: False, 2.0: True, 3.0: True}
+
+
+def test_an_existing_folder_is_left_alone(digits, tmp_path):
+    (tmp_path / "thesis.tex").write_text("chapter 1")
+    with pytest.raises(ValueError, match="not empty; choose another folder, or resume=true"):
+        train(tiny(digits, "ce"), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+@pytest.mark.parametrize("checkpoint", [None, "other normalisation"])
+def test_a_teacher_at_chance_is_refused(digits, teacher, checkpoint, tmp_path):
+    given = {"name": "resnet8"}
+    if checkpoint is not None:  # the usual mistake: right weights, wrong inputs
+        wrong = {"mean": (9.0, 9.0, 9.0), "std": (0.01, 0.01, 0.01)}
+        given |= {"checkpoint": teacher, "normalize": wrong}
+    recipe = tiny(digits, "kd", teacher=given, run={"teacher_at_chance": "refuse"})
+    with pytest.raises(ValueError, match="chance is 10.00, so it has nothing to teach"):
+        train(recipe, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_missing_teacher_file_is_named(digits, tmp_path):
+    given = {"name": "resnet8", "checkpoint": tmp_path / "nowhere.pt"}
+    with pytest.raises(FileNotFoundError, match="nowhere.pt"):
+        train(tiny(digits, "kd", teacher=given), tmp_path / "run")
+
+
+def test_divergence_stops_the_run_and_names_the_step(digits, tmp_path):
+    recipe = tiny(digits, "ce", optim={"lr": 1e30}, run={"log_every": 4})
+    with pytest.raises(Diverged, match="the loss of step 2 is not finite"):
+        train(recipe, tmp_path / "run")
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_divergence_leaves_the_best_checkpoint(digits, tmp_path):
+    recipe = tiny(digits, "ce")
+    run = train(recipe, tmp_path / "run")
+    checkpoints = run / "checkpoints"
+    before = {path.name: path.read_bytes() for path in (checkpoints / "best").iterdir()}
+    state, facts = load(checkpoints / "step-00000005")
+    state["student"]["fc.bias"][3] = torch.nan
+    save(checkpoints, "step-00000005", state, facts)
+    with pytest.raises(Diverged, match="the loss of step 6 is not finite"):
+        train(recipe, run, resume=True)
+    assert {path.name: path.read_bytes() for path in (checkpoints / "best").iterdir()} == before
+    assert [path.name for path in checkpoints.glob("step-*")] == ["step-00000005"]
+
+
+def test_weights_that_are_not_finite_are_not_saved(digits, tmp_path):
+    group = join("cpu")
+    state = State(tiny(digits, "ce"), group, 10, {})
+    state.done = 7
+    state.distiller.main.student.layer2[0].conv1.weight.data[3] = torch.nan
+    with pytest.raises(Diverged, match="the weights after step 7 are not finite"):
+        state.save(tmp_path, "step-00000007")
+    assert not list(tmp_path.iterdir())
+
+
+def test_networks_that_are_not_finite_are_not_evaluated(digits, teacher):
+    recipe = tiny(digits, "ce")
+    group = join("cpu")
+    manifest = open_source(recipe.data, "val")
+    state = State(recipe, group, 10, {})
+    state.distiller.main.student.fc.bias.data[3] = torch.inf
+    loader = make_loader(manifest, recipe.data, 100, seed=0, train=False)
+    rows = len(manifest.target)
+    with pytest.raises(Diverged, match=f"student: the outputs for {rows} of {rows} images"):
+        evaluate_state(state, loader, group)
+
+
+def test_cuda_is_refused_without_cuda(digits, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="run.device = 'cuda'"):
+        train(tiny(digits, "ce", run={"device": "cuda"}), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_settings_of_the_process_are_given_back(digits):
+    recipe = tiny(digits, "ce", run={"threads": 1, "deterministic": True})
+    torch.set_num_threads(2)
+    with environment.settings(recipe.run):
+        assert torch.get_num_threads() == 1
+        assert torch.are_deterministic_algorithms_enabled()
+    assert torch.get_num_threads() == 2
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_the_commit_is_that_of_the_sources():
+    folder = Path(environment.__file__).resolve().parent
+    words = ["git", "-C", str(folder), "ls-files", "--error-unmatch", "environment.py"]
+    tracked = subprocess.run(words, capture_output=True).returncode == 0
+    found = environment.commit(folder)
+    assert bool(found and re.match("[0-9a-f]{40}", found)) is tracked
+
+
+def test_no_commit_outside_a_repository(tmp_path):
+    assert environment.commit(tmp_path) is None
+
+
+def test_hits_give_ties_and_nans_no_credit():
+    logits = torch.tensor(
+        [[3.0, 1, 2, 0, 0, 0, 0], [0, 0, 0, 0, 0, 0, 0], [0, 0, 0, 0, 0, 0, 0], [torch.nan] * 7]
+    )
+    target = torch.tensor([2, 0, 6, 0])
+    assert hits(logits, target).tolist() == [1.0, 2.0, 4.0, 1.0]
+
+
+def test_a_folder_in_use_is_not_shared(tmp_path):
+    code = (
+        "import pathlib, sys; from kdfuse.engine.run.folder import held\n"
+        "with held(pathlib.Path(sys.argv[1])): pass"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    with held(tmp_path):
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and "another process is training there" in done.stderr
+    assert subprocess.run(command, check=False).returncode == 0
+
+
+def test_a_resumed_run_is_the_checkpoints_recipe_whatever_its_folder_says(digits, tmp_path):
+    run = train(tiny(digits, "ce"), tmp_path / "run")
+    (run / "recipe.yaml").unlink()
+    changed = tiny(digits, "ce", optim={"lr": 0.05, "schedule": "constant", "weight_decay": 0.5})
+    with pytest.raises(ValueError, match="by another recipe.*\n.*weight_decay: 0.0005 -> 0.5"):
+        train(changed, run, resume=True)
+
+
+def test_a_finished_run_without_checkpoints_is_not_trained_again(digits, tmp_path):
+    run = train(tiny(digits, "ce"), tmp_path / "run")
+    log = (run / "log.jsonl").read_bytes()
+    shutil.rmtree(run / "checkpoints" / "best")
+    assert set(evaluate(run)) == {"last"}
+    shutil.rmtree(run / "checkpoints")
+    with pytest.raises(ValueError, match="it is finished and its checkpoints are gone"):
+        train(tiny(digits, "ce"), run, resume=True)
+    assert (run / "log.jsonl").read_bytes() == log

@@ -1,0 +1,229 @@
+"""What can be said of the CUDA kernels without a device: the build and the code that it made.
+
+Row arithmetic is tested in test_host_rows.py and test_fast_rows.py, the instructions that a row
+takes are counted in test_instructions.py.
+"""
+
+import ast
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import sass
+from sass import Kernel
+
+from kdfuse.kernels import backends
+
+ROOT = Path(__file__).resolve().parents[2]
+MODULE = backends.compiled()[0]
+ARCHS = MODULE.cuda_archs if MODULE else []
+CUBINS = [name for name in ARCHS if name.startswith("sm_")]
+FAST = {"kd": ("bare", "labelled"), "slkd": ("1", "2")}
+FAST |= dict.fromkeys(("dkd", "nkd", "tf_nkd"), ("labelled",))
+TYPES = ("bf16", "f16", "f32")
+FAST_ROWS = [(loss, t, variant) for loss, these in FAST.items() for t in TYPES for variant in these]
+# Threads that a multiprocessor holds of fast rows: a block, or blocks of four warps.
+FAST_BLOCK = 256
+WARPS = {"bf16": 384, "f16": 256, "f32": 256}
+
+needs_kernels = pytest.mark.skipif(not ARCHS, reason="_C was built without its CUDA kernels")
+needs_tool = pytest.mark.skipif(
+    sass.tool("cuobjdump") is None, reason="no cuobjdump beside nvcc or in triton"
+)
+on_every_arch = pytest.mark.parametrize("arch", CUBINS)
+
+
+def kinds_of(loss: str, dtype: str, _variant: str) -> list[str]:
+    """Long rows: not of float16. tf_nkd waits for the whole grid, as clusters cannot; SLKD's rows
+    are not streamed."""
+    long = [] if loss == "tf_nkd" else ["fast_clusters"]
+    long += [] if loss == "slkd" else ["fast_streams"]
+    return ["fast_warps", "fast_blocks", *(long if dtype != "f16" else [])]
+
+
+def the_table() -> set[Kernel]:
+    found = {Kernel(kind, *row) for row in FAST_ROWS for kind in kinds_of(*row)}
+    for loss in sass.LOSSES:
+        found |= {Kernel(f"general_{kind}", loss, "f32", "any") for kind in ("warps", "blocks")}
+        found.add(Kernel("general_blocks", loss, "f64", "any"))
+    return found
+
+
+def has_code(kernel: Kernel, arch: str) -> bool:
+    return kernel.kind != "fast_clusters" or int(arch[3:]) >= 90
+
+
+def registers(kernel: Kernel) -> int:
+    """What the launch bounds leave to a thread: four warps at a time, each to a register file of
+    its own, of 65536 in all, in steps of 8."""
+    threads = {"fast_streams": 768, "general_warps": 256, "general_blocks": 256}
+    threads["fast_warps"] = WARPS.get(kernel.type, 0)
+    threads |= dict.fromkeys(("fast_blocks", "fast_clusters"), FAST_BLOCK)
+    together = -(-threads[kernel.kind] // 128) * 128
+    return min(255, 65536 // together // 8 * 8)
+
+
+def usage(arch: str) -> dict[Kernel, dict[str, int]]:
+    return sass.resources(MODULE.__file__, arch)
+
+
+def code(arch: str) -> dict[Kernel, list[str]]:
+    return sass.names(MODULE.__file__, arch)
+
+
+@needs_kernels
+def test_module_holds_code_for_every_arch_and_ptx():
+    assert CUBINS and ARCHS[-1] == CUBINS[-1].replace("sm", "compute")
+
+
+@needs_kernels
+@needs_tool
+@on_every_arch
+def test_every_kernel_is_there_and_no_other(arch):
+    assert set(usage(arch)) == the_table()
+    assert set(code(arch)) == the_table()
+    for kernel, names in code(arch).items():
+        # A kernel without code is a return.
+        assert (len(names) > 300) == has_code(kernel, arch), f"{kernel}: {len(names)} instructions"
+
+
+def spills(arch: str, kernels: set[Kernel]) -> list[str]:
+    found = []
+    for kernel in sorted(kernels, key=str):
+        used, names = usage(arch)[kernel], code(arch)[kernel]
+        local = [n for n in names if n.startswith(("LDL", "STL"))]
+        if used["STACK"] or used["LOCAL"] or local:
+            found.append(f"{kernel}: {used['STACK']} bytes of stack, {len(local)} accesses")
+    return found
+
+
+@needs_kernels
+@needs_tool
+@on_every_arch
+def test_rows_stay_in_registers(arch):
+    """Of fast rows, and of short rows in the general kernels; SLKD's many students may spill."""
+    kept = {k for k in the_table() if k.kind.startswith("fast") or k.kind == "general_warps"}
+    assert spills(arch, {k for k in kept if k.kind != "general_warps" or k.loss != "slkd"}) == []
+
+
+@needs_kernels
+@needs_tool
+@on_every_arch
+def test_registers_are_those_of_the_launch_bounds(arch):
+    for kernel, used in usage(arch).items():
+        assert used["REG"] <= registers(kernel), f"{kernel} takes {used['REG']} registers"
+
+
+@needs_kernels
+@needs_tool
+@pytest.mark.parametrize("kind", ("fast_warps", "fast_blocks", "fast_clusters"))
+@on_every_arch
+def test_fast_rows_move_in_16_bytes(arch, kind):
+    for row in (r for r in FAST_ROWS if kind in kinds_of(*r)):
+        kernel = Kernel(kind, *row)
+        names = set(code(arch)[kernel])
+        if has_code(kernel, arch):
+            assert {"LDGSTS.E.BYPASS.128", "LDS.128", "STG.E.128"} <= names, str(kernel)
+
+
+@needs_kernels
+@needs_tool
+@on_every_arch
+def test_longer_and_general_rows_move_in_16_bytes(arch):
+    """But for those in double."""
+    for kernel in the_table():
+        if kernel.kind in ("fast_streams", "general_warps", "general_blocks"):
+            names = code(arch)[kernel] if kernel.type != "f64" else []
+            for move in ("LDG.E.128", "STG.E.128", "LDS.128") if names else ():
+                assert any(n.startswith(move) for n in names), f"{kernel}: no {move}"
+
+
+@needs_kernels
+def test_module_needs_no_cuda_runtime():
+    readelf = shutil.which("readelf")
+    if readelf is None:
+        pytest.skip("no readelf")
+    done = subprocess.run([readelf, "-d", MODULE.__file__], capture_output=True, text=True)
+    assert "libcudart" not in done.stdout and "libcuda.so" not in done.stdout
+
+
+def source(name: str) -> str:
+    """Without comments."""
+    return re.sub(r"//[^\n]*", "", (ROOT / name).read_text())
+
+
+@pytest.mark.parametrize("name", ("csrc/ops_cuda.cpp", "csrc/launch_cuda.cu"))
+def test_no_call_of_the_host_waits_for_the_device(name):
+    waits = (
+        r"cuda\w*Synchronize\w*|cudaMem(?:cpy|set)\w*|cudaMalloc\w*|cudaFree\w*|\w*_to_cpu|item\("
+    )
+    assert re.findall(waits, source(name)) == []
+
+
+def test_no_python_line_reads_a_tensor_of_the_device():
+    """What reads a tensor's value, by function; `scaled` does where the number is on the host."""
+    found = set()
+    for function in ast.parse((ROOT / "kernels/op.py").read_text()).body:
+        for node in ast.walk(function):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+                reads = ("item", "cpu", "tolist", "numpy", "nonzero", "synchronize")
+                if node.func.attr in reads and isinstance(function, ast.FunctionDef):
+                    found.add((function.name, ast.unparse(node.func)))
+                else:
+                    assert node.func.attr not in reads, ast.unparse(node)
+    assert found == {("scaled", "upstream.item")}
+
+
+def test_a_direction_is_one_launch():
+    launches, op = source("csrc/launch_cuda.cu"), source("csrc/ops_cuda.cpp")
+    assert launches.count("cudaLaunchKernelExC(") == 1
+    assert re.findall(r"(\w+)<<<", launches) == ["count_valid", "scale_rows"]
+    assert re.search(
+        r"if \(task.labels && task.rows > kCountedApart\) \{\n.*\n +count_valid<", launches
+    )
+    assert len(re.findall(r"\blaunch\(", op)) == 1
+    assert len(re.findall(r"\blaunch_scale\(", op)) == 1
+
+
+def build(tmp_path: Path, **environment: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "setup.py", "build_ext"]
+    command += ["--build-temp", str(tmp_path / "temp"), "--build-lib", str(tmp_path / "lib")]
+    return subprocess.run(
+        command,
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.mark.skipif(MODULE is None, reason="nothing can be built here")
+@pytest.mark.parametrize(
+    "environment, said",
+    [
+        ({"KDFUSE_CUDA": "1", "CUDA_HOME": "/nonexistent"}, "holds no bin/nvcc"),
+        ({"KDFUSE_CUDA": "yes"}, "KDFUSE_CUDA='yes' is unknown"),
+        ({"KDFUSE_CUDA": "1", "KDFUSE_CUDA_ARCHS": "70"}, "KDFUSE_CUDA_ARCHS='70'"),
+    ],
+    ids=("no nvcc", "unknown wish", "old arch"),
+)
+def test_what_is_missing_is_named(tmp_path, environment, said):
+    import torch
+
+    if not torch.version.cuda and environment["KDFUSE_CUDA"] == "1":
+        said = "built without CUDA"
+    done = build(tmp_path, **environment)
+    assert done.returncode != 0 and said in done.stderr
+
+
+def test_reason_names_what_to_do():
+    reason = backends.backends()["cuda"]
+    if not ARCHS and MODULE:
+        assert "KDFUSE_CUDA=1" in reason
+    elif MODULE:
+        assert reason in ("", "torch sees no CUDA device")

@@ -1,0 +1,132 @@
+"""How many instructions a class of a row takes in the kernels that give a row to a warp.
+
+counted_rows.cu is compiled with -lineinfo, which changes no code; a path through the loop over the
+rows is then found in its control flow. Counted is all that a whole row on 16-byte boundaries runs
+through in training, with its gradient, under a mean over the batch: 32 classes to each lane, 1024
+to the row. Not counted are the shared beginning and end of a launch, rows that are skipped, chunks
+that a row shares with its neighbours, what a single lane does for the label, losses of each row,
+and gradients from above; what these leave on the path (their conditions) is.
+"""
+
+import ast
+import functools
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import pytest
+import sass
+from sass import Instruction, Kernel
+
+from kdfuse.kernels import backends
+
+ROOT = Path(__file__).resolve().parents[2]
+SOURCE = Path(__file__).with_name("counted_rows.cu")
+MODULE = backends.compiled()[0]
+ARCHS = ("sm_80", "sm_90", "sm_100")
+LANE = 32  # classes
+# What is beside the path of such a row.
+BESIDE = (
+    ("fast_row.h", "leave_out"),
+    ("fast_row.h", "each_edge"),
+    ("fast_row.h", "take_label"),
+    ("stage.h", "trim"),
+    ("stage.h", "drop"),
+    ("grid.h", "row_weight"),
+    ("grid.h", "number"),
+    ("grid.h", "put"),
+    ("resident.h", "write_bare"),  # without cross-entropy
+)
+KL, WITH_CE, DKD = (
+    Kernel("fast_warps", "kd", "bf16", "bare"),
+    Kernel("fast_warps", "kd", "bf16"),
+    Kernel("fast_warps", "dkd", "bf16"),
+)
+# Instructions a class: what was reached, and the goal.
+GOALS = {KL: 26, WITH_CE: 34, DKD: 40}
+BUDGETS = {
+    "sm_80": {KL: 25.0, WITH_CE: 35.5, DKD: 39.0},  # compares bfloat16 one at a time
+    "sm_90": {KL: 25.0, WITH_CE: 33.5, DKD: 37.0},
+    "sm_100": {KL: 24.0, WITH_CE: 33.5, DKD: 38.0},
+}
+
+pytestmark = [
+    pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc"),
+    pytest.mark.skipif(sass.tool("nvdisasm") is None, reason="no nvdisasm"),
+]
+
+
+def flags() -> list[str]:
+    """Of setup.py, which runs when it is imported."""
+    for node in ast.parse((ROOT / "setup.py").read_text()).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "NVCC_FLAGS":
+            return ast.literal_eval(node.value)
+    raise AssertionError("setup.py has no NVCC_FLAGS")
+
+
+def compile_cuda(source: Path, arch: str, made: Path, *more: str) -> subprocess.CompletedProcess:
+    real = arch.replace("sm", "compute")
+    command = ["nvcc", *flags(), f"-gencode=arch={real},code={arch}", f"-I{ROOT / 'csrc'}"]
+    command += ["-Werror", "all-warnings", *more, str(source), "-o", str(made)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+@functools.cache
+def kernels(arch: str) -> dict[Kernel, list[Instruction]]:
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "counted.cubin"
+        done = compile_cuda(SOURCE, arch, cubin, "-lineinfo", "-cubin")
+        assert done.returncode == 0, done.stderr
+        return sass.listing(cubin)
+
+
+def row_of(arch: str, kernel: Kernel) -> tuple[list[Instruction], list[Instruction]]:
+    """The loop over the rows, and the path of a row."""
+    beside = set().union(*(sass.lines_of(*function) for function in BESIDE))
+    loop = sass.loop_of(kernels(arch)[kernel], sass.line_of("grid.h", "rows.run(row, row + step)"))
+    return loop, sass.row_path(loop, beside)
+
+
+@pytest.mark.parametrize("kernel", GOALS, ids=str)
+@pytest.mark.parametrize("arch", ARCHS)
+def test_instructions_a_class(arch, kernel):
+    _, path = row_of(arch, kernel)
+    count, budget = len(path) / LANE, BUDGETS[arch][kernel]
+    assert count <= budget, f"{count:.2f} instructions a class, {budget} allowed"
+    assert count > budget - 1, f"{count:.2f} instructions a class: lower the budget of {budget}"
+
+
+@pytest.mark.parametrize("kernel", GOALS, ids=str)
+@pytest.mark.parametrize("arch", ARCHS)
+def test_the_path_holds_the_row(arch, kernel):
+    """That it is the path: it moves a row's bytes once, in chunks of 16, and makes every power."""
+    loop, path = row_of(arch, kernel)
+    names = [i.name for i in path]
+    powers = {KL: 2, WITH_CE: 3, DKD: 3}[kernel] * LANE
+    assert names.count("LDGSTS.E.BYPASS.128") == 2 * LANE // 8  # student and teacher
+    assert names.count("LDS.128") == 2 * LANE // 8
+    assert names.count("STG.E.128") == LANE // 8
+    assert powers <= names.count("MUFU.EX2") <= powers + 4
+    assert not [n for n in names if n.startswith(("LDL", "STL", "BAR"))]
+    # The path is the most of the loop, and the loop has the path, what is beside it, and no more.
+    whole = kernels(arch)[kernel]
+    assert len(path) < len(loop) < len(whole)
+    assert len({i.at for i in path}) == len(path)
+    assert {i.at for i in path} <= {i.at for i in loop} <= {i.at for i in whole}
+    ats = [i.at for i in path]
+    assert ats == sorted(ats)  # forwards: every instruction of it runs once
+
+
+@pytest.mark.skipif(MODULE is None or not MODULE.cuda_archs, reason="_C has no CUDA kernels")
+@pytest.mark.skipif(sass.tool("cuobjdump") is None, reason="no cuobjdump")
+@pytest.mark.parametrize("arch", [a for a in ARCHS if MODULE and a in MODULE.cuda_archs])
+def test_what_is_counted_is_what_is_shipped(arch):
+    for kernel, counted in kernels(arch).items():
+        assert [i.name for i in counted] == sass.names(MODULE.__file__, arch)[kernel], str(kernel)
+
+
+def test_the_launcher_compiles_without_a_warning(tmp_path):
+    host = ("-Xcompiler", "-Werror", "-c")
+    done = compile_cuda(ROOT / "csrc/launch_cuda.cu", "sm_90", tmp_path / "launch.o", *host)
+    assert done.returncode == 0 and done.stderr == "", done.stderr
