@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..data.loaders.ondevice import Normalise
 from ..models import fold_dirac
 from ..run.finished import checkpoints_of, recipe_of
-from ..training.networks import Inputs
 from ..training.ranks import Group
 from ..training.state import State
 
@@ -24,7 +24,7 @@ SUFFIXES = (".pt2", ".onnx", ".pt")
 class Classifier(nn.Module):
     """uint8 images (N, 3, H, W), RGB, 0 to 255, to logits (N, classes)."""
 
-    def __init__(self, inputs: Inputs, network: nn.Module) -> None:
+    def __init__(self, inputs: Normalise, network: nn.Module) -> None:
         super().__init__()
         self.inputs = inputs
         self.network = network
@@ -65,7 +65,7 @@ def export(run: str | Path, out: str | Path, which: str = "best", network: str =
         _save_weights(chosen, state, network, out)
         return out
     normalise = state.distiller.inputs[inputs]
-    assert isinstance(normalise, Inputs)
+    assert isinstance(normalise, Normalise)
     model = Classifier(normalise, fold_dirac(chosen)).eval()
     size = recipe.data.size
     images = torch.zeros(2, 3, size, size, dtype=torch.uint8)

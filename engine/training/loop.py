@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 
 from ..data.loaders import Loader, make_loader
+from ..data.loaders.ondevice import Mixing
 from ..data.manifest import Manifest
-from ..data.mixing import Mixing
 from ..data.sources import open_source
 from ..recipe.load import Recipe
 from ..report.page import report

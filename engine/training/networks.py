@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ..data.loaders.ondevice import Normalise
 from ..methods import Outputs
 from ..models import FoldError, Taps, create, fold_batchnorm, fold_dirac
 from ..recipe.load import Recipe
@@ -23,27 +24,6 @@ from .learner import Branch
 MAIN = "main"  # the branch of the recipe's own student
 
 
-class Inputs(nn.Module):
-    """Images (N, 3, H, W) of 0..255, uint8 or float32, to (image / 255 - mean) / std.
-
-    The result is a new float32 tensor in the wanted layout.
-    """
-
-    scale: Tensor
-    shift: Tensor
-
-    def __init__(self, normalize: Normalize, channels_last: bool) -> None:
-        super().__init__()
-        mean, std = torch.tensor(normalize.mean), torch.tensor(normalize.std)
-        self.register_buffer("scale", (1 / (255 * std)).view(3, 1, 1), persistent=False)
-        self.register_buffer("shift", (-mean / std).view(3, 1, 1), persistent=False)
-        self.layout = torch.channels_last if channels_last else torch.contiguous_format
-
-    def forward(self, images: Tensor) -> Tensor:
-        floats = images.to(torch.float32, memory_format=self.layout, copy=True)
-        return floats.mul_(self.scale).add_(self.shift)
-
-
 class Distiller(nn.Module):
     """Branches to train, and frozen teachers beside them whose forward pass they share."""
 
@@ -51,7 +31,7 @@ class Distiller(nn.Module):
         self,
         branches: dict[str, Branch],  # the main one first
         teachers: list[nn.Module],  # the teacher and the assistants, to be frozen
-        inputs: dict[str, Inputs],  # by role (see `build`); equal ones are one object
+        inputs: dict[str, Normalise],  # by role (see `build`); equal ones are one object
         amp: bool,
     ) -> None:
         super().__init__()
@@ -125,8 +105,8 @@ class Distiller(nn.Module):
         return found
 
     def forward(self, images: Tensor, target: Tensor, index: Tensor) -> dict[str, Outputs]:
-        """What every branch gives for images (N, 3, H, W), as Inputs takes them, on the networks'
-        device.
+        """What every branch gives for images (N, 3, H, W), as Normalise takes them, on the
+        networks' device.
 
         `target` are their labels (N,) or class probabilities (N, C), `index` (N,) their numbers in
         the training set.
@@ -222,7 +202,7 @@ def build(
         for i, assistant in enumerate(recipe.assistants):
             teachers.append(make(f"assistant{i}", assistant))
     norms = {name: network.normalize or data.normalize for name, network in found.items()}
-    inputs = {norm: Inputs(norm, run.channels_last) for norm in norms.values()}
+    inputs = {norm: Normalise(norm, run.channels_last) for norm in norms.values()}
     distiller = Distiller(
         branches,
         teachers,
