@@ -11,7 +11,7 @@ from pathlib import Path
 from ..recipe.load import Recipe
 from ..report.page import report
 from ..run.past import read_run
-from ..training.loop import train
+from ..training.start import train
 
 SEEDS = 3
 FEW = ["data.subset=5", "run.batch=25", "run.epochs=100", "run.eval_every=25", "run.log_every=20"]

@@ -26,7 +26,7 @@ else:
     AnyMethod = Annotated[reduce(or_, METHODS.values()), Field(discriminator="name")]
 
 
-BRANCH = r"^[a-z][a-z0-9_]*$"
+LEARNER = r"^[a-z][a-z0-9_]*$"
 
 
 class Also(Strict):
@@ -51,7 +51,7 @@ class Recipe(RecipeBase):
     assistants: Annotated[tuple[Network, ...], Field(strict=False)] = Field(
         (), description="further frozen teachers, for the methods that read them"
     )
-    also: dict[Annotated[str, Field(pattern=BRANCH)], Also] = Field(
+    also: dict[Annotated[str, Field(pattern=LEARNER)], Also] = Field(
         {}, description="name: method and student that share loader and teacher with this one"
     )
     optim: Optim
@@ -64,7 +64,7 @@ class Recipe(RecipeBase):
             raise ValueError("\n".join(found))
         return self
 
-    def branches(self, main: str) -> dict[str, Also]:
+    def learners(self, main: str) -> dict[str, Also]:
         """All students with their methods by name, this recipe's own first as `main`."""
         own = Also.model_construct(method=self.method, student=self.student, slt=self.slt)
         return {main: own, **self.also}
@@ -86,13 +86,15 @@ class Recipe(RecipeBase):
         return type(self).model_validate(plain)
 
 
+AnyRecipe = Recipe | DetectionRecipe
+
 TASKS: dict[str | None, tuple[type[Recipe] | type[DetectionRecipe], Mapping[str, type[Strict]]]] = {
     None: (Recipe, METHODS),  # classification, which recipes do not name
     "detection": (DetectionRecipe, DETECTION_METHODS),
 }
 
 
-def load(name_or_path: str | Path, overrides: Iterable[str] = ()) -> Recipe | DetectionRecipe:
+def load(name_or_path: str | Path, overrides: Iterable[str] = ()) -> AnyRecipe:
     """The recipe of a shipped name (`cifar100/kd:resnet56-resnet20`) or of a YAML file.
 
     A file is given by its path, with `:row` behind it where it has several rows; its `task` says

@@ -108,7 +108,7 @@ def train_set(runs: list[Member], folder: Path, resume: bool) -> list[str]:
                 "the set"
             )
     done = [_finished(folder / run.folder) for run in runs]  # before any process writes
-    from ..training.loop import train
+    from ..training.start import train
 
     failures = []
     for number, (run, finished) in enumerate(zip(runs, done, strict=True), 1):

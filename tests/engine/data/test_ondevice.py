@@ -30,7 +30,7 @@ from kdfuse.engine.methods.parts.labels import unsmoothed
 from kdfuse.engine.recipe.load import Recipe
 from kdfuse.engine.recipe.schema import IMAGENET, Data, Normalize, RecipeError
 from kdfuse.engine.run.checkpoint import load
-from kdfuse.engine.training.loop import train
+from kdfuse.engine.training.start import train
 
 B, C, SIZE = 6, 5, 16
 MIXED = {"mixup": 0.8, "cutmix": 1.0, "smoothing": 0.1}

@@ -181,7 +181,7 @@ def test_under_torchrun_a_failure_ends_the_set(file: str, monkeypatch, tmp_path:
         calls.append(out)
         raise ValueError("as one process")
 
-    monkeypatch.setattr("kdfuse.engine.training.loop.train", fail)
+    monkeypatch.setattr("kdfuse.engine.training.start.train", fail)
     with pytest.raises(ValueError, match="as one process"):
         train_set([*runs, *runs], tmp_path / "set", resume=False)
     assert len(calls) == 1
