@@ -1,4 +1,4 @@
-"""Images for training and evaluation: sources list them, loaders deliver what the plan says."""
+"""The loaders by name, and which one a recipe's `auto` stands for."""
 
 from __future__ import annotations
 
@@ -7,28 +7,12 @@ from importlib.util import find_spec
 import torch
 
 from ...recipe.schema import Data
-from ..batch import CPU, Batch
-from ..check import check_folder
+from ..batch import CPU
 from ..contents import Encoded, Pixels
 from ..manifest import Manifest
-from ..sources import open_source
-from ..sources.digits import write_digits
-from ..sources.glyphs import write_glyphs
 from .dali import DaliLoader
 from .resident import ResidentLoader
 from .vision import VisionLoader
-
-__all__ = [
-    "LOADERS",
-    "Batch",
-    "Loader",
-    "Manifest",
-    "check_folder",
-    "make_loader",
-    "open_source",
-    "write_digits",
-    "write_glyphs",
-]
 
 Loader = DaliLoader | VisionLoader | ResidentLoader
 LOADERS: dict[str, type[Loader]] = {
