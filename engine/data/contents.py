@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from .byte_range import open_range
 from .images import decode
-from .window import open_window
 
 
 class Content(Protocol):
@@ -70,7 +70,7 @@ class Shards:
         return _changed(self.tars[self.tar[row]], self.tar_bytes[self.tar[row]])
 
     def open(self, row: int) -> BinaryIO:
-        return open_window(self.tars[self.tar[row]], int(self.offset[row]), int(self.lengths[row]))
+        return open_range(self.tars[self.tar[row]], int(self.offset[row]), int(self.lengths[row]))
 
     def read(self, row: int) -> Image.Image:
         return decode(partial(self.open, row))

@@ -11,7 +11,7 @@ from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 
-from ..models.checkpoints import Difference, compare, read_weights
+from ..models.weights import Difference, compare, read_weights
 from .recipe import CocoData, Detector, Student
 
 RESNETS = (

@@ -11,7 +11,7 @@ from ...recipe.schema import Data
 from ..contents import Files
 from ..images import EXTENSIONS
 from ..manifest import Manifest, digest_of
-from .headers import read_sizes
+from .image_sizes import read_sizes
 from .splits import OTHER, Split, check_classes, root_of, rows_kept
 
 LAYOUT = "expected ROOT/train/<class>/*.jpg and ROOT/val/<class>/*.jpg"

@@ -12,7 +12,8 @@ from ...recipe.schema import Data
 from ..contents import Shards
 from ..images import EXTENSIONS
 from ..manifest import Manifest, digest_of
-from .headers import fact, sizes_of
+from .header_cache import fact
+from .image_sizes import sizes_of
 from .splits import OTHER, Split, check_classes, root_of, rows_kept
 from .tar_index import UNLABELLED, Index, Ints, read_index
 
