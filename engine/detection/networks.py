@@ -12,7 +12,7 @@ from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 
-from ..models.checkpoints import Difference, compare, read_weights
+from ..models.weights import Difference, compare, read_weights
 from .distiller import DetectionDistiller
 from .recipe import CocoData, DetectionRecipe, Detector, Student
 

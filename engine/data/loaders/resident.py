@@ -10,10 +10,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ...recipe.schema import Data
-from ..batch import CPU, Batch
+from ..batch import Batch
 from ..images import UnreadableError
-from ..manifest import Manifest
 from ..plan import eval_plan
 from ..schedule import Schedule
 from .ondevice import crop, resized_crop
@@ -21,33 +19,19 @@ from .vision import render
 
 
 class ResidentLoader:
-    """Batches of `batch` images for process `rank` of `world`, exactly as planned, on `device`.
+    """The batches of a schedule, exactly as planned, on `device`.
 
     Random crops need images of one size: ValueError where they differ.
     """
 
     name = "resident"
 
-    def __init__(
-        self,
-        manifest: Manifest,
-        data: Data,
-        batch: int,
-        *,
-        seed: int,
-        rank: int = 0,
-        world: int = 1,
-        train: bool,
-        device: torch.device = CPU,
-    ) -> None:
-        self._schedule = Schedule(
-            manifest, data, batch, seed=seed, rank=rank, world=world, train=train
-        )
-        self._manifest, self._data = manifest, data
-        self._border = data.padding if self._schedule.view == "pad_crop" else 0
+    def __init__(self, schedule: Schedule, device: torch.device) -> None:
+        self._schedule = schedule
+        self._manifest, self._data = schedule.manifest, schedule.data
+        self._border = self._data.padding if schedule.view == "pad_crop" else 0
         self._images = self._decode_all().to(device)  # (n, H, W, 3) uint8
-        self.steps = self._schedule.steps
-        self.bad = self._schedule.quarantine.bad
+        self.steps, self.bad = schedule.steps, schedule.quarantine.bad
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """The batches of an epoch from step `start`."""
