@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..models import fold_dirac
-from ..run.finished import checkpoints_of, recipe_of
+from ..run.past import checkpoints_of, recipe_of
 from ..training.networks import Inputs
 from ..training.ranks import Group
 from ..training.state import State

@@ -1,4 +1,4 @@
-"""Reading run directories back: what a run was, how far it came, which runs differ only in seed."""
+"""Reading run directories back: what a run was, how far it came, what it left behind."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from ..recipe import yamlfile
-from . import log
-
-RECIPE, ENVIRONMENT = "recipe.yaml", "environment.json"
+from ..recipe.load import Recipe
+from . import checkpoint, log
+from .folder import ENVIRONMENT, RECIPE
 
 
 @dataclass(frozen=True)
@@ -94,9 +94,7 @@ class Group:
 
 def read_run(path: Path) -> PastRun:
     """Read a run directory. Raises FileNotFoundError for a folder that is none, by its name."""
-    if not (path / RECIPE).is_file():
-        what = f"has no {RECIPE}" if path.is_dir() else "does not exist"
-        raise FileNotFoundError(f"{path} is not a run directory: it {what}")
+    _check_is_run(path)
     facts = path / ENVIRONMENT
     written = path / log.NAME
     return PastRun(
@@ -105,6 +103,35 @@ def read_run(path: Path) -> PastRun:
         json.loads(facts.read_text(encoding="utf-8")) if facts.is_file() else {},
         log.read(written) if written.is_file() else [],
     )
+
+
+def recipe_of(path: Path) -> Recipe:
+    """The recipe of a run directory, for its checkpoints: no files, nothing compiled.
+
+    Raises FileNotFoundError for a folder that is none, ValueError for a detector's.
+    """
+    _check_is_run(path)
+    loaded = Recipe.load(path / RECIPE)
+    if not isinstance(loaded, Recipe):
+        raise ValueError(f"{path} is a run of a detector; its weights are in checkpoints/")
+    recipe = loaded.without_files()
+    return recipe.model_copy(update={"run": recipe.run.model_copy(update={"compile": False})})
+
+
+def checkpoints_of(path: Path) -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
+    """Weights and facts of the newest usable checkpoint and, once there is one, of the best."""
+    last = checkpoint.latest(path / "checkpoints")
+    if last is None:
+        raise checkpoint.CheckpointError(f"{path}: no checkpoint yet")
+    for reason in last.skipped:
+        print(f"skipped a damaged checkpoint: {reason}", flush=True)
+    found = {"last": (last.state, last.facts)}
+    if "best" in last.facts["results"]:
+        try:
+            found["best"] = checkpoint.load(path / "checkpoints" / "best")
+        except checkpoint.CheckpointError as error:
+            print(f"without the best one: {error}", flush=True)
+    return found
 
 
 def by_seed(runs: list[PastRun]) -> list[Group]:
@@ -129,3 +156,9 @@ def mean_and_spread(values: list[float]) -> str | None:
         return None
     mean = f"{statistics.mean(values):.2f}"
     return f"{mean} \u00b1 {statistics.stdev(values):.2f}" if len(values) > 1 else mean
+
+
+def _check_is_run(path: Path) -> None:
+    if not (path / RECIPE).is_file():
+        what = f"has no {RECIPE}" if path.is_dir() else "does not exist"
+        raise FileNotFoundError(f"{path} is not a run directory: it {what}")

@@ -11,7 +11,7 @@ from ..data.batch import Batch
 from ..data.loaders import Loader, make_loader
 from ..data.sources import open_source
 from ..run.environment import settings
-from ..run.finished import checkpoints_of, recipe_of
+from ..run.past import checkpoints_of, recipe_of
 from .meters import Diverged
 from .networks import Distiller
 from .ranks import Group, join

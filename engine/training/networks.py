@@ -17,7 +17,7 @@ from ..methods import Outputs
 from ..models import FoldError, Taps, create, fold_batchnorm, fold_dirac
 from ..recipe.load import Recipe
 from ..recipe.schema import Network, Normalize
-from ..run.finished import checkpoints_of, recipe_of
+from ..run.past import checkpoints_of, recipe_of
 from .learner import Branch
 
 MAIN = "main"  # the branch of the recipe's own student
