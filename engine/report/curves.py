@@ -11,7 +11,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from ..run.past import Group, PastRun
+from ..run.past import PastRun, Seeds
 
 COLOURS = 8  # the page defines --c0 .. --c7
 CLOCK = ("images_per_s", "data_wait", "time")
@@ -57,7 +57,7 @@ def charts(run: PastRun) -> list[Chart]:
     ]
 
 
-def comparison(groups: list[Group]) -> Chart:
+def comparison(groups: list[Seeds]) -> Chart:
     """The student's top-1 of every run, one colour for the runs that differ only in seed."""
     lines = [
         Line(

@@ -13,7 +13,7 @@ from typing import Any
 import jinja2
 
 from ..recipe import problems
-from ..run.past import Group, PastRun, by_seed, mean_and_spread, read_run
+from ..run.past import PastRun, Seeds, across_seeds, mean_and_spread, read_run
 from . import curves
 
 TEMPLATE = Path(__file__).resolve().parent / "templates" / "report.html"
@@ -28,7 +28,7 @@ def report(runs: list[Path], out: Path) -> Path:
     if not runs:
         raise ValueError("report needs at least one run directory")
     read = [read_run(Path(path)) for path in runs]
-    groups = by_seed(read)
+    groups = across_seeds(read)
     page = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     ).from_string(TEMPLATE.read_text(encoding="utf-8"))
@@ -44,7 +44,7 @@ def report(runs: list[Path], out: Path) -> Path:
     return partial.replace(out)
 
 
-def _result(group: Group) -> dict[str, Any]:
+def _result(group: Seeds) -> dict[str, Any]:
     """A row of the table of results; accuracies are text, percent."""
     run = group.runs[0]
     best, expect = group.top1("best"), run.recipe.get("expect") or {}
@@ -68,7 +68,7 @@ def _result(group: Group) -> dict[str, Any]:
     }
 
 
-def _differences(groups: list[Group]) -> dict[str, list[str]]:
+def _differences(groups: list[Seeds]) -> dict[str, list[str]]:
     """Settings that are not the same in all groups: dotted key and one value a group."""
     flat = [dict(problems.leaves(group.runs[0].recipe)) for group in groups]
     keys = dict.fromkeys(key for recipe in flat for key in recipe)

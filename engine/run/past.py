@@ -76,8 +76,8 @@ class PastRun:
 
 
 @dataclass(frozen=True)
-class Group:
-    """Runs of one recipe that differ in nothing but the seed."""
+class Seeds:
+    """The runs of one recipe over its seeds, whose results are averaged."""
 
     runs: list[PastRun]
 
@@ -134,13 +134,13 @@ def checkpoints_of(path: Path) -> dict[str, tuple[dict[str, Any], dict[str, Any]
     return found
 
 
-def by_seed(runs: list[PastRun]) -> list[Group]:
-    """Group the runs that differ only in run.seed, in the order in which they come."""
+def across_seeds(runs: list[PastRun]) -> list[Seeds]:
+    """The runs, those together that differ only in run.seed, in the order in which they come."""
     groups: dict[str, list[PastRun]] = {}
     for run in runs:
         recipe = {**run.recipe, "run": {**run.recipe.get("run", {}), "seed": None}}
         groups.setdefault(json.dumps(recipe, sort_keys=True), []).append(run)
-    return [Group(members) for members in groups.values()]
+    return [Seeds(members) for members in groups.values()]
 
 
 def below(folder: Path) -> list[PastRun]:

@@ -10,9 +10,8 @@ import pytest
 
 from kdfuse.engine.recipe.load import Recipe
 from kdfuse.engine.report.page import report
-from kdfuse.engine.run import past as pastruns
 from kdfuse.engine.run.log import RunLog
-from kdfuse.engine.run.past import by_seed, read_run
+from kdfuse.engine.run.past import across_seeds, read_run
 
 SLKD = "cifar100/slkd:resnet32x4-resnet8x4"
 Maker = Callable[..., Path]
@@ -99,7 +98,7 @@ def test_seeds_are_one_row_with_mean_and_spread(make: Maker, tmp_path: Path) -> 
         make("killed", top1=(10,), words=("run.seed=3",), finished=False),
         make("kd", recipe="cifar100/kd:resnet32x4-resnet8x4", top1=(73.0,)),
     ]
-    assert [len(group.runs) for group in by_seed([read_run(run) for run in runs])] == [4, 1]
+    assert [len(group.runs) for group in across_seeds([read_run(run) for run in runs])] == [4, 1]
     seen = text_of(report(runs, tmp_path / "page.html").read_text())
     assert "76.00 \u00b1 1.00 77.00 \u00b1 1.00 76.85" in seen
     assert "killed seed 3, unfinished, step 10 of 30" in seen
@@ -144,5 +143,5 @@ def test_what_is_no_run_is_refused_by_name(make: Maker, tmp_path: Path) -> None:
 
 
 def test_best_is_the_earliest_of_equals(make: Maker) -> None:
-    best = pastruns.read_run(make("ties", top1=(70.0, 75.0, 75.0))).best
+    best = read_run(make("ties", top1=(70.0, 75.0, 75.0))).best
     assert best is not None and best["epoch"] == 2.0
