@@ -13,7 +13,7 @@ from ..recipe import problems
 from ..recipe.load import Recipe, recipes
 from ..recipe.schema import Cell, RecipeError
 from ..run.folder import CARRIED_OUT, changes, plain
-from ..run.past import PastRun, Seeds, across_seeds, below, mean_and_spread
+from ..run.past import AP, PastRun, Seeds, across_seeds, below, mean_and_spread
 
 NOT_COMPARED = CARRIED_OUT | {"run.seed"}
 
@@ -165,10 +165,15 @@ def render_groups(groups: list[Seeds]) -> rich.table.Table:
     for heading in ("recipe", "seeds", "last", "best", "published"):
         drawn.add_column(heading, overflow="fold")
     for group in groups:
-        top1 = (group.runs[0].recipe.get("expect") or {}).get("top1")
-        last, best = (mean_and_spread(group.top1(which)) or "" for which in ("last", "best"))
-        published = "" if top1 is None else f"{top1:.2f}"
-        drawn.add_row(Text(group.name), str(len(group.runs)), last, best, published)
+        published = group.runs[0].published
+        numbers = [
+            mean_and_spread(group.scores("last")),
+            mean_and_spread(group.scores("best")),
+            None if published is None else f"{published:.2f}",
+        ]
+        mark = "AP " if group.score == AP else ""  # of top-1 it goes without saying
+        cells = ["" if number is None else mark + number for number in numbers]
+        drawn.add_row(Text(group.name), str(len(group.runs)), *cells)
     return drawn
 
 
@@ -197,6 +202,6 @@ def _cell(entry: Entry) -> Text:
     if runs.runs:
         count = len(runs.runs)
         for name in ("last", "best"):
-            text.append(f"\n{name} {mean_and_spread(runs.top1(name))}", style="bold")
+            text.append(f"\n{name} {mean_and_spread(runs.scores(name))}", style="bold")
         text.append(f"\n{count} seed{'s' if count > 1 else ''}", style="dim")
     return text

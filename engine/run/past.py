@@ -7,12 +7,28 @@ import statistics
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..recipe import yamlfile
 from ..recipe.load import Recipe
 from . import checkpoint, log
 from .folder import ENVIRONMENT, RECIPE
+
+
+class Score(NamedTuple):
+    """What the runs of a task are judged by, in percent."""
+
+    key: str  # in the records of a log and in a recipe's `expect`
+    name: str
+    short: str
+
+    @property
+    def title(self) -> str:
+        return self.name[0].upper() + self.name[1:]
+
+
+TOP1 = Score("top1", "top-1 accuracy", "top-1")
+AP = Score("ap", "box AP", "AP")
 
 
 @dataclass(frozen=True)
@@ -39,10 +55,19 @@ class PastRun:
     def seed(self) -> int:
         return self.recipe.get("run", {}).get("seed", 0)
 
+    @property
+    def score(self) -> Score:
+        return AP if self.recipe.get("task") == "detection" else TOP1
+
+    @property
+    def published(self) -> float | None:
+        """The score that was published for its recipe."""
+        return (self.recipe.get("expect") or {}).get(self.score.key)
+
     @cached_property
     def evaluations(self) -> list[dict[str, Any]]:
-        """Epoch records with a top-1 accuracy (percent), in order."""
-        return [record for record in self.of_kind("epoch") if record.get("top1") is not None]
+        """Epoch records with a score, in order."""
+        return [r for r in self.of_kind("epoch") if r.get(self.score.key) is not None]
 
     @property
     def last(self) -> dict[str, Any] | None:
@@ -50,8 +75,8 @@ class PastRun:
 
     @property
     def best(self) -> dict[str, Any] | None:
-        """The evaluation with the highest top-1, the earliest of equal ones."""
-        return max(self.evaluations, key=lambda record: record["top1"], default=None)
+        """The evaluation with the highest score, the earliest of equal ones."""
+        return max(self.evaluations, key=lambda record: record[self.score.key], default=None)
 
     @property
     def finished(self) -> bool:
@@ -85,11 +110,15 @@ class Seeds:
     def name(self) -> str:
         return self.runs[0].name
 
-    def top1(self, which: str) -> list[float]:
-        """Top-1 (percent), `which` 'last' or 'best', of the finished runs or, with none, of all."""
+    @property
+    def score(self) -> Score:
+        return self.runs[0].score
+
+    def scores(self, which: str) -> list[float]:
+        """The scores, `which` 'last' or 'best', of the finished runs or, with none, of all."""
         counted = [run for run in self.runs if run.finished] or self.runs
         found = [getattr(run, which) for run in counted]
-        return [record["top1"] for record in found if record is not None]
+        return [record[self.score.key] for record in found if record is not None]
 
 
 def read_run(path: Path) -> PastRun:
