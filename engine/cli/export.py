@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from ..data.loaders.ondevice import Normalise
 from ..models import fold_dirac
 from ..recipe.load import DetectionRecipe, Recipe, load
-from ..run.finished import checkpoints_of, recipe_of
 from ..run.folder import RECIPE
+from ..run.past import checkpoints_of, recipe_of
 from ..training.build import build
 from ..training.networks import Distiller
 

@@ -37,7 +37,7 @@ def recipes(
 
     drawn = Table(box=None, pad_edge=False)
     drawn.add_column("recipe", no_wrap=True)
-    for heading in ("student", "teacher", "published top-1", "source"):
+    for heading in ("student", "teacher", "published", "source"):
         drawn.add_column(heading, overflow="fold")
     for recipe in _filtered(shipped(), wanted):
         teacher = recipe.teacher.name if recipe.teacher else ""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torchvision.models.detection import FasterRCNN
 
-from ..run.finished import checkpoints_of
+from ..run.past import checkpoints_of
 from ..training.process import settings
 from ..training.ranks import Group, join
 from .coco import Coco, read_coco

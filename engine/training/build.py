@@ -11,7 +11,7 @@ from ..data.loaders.ondevice import Normalise
 from ..models import create
 from ..recipe.load import Recipe
 from ..recipe.schema import Network, Normalize
-from ..run.finished import checkpoints_of, recipe_of
+from ..run.past import checkpoints_of, recipe_of
 from .learner import Learner
 from .networks import MAIN, Distiller, role
 

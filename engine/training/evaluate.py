@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..data.batch import Batch
 from ..data.loaders import make_loader
 from ..data.sources import open_source
-from ..run.finished import checkpoints_of, recipe_of
+from ..run.past import checkpoints_of, recipe_of
 from .build import build
 from .meters import Diverged
 from .networks import Distiller

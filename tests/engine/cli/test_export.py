@@ -9,7 +9,7 @@ from tiny import tiny
 
 from kdfuse.engine.cli.export import export
 from kdfuse.engine.models import create
-from kdfuse.engine.run.finished import checkpoints_of, recipe_of
+from kdfuse.engine.run.past import checkpoints_of, recipe_of
 from kdfuse.engine.training.build import build
 from kdfuse.engine.training.start import train
 

@@ -472,6 +472,9 @@ def test_a_shipped_recipe_trains_and_evaluates(coco_root, tmp_path, monkeypatch,
 
     assert kdfuse(monkeypatch, "eval", "run") == 0
     assert f"last (step 8): ap {records[-1]['ap']:.2f}" in capsys.readouterr().out
+    assert kdfuse(monkeypatch, "report", "run") == 0
+    page = Path("run/report.html").read_text()
+    assert "best AP" in page and f">{max(r['ap'] for r in records):.2f}<div" in page
     teacher = ["teacher.checkpoint=run", "run.teacher_at_chance=refuse", "run.epochs=1"]
     assert kdfuse(monkeypatch, "train", "coco/kd", *small, *teacher) == 0
 

@@ -11,7 +11,7 @@ from kdfuse.engine.data.loaders import make_loader
 from kdfuse.engine.data.sources import open_source
 from kdfuse.engine.methods import METHODS
 from kdfuse.engine.run.checkpoint import load
-from kdfuse.engine.run.finished import checkpoints_of, recipe_of
+from kdfuse.engine.run.past import checkpoints_of, recipe_of
 from kdfuse.engine.training.build import build
 from kdfuse.engine.training.classification import begin, step_of
 from kdfuse.engine.training.ranks import join
