@@ -60,6 +60,16 @@ def test_engine_folders_import_only_themselves_and_the_schema():
                     assert parts[2] in {folder, *SHARED}, f"{path} may not import {name}"
 
 
+def test_runs_know_nothing_of_what_shows_them():
+    arrows = {"run": {"report", "cli"}, "report": {"training", "detection", "cli"}}
+    for folder, forbidden in arrows.items():
+        for path in modules(f"engine/{folder}"):
+            for name in imports(path):
+                parts = name.split(".")
+                if parts[1:2] == ["engine"] and len(parts) > 2:
+                    assert parts[2] not in forbidden, f"{path} may not import {name}"
+
+
 def test_links_are_relative_and_whole():
     for name in ("engine", "kernels", "recipes"):
         link = ROOT / "kdfuse" / name

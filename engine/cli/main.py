@@ -19,6 +19,7 @@ from . import recipes as cli_recipes
 from .recipes import number, wide
 
 if TYPE_CHECKING:
+    from ..recipe.load import AnyRecipe
     from ..run.set import Member
 
 app = typer.Typer(
@@ -80,21 +81,22 @@ def train(
     words = [word for word in given if "=" in word]
     resume = _take(words, "resume", "false", "true|false", "true or false") == "true"
     seeds = int(_take(words, "seeds", "1", "[1-9][0-9]*", "a whole number above 0"))
-    from ..recipe.load import Recipe
+    from ..recipe.load import load
+    from ..report.tables import published
     from ..run.folder import default_folder
     from ..run.set import default_base, expand, members, train_set
+    from ..training.start import train as run
 
     names = expand(word for word in given if "=" not in word)
-    one = Recipe.load(names[0], words) if len(names) == 1 and seeds == 1 else None
+    one = load(names[0], words) if len(names) == 1 and seeds == 1 else None
     runs = [] if one else members(names, words, seeds)
+    published(_written(runs))  # no cell has two recipes: said before anything is trained
     folder = out or _default_out(default_folder(one) if one else default_base(runs), resume)
     try:
         if one is None:
-            failures = train_set(runs, folder, resume)
+            failures = train_set(runs, folder, resume, run)
         else:
-            from ..training.start import train as run
-
-            run(one, out=folder, resume=resume)
+            run(one, folder, resume)
     except KeyboardInterrupt:
         print(f"stopped; resume=true goes on from the last checkpoint of {folder}", file=sys.stderr)
         raise typer.Exit(130) from None
@@ -114,8 +116,7 @@ def _print_set(runs: list[Member], folder: Path, failures: list[str]) -> None:
 
     if os.environ.get("RANK", "0") != "0":
         return
-    written = {member.written.name: member.written for member in runs}
-    drawn, notes = summary(written.values(), below(folder) if folder.exists() else [])
+    drawn, notes = summary(_written(runs), below(folder) if folder.exists() else [])
     for part in drawn:
         print()
         wide(part)
@@ -126,6 +127,11 @@ def _print_set(runs: list[Member], folder: Path, failures: list[str]) -> None:
         for line in failures:
             print(f"failed: {line}", file=sys.stderr)
         raise typer.Exit(1)
+
+
+def _written(runs: list[Member]) -> list[AnyRecipe]:
+    """The recipes of a set, each once."""
+    return list({member.written.name: member.written for member in runs}.values())
 
 
 def _print_published(run: Path) -> None:

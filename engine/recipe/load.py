@@ -86,13 +86,15 @@ class Recipe(RecipeBase):
         return type(self).model_validate(plain)
 
 
-TASKS: dict[str | None, tuple[type[Recipe] | type[DetectionRecipe], Mapping[str, type[Strict]]]] = {
+AnyRecipe = Recipe | DetectionRecipe
+
+TASKS: dict[str | None, tuple[type[AnyRecipe], Mapping[str, type[Strict]]]] = {
     None: (Recipe, METHODS),  # classification, which recipes do not name
     "detection": (DetectionRecipe, DETECTION_METHODS),
 }
 
 
-def load(name_or_path: str | Path, overrides: Iterable[str] = ()) -> Recipe | DetectionRecipe:
+def load(name_or_path: str | Path, overrides: Iterable[str] = ()) -> AnyRecipe:
     """The recipe of a shipped name (`cifar100/kd:resnet56-resnet20`) or of a YAML file.
 
     A file is given by its path, with `:row` behind it where it has several rows; its `task` says
