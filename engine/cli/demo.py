@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ..recipe.load import Recipe
 from ..report.page import report
+from ..run.folder import RECIPE
 from ..run.past import read_run
 from ..training.start import train
 
@@ -62,7 +63,7 @@ def demo(folder: Path) -> Path:
 def _run(recipe: str, out: Path, words: list[str]) -> Path:
     loaded = Recipe.load(recipe, words)
     print(f"\n{out.name}: {recipe} {' '.join(words)}", flush=True)
-    if (out / "recipe.yaml").exists():
+    if (out / RECIPE).exists():
         return train(loaded, out=out, resume=True)
     shutil.rmtree(out, ignore_errors=True)
     return train(loaded, out=out)

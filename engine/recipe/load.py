@@ -88,7 +88,7 @@ class Recipe(RecipeBase):
 
 AnyRecipe = Recipe | DetectionRecipe
 
-TASKS: dict[str | None, tuple[type[Recipe] | type[DetectionRecipe], Mapping[str, type[Strict]]]] = {
+TASKS: dict[str | None, tuple[type[AnyRecipe], Mapping[str, type[Strict]]]] = {
     None: (Recipe, METHODS),  # classification, which recipes do not name
     "detection": (DetectionRecipe, DETECTION_METHODS),
 }

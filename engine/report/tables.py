@@ -10,9 +10,9 @@ import rich.table
 from rich.text import Text
 
 from ..recipe import problems
-from ..recipe.load import Recipe, recipes
+from ..recipe.load import AnyRecipe, load, recipes
 from ..recipe.schema import Cell, RecipeError
-from ..run.folder import CARRIED_OUT, changes, plain
+from ..run.folder import CARRIED_OUT, RECIPE, changes, plain
 from ..run.past import AP, PastRun, Seeds, across_seeds, below, mean_and_spread
 
 NOT_COMPARED = CARRIED_OUT | {"run.seed"}
@@ -26,7 +26,7 @@ class Entry:
     """A cell of a table, the recipe that reproduces it and the runs that did."""
 
     cell: Cell
-    recipe: Recipe
+    recipe: AnyRecipe
     runs: Seeds = field(default_factory=lambda: Seeds([]))
 
 
@@ -58,9 +58,9 @@ class Table:
         return list(dict.fromkeys(entry.cell.source for entry in self.entries.values()))
 
 
-def shipped() -> list[Recipe]:
+def shipped() -> list[AnyRecipe]:
     """All recipes that come with the package."""
-    return [Recipe.load(name) for name in recipes()]
+    return [load(name) for name in recipes()]
 
 
 def tables() -> list[str]:
@@ -82,7 +82,7 @@ def table(name: str, folder: str | Path | None = None) -> Table:
     return known[name] if folder is None else with_runs(known[name], below(Path(folder)))
 
 
-def published(written: Iterable[Recipe]) -> dict[str, Table]:
+def published(written: Iterable[AnyRecipe]) -> dict[str, Table]:
     """The tables whose cells the recipes name, rows and columns in the order of the recipes.
 
     Raises ValueError when two recipes claim the same cell.
@@ -111,7 +111,7 @@ def with_runs(table: Table, runs: list[PastRun]) -> Table:
     return Table(table.name, entries, list(dict.fromkeys(notes)))
 
 
-def counted(recipe: Recipe, runs: list[PastRun]) -> tuple[Seeds, list[str]]:
+def counted(recipe: AnyRecipe, runs: list[PastRun]) -> tuple[Seeds, list[str]]:
     """The finished runs of a recipe with its settings, one a seed; a note for each other run."""
     first: dict[int, PastRun] = {}
     notes = []
@@ -131,9 +131,9 @@ def counted(recipe: Recipe, runs: list[PastRun]) -> tuple[Seeds, list[str]]:
     return Seeds(list(first.values())), notes
 
 
-def changed(recipe: Recipe, run: PastRun) -> list[str]:
+def changed(recipe: AnyRecipe, run: PastRun) -> list[str]:
     """What a run changed of its recipe that can move the result, the seed aside."""
-    was, now = plain(recipe), plain(Recipe.load(run.path / "recipe.yaml"))
+    was, now = plain(recipe), plain(load(run.path / RECIPE))
     found = changes(
         {name: value for name, value in was.items() if name not in NOT_COMPARED},
         {name: value for name, value in now.items() if name not in NOT_COMPARED},
@@ -178,7 +178,7 @@ def render_groups(groups: list[Seeds]) -> rich.table.Table:
 
 
 def summary(
-    written: Iterable[Recipe], runs: list[PastRun]
+    written: Iterable[AnyRecipe], runs: list[PastRun]
 ) -> tuple[list[rich.table.Table], list[str]]:
     """What the finished runs of these recipes came to: drawn tables, and notes to print below.
 

@@ -29,6 +29,7 @@ from kdfuse.engine.recipe.load import Recipe, recipes
 from kdfuse.engine.recipe.schema import RecipeError
 from kdfuse.engine.run import log
 from kdfuse.engine.run.checkpoint import load as load_checkpoint
+from kdfuse.engine.run.past import mean_and_spread, read_run
 from kdfuse.engine.training.networks import digest
 from kdfuse.engine.training.ranks import Group
 from kdfuse.engine.training.start import train
@@ -476,7 +477,13 @@ def test_a_shipped_recipe_trains_and_evaluates(coco_root, tmp_path, monkeypatch,
     page = Path("run/report.html").read_text()
     assert "best AP" in page and f">{max(r['ap'] for r in records):.2f}<div" in page
     teacher = ["teacher.checkpoint=run", "run.teacher_at_chance=refuse", "run.epochs=1"]
-    assert kdfuse(monkeypatch, "train", "coco/kd", *small, *teacher) == 0
+    capsys.readouterr()
+    set_of_two = ("seeds=2", "--out", "set")
+    assert kdfuse(monkeypatch, "train", "coco/kd", *small, *teacher, *set_of_two) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    aps = [read_run(path).evaluations[-1]["ap"] for path in Path("set").iterdir()]
+    assert f"coco/kd:resnet101-resnet50 2 AP {mean_and_spread(aps)} AP " in printed
+    assert len(aps) == 2 and "set: 2 of 2 runs are finished" in printed
 
 
 @NEEDS_COCO
