@@ -77,6 +77,8 @@ class DetectionRecipe(RecipeBase):
         found = problems.teacher(self.method, self.teacher is not None)
         if self.expect is not None and self.expect.top1 is not None:
             found.append("expect.top1: detection is measured as AP; use expect.ap")
+        if self.expect is not None and self.expect.also_in:
+            found.append("expect.also_in: its cells are top-1, detection is measured as AP")
         if found:
             raise ValueError("\n".join(found))
         return self

@@ -35,6 +35,8 @@ def _shared(recipe: Recipe, methods: list[Method]) -> Iterator[str]:
             "also: the methods share one teacher, and some want the batch's statistics of its "
             "BatchNorm, others its running ones; train them apart or agree on one"
         )
+    if recipe.expect is not None and recipe.expect.ap is not None:
+        yield "expect.ap: classification is measured as top-1; use expect.top1"
     if recipe.assistants and not any(method.uses_assistants for method in methods):
         yield f"assistants: method {recipe.method.name} reads none; leave them out"
 

@@ -535,6 +535,10 @@ def test_published_rows():
         (["data.min_size=2000"], "data.min_size: 2000 is above data.max_size"),
         (["student.checkpoint=a", "student.backbone=b"], "student.backbone: student.checkpoint"),
         (["expect={top1: 70, source: x}"], "expect.top1: detection is measured as AP"),
+        (
+            ["expect={source: x, also_in: [{table: a, row: b, column: c, top1: 7, source: x}]}"],
+            "expect.also_in: its cells are top-1",
+        ),
         (["method={name: baseline}"], "teacher: method baseline uses none"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Runs of detectors have what runs have: bf16, an average, clipping, a report, export, ranks."""
+"""Runs of detectors have what runs have: bf16, an average, clipping, a page, export, ranks."""
 
 import json
 import os
@@ -35,9 +35,9 @@ CLOCK = ("time", "images_per_s", "data_wait")
 
 
 def with_everything(root: Path) -> DetectionRecipe:
-    """Two epochs of four steps in bfloat16, clipped, with an average of the student."""
+    """Two epochs of four steps, clipped, with an average of the student."""
     data = CocoData(root=root, min_size=SIDE, max_size=2 * SIDE, workers=1)
-    plain = recipe_of(data, amp="bf16", checkpoint_every=3, keep=9).model_dump()
+    plain = recipe_of(data, checkpoint_every=3, keep=9).model_dump()
     plain["optim"] |= {"ema": 0.9, "clip": 1.0}
     return DetectionRecipe.model_validate(plain)
 
@@ -83,20 +83,17 @@ def test_its_page_is_written(run):
 
 
 @NEEDS_COCO
-@pytest.mark.parametrize("network", ["student", "ema"])
-def test_an_onnx_model_finds_the_same_boxes_in_images_of_any_size(run, network, tmp_path):
+def test_an_onnx_model_finds_the_same_boxes_in_images_of_any_size(run, tmp_path):
     runtime = pytest.importorskip("onnxruntime")
-    out = export(run, tmp_path / "detector.onnx", which="last", network=network)
+    out = export(run, tmp_path / "detector.onnx", which="last", network="ema")
     assert [path.name for path in tmp_path.iterdir()] == ["detector.onnx"]
     session = runtime.InferenceSession(out, providers=["CPUExecutionProvider"])
     about = json.loads(session.get_modelmeta().custom_metadata_map["kdfuse"])
-    assert about["network"] == network and about["step"] == 8
+    assert about["network"] == "ema" and about["step"] == 8
     weights, facts = load(run / "checkpoints/step-00000008")
-    recipe = DetectionRecipe.model_validate(facts["recipe"])
-    plain = recipe.model_copy(update={"run": recipe.run.model_copy(update={"amp": "off"})})
-    distiller = kept(plain, 2, torch.device("cpu"))
+    distiller = kept(DetectionRecipe.model_validate(facts["recipe"]), 2, torch.device("cpu"))
     distiller.load(weights)
-    detector = distiller.evaluated()[network].eval()
+    detector = distiller.evaluated()["ema"].eval()
     for seed, size in enumerate(((64, 80), (96, 64))):
         generator = torch.Generator().manual_seed(seed)
         image = torch.randint(0, 256, (3, *size), dtype=torch.uint8, generator=generator)
@@ -119,14 +116,15 @@ def test_weights_load_into_torchvisions_detector(run, tmp_path):
 
 
 def test_bfloat16_gives_the_loss_of_float32_to_its_digits(coco_root):  # noqa: F811
-    data = CocoData(root=coco_root, min_size=SIDE, max_size=2 * SIDE, workers=1)
+    data = CocoData(root=coco_root, min_size=SIDE // 2, max_size=SIDE, workers=1)
+    images, targets = (part[:1] for part in batch_of(data))  # few processors are fast at it
     losses = []
     for amp in (False, True):
         torch.manual_seed(0)
         student, teacher = create(STUDENT, data, 2), create(Detector(**SMALL), data, 2)
         distiller = DetectionDistiller(NKD(), student, teacher, amp=amp).train()
         torch.manual_seed(1)
-        loss, terms = distiller(*batch_of(data))
+        loss, _ = distiller(images, targets)
         assert loss.dtype == torch.float32
         loss.backward()
         assert all(p.grad.isfinite().all() for p in student.parameters() if p.requires_grad)

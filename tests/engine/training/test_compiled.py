@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch._dynamo.config as dynamo
 from torch import nn
+from torch._dynamo.exc import FailOnRecompileLimitHit
 from torch._dynamo.utils import counters
 
 from kdfuse.engine.training.compiled import compile_all, compiling
@@ -44,7 +45,7 @@ def test_a_network_that_would_run_as_it_is_is_an_error():
     with compiling(True):
         compile_all(networks)
         dynamo.recompile_limit = 2
-        with pytest.raises(RuntimeError, match="recompile_limit"):
+        with pytest.raises(FailOnRecompileLimitHit):
             run(networks)
 
 
