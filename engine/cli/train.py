@@ -41,13 +41,14 @@ def train(
     from ..report.tables import published
     from ..run.folder import default_folder
     from ..run.set import default_base, expand, members, train_set
-    from ..training.start import train as run
 
     names = expand(word for word in given if "=" not in word)
     one = load(names[0], words) if len(names) == 1 and seeds == 1 else None
     runs = [] if one else members(names, words, seeds)
     published(_written(runs))  # no cell has two recipes: said before anything is trained
     folder = out or _default_out(default_folder(one) if one else default_base(runs), resume)
+    from ..training.start import train as run  # torchvision and DALI: not before it is known good
+
     try:
         if one is None:
             failures = train_set(runs, folder, resume, run)

@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-import torch
-
 from ..recipe import problems, yamlfile
 from ..recipe.load import AnyRecipe, load, recipes
 from ..recipe.schema import RecipeError
@@ -124,9 +122,6 @@ def train_set(runs: list[Member], folder: Path, resume: bool, train: Train) -> l
             print(f"failed: {error}", file=sys.stderr, flush=True)
             if not problems.for_users(error):
                 traceback.print_exc()
-        finally:
-            if run.recipe.run.compile:
-                torch.compiler.reset()  # its limit of recompilations counts over the process
     return failures
 
 
