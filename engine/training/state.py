@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,6 +22,12 @@ class Networks(Protocol):
     """What a run's networks answer, whatever they are of: a module whose parameters are trained."""
 
     teacher_digest: str | None
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """As of every module."""
+
+    def modules(self) -> Iterator[nn.Module]:
+        """As of every module."""
 
     def averages(self) -> list[EMA]:
         """The averages of students, which are not in the module tree."""
@@ -46,9 +52,8 @@ class State:
         sources: Mapping[str, str],
     ) -> None:
         """`sources` name the data; a checkpoint made from other data will not be resumed."""
-        assert isinstance(networks, nn.Module)
         self.recipe, self.group, self.classes = recipe, group, classes
-        self.networks, self.module, self.optimizers = networks, networks, optimizers
+        self.networks, self.optimizers = networks, optimizers
         self.meters = Meters(group)
         self.done = 0  # finished steps
         self.results: dict[str, dict[str, float]] = {}  # the best and the last evaluation
@@ -57,8 +62,9 @@ class State:
 
     def average_batchnorm(self) -> None:
         """Give all processes the same running statistics, before anything reads them."""
-        for module in (self.module, *(average.module for average in self.networks.averages())):
-            self.group.average_batchnorm(module)
+        self.group.average_batchnorm(self.networks.modules())
+        for average in self.networks.averages():
+            self.group.average_batchnorm(average.module.modules())
 
     def save(self, folder: Path, name: str) -> None:
         """Write a checkpoint: what a resumed run needs, or for "best" the networks alone.
@@ -110,7 +116,7 @@ class State:
         return resume.notes(found, self.machine)
 
     def _check_finite(self) -> None:
-        weights = [parameter.isfinite().all() for parameter in self.module.parameters()]
+        weights = [parameter.isfinite().all() for parameter in self.networks.parameters()]
         if not torch.stack(weights).all():
             raise Diverged(
                 f"the weights after step {self.done} are not finite: stopped, checkpoints before "

@@ -41,7 +41,7 @@ def one_step(group):
     meters.add(1, step(images[share], labels[share], labels[share], 0.0))
     norm = distiller.main.student.bn1
     norm.running_mean.fill_(float(group.rank))
-    group.average_batchnorm(distiller)
+    group.average_batchnorm(distiller.modules())
     return {
         "gradients": {name: p.grad.clone() for name, p in distiller.named_parameters()},
         "values": meters.read(),
