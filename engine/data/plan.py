@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..recipe.schema import Data
+from ..recipe.data import Data
 
 MASK = 2**64 - 1
 GOLDEN = 0x9E3779B97F4A7C15

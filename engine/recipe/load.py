@@ -15,8 +15,9 @@ from ..detection.recipe import DetectionRecipe
 from ..methods import METHODS
 from ..methods.method import Method
 from . import problems, yamlfile
+from .data import Data
 from .misfits import misfits
-from .schema import Data, Expect, Network, Optim, RecipeBase, RecipeError, Run, Strict
+from .schema import Expect, Network, Optim, RecipeBase, RecipeError, Run, Strict
 
 SHIPPED = Path(__file__).resolve().parents[2] / "recipes"
 

@@ -6,7 +6,7 @@ from importlib.util import find_spec
 
 import torch
 
-from ...recipe.schema import Data
+from ...recipe.data import Data
 from ..contents import Encoded, Pixels
 from ..manifest import Manifest
 from ..schedule import Schedule

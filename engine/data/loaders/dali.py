@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ...recipe.schema import Data
+from ...recipe.data import Data
 from ..batch import Batch
 from ..contents import Encoded, Files, Shards
 from ..images import UnreadableError

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as F
 
-from ...recipe.schema import Data, Normalize
+from ...recipe.data import Data
+from ...recipe.schema import Normalize
 from ..plan import MIX, Plan, key, uniforms
 
 DRAWS = 6  # which of the two, lambda (2), shift, the box's centre (2)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from ...recipe.schema import Data
+from ...recipe.data import Data
 from ..manifest import Manifest
 from .cifar import open_cifar
 from .digits import open_digits

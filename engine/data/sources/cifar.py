@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ...recipe.schema import Data
+from ...recipe.data import Data
 from ..manifest import Manifest
 from .plain_pickle import UnpicklingError, load_plain
 from .splits import Split, in_memory, root_of

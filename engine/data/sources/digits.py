@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ...recipe.schema import Data
+from ...recipe.data import Data
 from ..manifest import Manifest
 from .folder import open_folder
 from .splits import Split, root_of

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
-from ...recipe.schema import Data
+from ...recipe.data import Data
 from ..manifest import Manifest
 from ..plan import key, uniforms
 from .splits import SPLITS, Split, in_memory, root_of

@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from ...recipe.schema import Data
+from ...recipe.data import Data
 from ..contents import Pixels
 from ..manifest import Manifest
 

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from ...recipe.schema import Data
+from ...recipe.data import Data
 from ..manifest import Manifest, digest_of
 from ..plan import key, uniforms
 from .splits import SPLITS, Split, rows_kept

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ...recipe.schema import Data
+from ...recipe.data import Data
 from ..contents import Shards
 from ..images import EXTENSIONS
 from ..manifest import Manifest, digest_of

@@ -7,7 +7,7 @@ from typing import get_args
 
 from kdfuse.engine.data.loaders import LOADERS
 from kdfuse.engine.data.sources import SOURCES
-from kdfuse.engine.recipe.schema import Data, Source
+from kdfuse.engine.recipe.data import Data, Source
 
 ROOT = Path(__file__).parents[3]
 

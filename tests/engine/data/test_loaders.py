@@ -18,7 +18,7 @@ from kdfuse.engine.data import plan as sampler
 from kdfuse.engine.data.loaders import LOADERS, make_loader
 from kdfuse.engine.data.schedule import Schedule
 from kdfuse.engine.data.sources import open_source
-from kdfuse.engine.recipe.schema import Data
+from kdfuse.engine.recipe.data import Data
 
 DALI = pytest.param(
     "dali", marks=pytest.mark.skipif(find_spec("nvidia.dali") is None, reason="needs NVIDIA DALI")

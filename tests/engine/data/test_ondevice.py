@@ -27,8 +27,9 @@ from kdfuse.engine.data.sources.digits import write_digits
 from kdfuse.engine.methods import METHODS, Outputs
 from kdfuse.engine.methods.ce import labelled
 from kdfuse.engine.methods.parts.labels import unsmoothed
+from kdfuse.engine.recipe.data import Data
 from kdfuse.engine.recipe.load import Recipe
-from kdfuse.engine.recipe.schema import IMAGENET, Data, Normalize, RecipeError
+from kdfuse.engine.recipe.schema import IMAGENET, Normalize, RecipeError
 from kdfuse.engine.run.checkpoint import load
 from kdfuse.engine.training.start import train
 

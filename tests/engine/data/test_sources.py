@@ -13,7 +13,7 @@ from kdfuse.engine.data.check import check_folder
 from kdfuse.engine.data.sources import open_source
 from kdfuse.engine.data.sources.digits import write_digits
 from kdfuse.engine.data.sources.image_sizes import read_sizes
-from kdfuse.engine.recipe.schema import Data
+from kdfuse.engine.recipe.data import Data
 
 
 @pytest.fixture(autouse=True)

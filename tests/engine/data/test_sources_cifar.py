@@ -13,7 +13,7 @@ from kdfuse.engine.data.loaders import LOADERS, make_loader
 from kdfuse.engine.data.schedule import Schedule
 from kdfuse.engine.data.sources import open_source
 from kdfuse.engine.data.sources.plain_pickle import load_plain
-from kdfuse.engine.recipe.schema import Data
+from kdfuse.engine.recipe.data import Data
 
 COUNTS = {"train": 10, "val": 4}  # images of a file
 BATCHES = [f"data_batch_{number}" for number in range(1, 6)]

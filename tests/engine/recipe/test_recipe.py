@@ -6,8 +6,9 @@ import pytest
 
 from kdfuse.engine.methods import METHODS
 from kdfuse.engine.recipe import yamlfile
+from kdfuse.engine.recipe.data import Data
 from kdfuse.engine.recipe.load import Recipe, recipes
-from kdfuse.engine.recipe.schema import Data, Optim, RecipeError
+from kdfuse.engine.recipe.schema import Optim, RecipeError
 
 KD = "digits/kd:resnet20-resnet8"
 
