@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -104,7 +105,7 @@ def wide(table: Table) -> None:
     console.print(table)
 
 
-def _filtered(recipes: list[AnyRecipe], wanted: dict[str, str]) -> list[AnyRecipe]:
+def _filtered(recipes: Sequence[AnyRecipe], wanted: dict[str, str]) -> list[AnyRecipe]:
     """The recipes that meet every wish. ValueError for a name that none of them has."""
     for what, name in wanted.items():
         known = sorted({one for recipe in recipes for one in _names(recipe)[what]})
