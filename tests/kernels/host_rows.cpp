@@ -6,11 +6,11 @@
 #include <thread>
 #include <vector>
 
-#include "../csrc/general.h"
-#include "../csrc/resident.h"
-#include "../csrc/resident_slkd.h"
-#include "../csrc/scale_cuda.h"
-#include "../csrc/streamed.h"
+#include "../../csrc/general.h"
+#include "../../csrc/resident.h"
+#include "../../csrc/resident_slkd.h"
+#include "../../csrc/scale_cuda.h"
+#include "../../csrc/streamed.h"
 
 namespace kdfuse {
 namespace {
