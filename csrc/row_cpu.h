@@ -2,6 +2,7 @@
 // and the padding at -inf, so that every loop runs over whole vectors and over the rest (j != y) alone.
 #pragma once
 #include <cstdlib>
+#include <limits>
 #include <new>
 
 #include "ahead.h"
@@ -256,7 +257,7 @@ double weighted(const T* w, const T* x, Units<T> at, int64_t length) {
 }
 
 // How many classes come before the label in the order of logits: ties go to the lower index, NaN
-// comes before any number.
+// comes before any number; more than there are before a label that is NaN, which is never right.
 template <class T>
 int64_t rank_of(const T* x, int64_t length, int64_t label, T value) {
   constexpr int lanes = Simd<T>::lanes;
@@ -270,7 +271,7 @@ int64_t rank_of(const T* x, int64_t length, int64_t label, T value) {
   for (int64_t i = first + lanes; i < length; i += lanes) count -= ~(load(x + i) <= value);
   int64_t rank = 0;
   for (int i = 0; i < lanes; ++i) rank += count[i];
-  return value == value ? rank : length;
+  return value == value ? rank : std::numeric_limits<int64_t>::max();
 }
 
 // One summand of a gradient row: scale * row.

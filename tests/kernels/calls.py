@@ -1,7 +1,7 @@
 """How the tests call each loss of the table: data, settings, the call itself and its judgement.
 
-A case holds what a loss takes. `close_to_truth` compares with the oracle in float64, and allows the
-error that the same formula has in the type that the loss is computed in.
+A case holds what a loss takes. `close_to_truth` compares with the oracle in float64, and allows
+what the arithmetic of the loss's type may lose (see `rounding`).
 """
 
 from dataclasses import dataclass
@@ -43,6 +43,7 @@ FULL = {
 }
 # Where C == 2 leaves a part of the loss without a meaning: that part off.
 PAIR = {"dkd": {"beta": 0.0}, "nkd": {"gamma": 0.0}, "uskd": {"beta": 0.0}}
+WEIGHTS = "kd_weight alpha beta gamma weight ce_weight fused_ce_weight fused_kd_weight".split()
 # float16 has no logits of 1e4 with a useful fraction, but holds them.
 BITS = {torch.float64: 52, torch.float32: 23, torch.bfloat16: 7, torch.float16: 10}
 
@@ -103,9 +104,9 @@ def call(name: str, case: Case, **settings):
     return CALLS[name](case.students, case.teachers, case.target, **settings)
 
 
-def truth(name: str, case: Case, dtype: type = np.float64, **settings) -> oracle.Rows:
+def truth(name: str, case: Case, **settings) -> oracle.Rows:
     def numbers(x):
-        return x.detach().double().numpy().astype(dtype)
+        return x.detach().double().numpy()
 
     students, teachers = [numbers(x) for x in case.students], [numbers(x) for x in case.teachers]
     target = case.target
@@ -128,12 +129,36 @@ def ulp(x: float, dtype: torch.dtype) -> float:
     return 2.0 ** (np.floor(np.log2(max(x, torch.finfo(dtype).tiny))) - BITS[dtype])
 
 
-def close_to_truth(
-    got: Tensor, true: np.ndarray, eager: np.ndarray, what: str, slack: float = 1.1, ulps: int = 1
-) -> None:
-    """max |got - true| <= slack * max |eager - true| + ulps of the largest true value.
+def spread(x: Tensor) -> float:
+    """How far the finite logits of a row lie apart at most."""
+    kept = x.detach().double()
+    kept = kept[kept.isfinite().any(1)]
+    if not kept.numel():
+        return 0.0
+    high = kept.where(kept.isfinite(), -torch.inf).amax(1)
+    return (high - kept.where(kept.isfinite(), torch.inf).amin(1)).max().item()
 
-    `eager` is the same formula in float32; float64 is held to 1e-13 of the largest value.
+
+def rounding(case: Case, *, temperature: float = 1.0, t_squared: bool = True, **settings):
+    """What float32 may lose of a row's loss, and of a gradient as a share of its largest entry.
+
+    A loss is a sum of weighted differences of logits and log-sum-exps, each of them no larger than
+    the logits' spread and ln C, and each right to a few eps of that size. A probability is an
+    exponential over a sum of C of them: a few eps, and as many times ln C as the sum has levels.
+    A few is 4. Measured at every SIMD level, without oneDNN's and PyTorch's vector code and with
+    it, over all that `check` is used for: at most 1.2 in the compiled ops, 2.0 in the reference.
+    """
+    few, eps = 4, torch.finfo(torch.float32).eps
+    apart = max(spread(x) for x in (*case.students, *case.teachers))
+    levels = np.log(case.students[0].shape[1])
+    at_t = (temperature**2 if t_squared else 1.0) * (apart / temperature + levels)
+    weight = max(1.0, sum(abs(settings.get(key, 0.0)) for key in WEIGHTS))
+    return few * eps * weight * (at_t + apart + levels), few * eps * (1 + levels)
+
+
+def close_to_truth(got: Tensor, true: np.ndarray, what: str, lost: float) -> None:
+    """max |got - true| <= lost + an ulp of the largest true value; float64: 1e-12 of the largest.
+
     Infinities and NaN must stand in the same places.
     """
     values = got.double().numpy()
@@ -145,19 +170,32 @@ def close_to_truth(
     error = np.abs(values[finite] - true[finite]).max()
     largest = np.abs(true[finite]).max()
     if got.dtype == torch.float64:
-        allowed = 1e-13 * max(largest, 1.0)
+        allowed = 1e-12 * max(largest, 1.0)
     else:
-        of_eager = np.abs(eager.astype(np.float64)[finite] - true[finite]).max()
-        allowed = slack * of_eager + ulps * ulp(largest, got.dtype)
+        allowed = lost + ulp(largest, got.dtype)
     assert error <= allowed, f"{what}: error {error:.3g}, allowed {allowed:.3g} at {largest:.3g}"
 
 
-def check(name: str, case: Case, *, backend: str, seed: int = 0, **settings) -> None:
-    """Rows and gradients of a call under random upstream gradients, against the oracle.
+def loss_type(*inputs: torch.dtype) -> torch.dtype:
+    return torch.float64 if torch.float64 in inputs else torch.float32
 
-    The reference is itself an eager formula in float32, which may be unlucky: three times the
-    error, two ulps. An SL-T's gradient is a sum of four rounded products: two ulps.
-    """
+
+def compare(
+    name: str, case: Case, upstream: Tensor, loss: Tensor, gradients: list[Tensor], **settings
+) -> None:
+    """Losses of all rows, and gradients under `upstream` (N,), against the oracle."""
+    true = truth(name, case, **settings)
+    of_loss, of_gradient = rounding(case, **settings)
+    close_to_truth(loss, true.loss, f"{name} loss", of_loss)
+    for k, (g, x) in enumerate(zip(gradients, case.students, strict=True)):
+        assert g.dtype == x.dtype and g.shape == x.shape
+        weighted = upstream.double().numpy()[:, None] * true.gradients[k]
+        largest = np.abs(weighted[np.isfinite(weighted)]).max(initial=0.0)
+        close_to_truth(g, weighted, f"{name} gradient {k}", of_gradient * largest)
+
+
+def check(name: str, case: Case, *, backend: str, seed: int = 0, **settings) -> None:
+    """Rows and gradients of a call under random upstream gradients, against the oracle."""
     students = case.students
     # Powers of two scale without rounding: a stored bfloat16 gradient is rounded once.
     choices = torch.tensor([-2.0, -1.0, -0.5, 0.0, 0.25, 1.0, 4.0], dtype=torch.float64)
@@ -165,22 +203,9 @@ def check(name: str, case: Case, *, backend: str, seed: int = 0, **settings) -> 
         choices = torch.linspace(-3, 2, 16, dtype=torch.float64)
     random = np.random.default_rng(seed)
     upstream = choices[torch.from_numpy(random.integers(0, len(choices), len(students[0])))]
-    wide = torch.float64 in {x.dtype for x in (*students, *case.teachers)}
     loss, gradients = loss_and_gradients(
         name, case, upstream, reduction="none", backend=backend, **settings
     )
+    assert loss.dtype == loss_type(*(x.dtype for x in (*students, *case.teachers)))
     settings.pop("stored_gradient", None)
-    true = truth(name, case, **settings)
-    eager = truth(name, case, np.float64 if wide else np.float32, **settings)
-    eager_too = backend == "reference"
-    slack = 3.0 if eager_too else 1.1
-    assert loss.dtype == (torch.float64 if wide else torch.float32)
-    close_to_truth(loss, true.loss, eager.loss, f"{name} loss", slack, ulps=1 + eager_too)
-    weight = upstream.numpy()[:, None]
-    for k, (g, x) in enumerate(zip(gradients, students, strict=True)):
-        assert g.dtype == x.dtype and g.shape == x.shape
-        of_eager = weight * eager.gradients[k]
-        of_true, what = weight * true.gradients[k], f"{name} gradient {k}"
-        close_to_truth(
-            g, of_true, of_eager, what, slack, ulps=2 if eager_too or name == "slkd" and k else 1
-        )
+    compare(name, case, upstream, loss, gradients, **settings)

@@ -95,13 +95,16 @@ def cross_entropy(z: Array, y: Labels) -> tuple[Array, Array]:
 
 
 def hits(z: Array, y: Labels) -> dict[str, Array]:
-    """The label's place counts whatever is not below it: larger, NaN, or as large and earlier."""
+    """The label's place counts whatever is not below it: larger, NaN, or as large and earlier.
+
+    A label whose logit is NaN is never right.
+    """
     index = y.index[:, :1]
     value = at(z, index)
     earlier = np.arange(z.shape[1]) < index
     ahead = np.where(earlier, ~(z < value), ~(z <= value))
     ahead &= np.arange(z.shape[1]) != index
-    rank = ahead.sum(1) + np.where(np.isnan(value[:, 0]), z.shape[1], 0)
+    rank = np.where(np.isnan(value[:, 0]), np.inf, ahead.sum(1))
     return {"top1": (rank < 1).astype(z.dtype), "top5": (rank < 5).astype(z.dtype)}
 
 

@@ -261,6 +261,17 @@ def test_no_student_mass_where_the_teacher_has_some(name, backend):
             assert gradients[0].isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64), ids=str)
+def test_a_label_that_is_nan_is_never_right(level, dtype):
+    """Nor where the classes, padded to a vector, are fewer than five."""
+    for c in (2, 3, 9):
+        z = torch.zeros(1, c, dtype=dtype)
+        z[0, 1] = torch.nan
+        for backend in ("cpu", "reference"):
+            loss = kdfuse.kd_loss(z, z, torch.tensor([1]), return_terms=True, backend=backend)
+            assert (loss[1]["top1"], loss[1]["top5"]) == (0, 0)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float64), ids=str)

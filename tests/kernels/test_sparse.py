@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from calls import FULL, NAMES, Case, call, close_to_truth, make, probabilities, truth
+from calls import FULL, NAMES, Case, call, compare, loss_type, make, probabilities
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -78,17 +78,8 @@ def check(name: str, case: Case, given: list, *, backend: str, stored: bool = Tr
     weight = 2.0 ** (torch.arange(len(z)) % 5 - 2) * (1 - 2 * (torch.arange(len(z)) % 2))
     (g,) = torch.autograd.grad(loss, z, weight.to(loss.dtype))
     kinds = {x.values.dtype if isinstance(x, SparseTeacher) else x.dtype for x in given}
-    is_wide = torch.float64 in {z.dtype, *kinds}
-    assert loss.dtype == (torch.float64 if is_wide else torch.float32) and g.dtype == z.dtype
-    true = truth(name, case, **settings)
-    eager = truth(name, case, np.float64 if is_wide else np.float32, **settings)
-    slack, ulps = (3.0, 2) if backend == "reference" else (1.1, 1)
-    if backend == "cpu" and z.shape[1] >= 1000:
-        ulps = 16  # the classes of the rest are equal: their rounding errors do not average out
-    close_to_truth(loss.detach(), true.loss, eager.loss, f"{name} loss", slack, ulps)
-    scale = weight.double().numpy()[:, None]
-    of_true, of_eager = scale * true.gradients[0], scale * eager.gradients[0]
-    close_to_truth(g, of_true, of_eager, f"{name} gradient", slack, ulps)
+    assert loss.dtype == loss_type(z.dtype, *kinds)
+    compare(name, case, weight, loss.detach(), [g], **settings)
 
 
 def checked(name, case, sparse, *, backend, **more):

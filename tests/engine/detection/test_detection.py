@@ -395,7 +395,7 @@ def test_training_lowers_the_loss(data):
             loss.backward()
             optimizer.step()
             losses.append(loss.item())
-        assert sum(losses[-3:]) < 0.75 * sum(losses[:3]), losses
+        assert sum(losses[-3:]) < 0.8 * sum(losses[:3]), losses  # measured: 0.35 to 0.65
 
 
 def child(recipe, out):

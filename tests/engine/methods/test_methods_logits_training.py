@@ -11,12 +11,13 @@ from kdfuse.engine.training.ranks import join
 N, C = 6, 10
 ONE = {"name": "resnet8"}
 CASES = {  # options, other sections of the recipe, terms; without the labels where they disagree
+    # with the teacher
     "kd": ({"standardise": True, "kd_weight": 9.0}, {}, ["kd"]),
     "dkd": ({"standardise": True}, {}, ["nckd"]),
     "nkd": ({"target_term": "t1+t2", "gamma": 0.0, "ce_weight": 0.0}, {}, ["target"]),
     "uskd": ({"labels": "average"}, {"optim": {"ema": 0.9}}, ["target"]),
     "dist": ({}, {}, ["inter", "intra"]),
-    "wsld": ({}, {}, ["kd"]),
+    "wsld": ({"ce_weight": 0.0}, {}, ["kd"]),
     "ctkd": ({}, {}, ["kd"]),
     "slkd": (
         {"teachers": "slts", "ce_weight": 0.0, "fused_ce_weight": 0.0},
@@ -50,19 +51,30 @@ def batch():
     return images, torch.arange(N) % C, torch.arange(N)
 
 
+def least_target_loss(distiller):
+    """Where the student is as sure of the label as the teacher: its binary entropy."""
+    v = distiller.outputs(*batch())["main"].teacher.double().softmax(1)[torch.arange(N), batch()[1]]
+    return float(-(v * v.log() + (1 - v) * (1 - v).log()).mean())
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_twenty_steps_lower_what_the_method_adds(name):
     options, changes, terms = CASES[name]
     distiller, step = made({"name": name, **options}, changes)
     found = [step(*batch(), 20.0) for _ in range(20)]
+    floor = least_target_loss(distiller) if name == "nkd" else 0.0
     for term in terms:
-        assert found[-1][term] < 0.95 * found[0][term], [float(each[term]) for each in found]
+        first, last = (float(found[i][term]) - floor for i in (0, -1))
+        # Measured: 0.62 of the first at most, over seeds and instruction sets.
+        assert last < 0.8 * first, [float(each[term]) for each in found]
     for parameter, value in distiller.named_parameters():
         assert value.grad is not None and value.grad.any(), parameter
 
 
 def test_ctkd_moves_its_temperature_to_where_the_loss_is_larger():
-    distiller, step = made({"name": "ctkd"}, {"optim": {"weight_decay": 0.0, "momentum": 0.0}})
+    # A step of theta by thousands of its float32 spacing, and still a small one.
+    optim = {"lr": 1.0, "weight_decay": 0.0, "momentum": 0.0}
+    distiller, step = made({"name": "ctkd"}, {"optim": optim})
     head, (images, target, index) = distiller.main.head, batch()
     out = distiller.eval().outputs(images, target, index)["main"]
 

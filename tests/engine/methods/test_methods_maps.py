@@ -22,6 +22,7 @@ from torch import Size, nn
 
 from kdfuse.engine.methods import METHODS, Networks, Outputs
 from kdfuse.engine.methods.fitnet import regressor
+from kdfuse.engine.methods.kdsvd import EPS, right_vectors
 from kdfuse.engine.methods.parts.maps import same_size
 
 # At the first taps the student's map is larger, at the second smaller, at the third neither.
@@ -166,15 +167,38 @@ def test_empty_maps_have_finite_losses_and_gradients():
             assert gradient.isfinite().all() and gradient.abs().max() > 0
 
 
-@pytest.mark.parametrize("apart", [0.0, 1e-7])
-def test_kdsvd_of_nearly_equal_singular_values_has_small_gradients(apart):
-    out = outputs([(2, 4, 4)] * 2, [(2, 4, 4)] * 2)
-    noise = apart * normal(6, 2, 4, 4, seed=0)
-    out.student_taps = {k: (torch.eye(4) + noise).float() for k in out.student_taps}
-    for x in leaves(out):
-        x.requires_grad_()
-    METHODS["kdsvd"]().features(out, TARGET)["kdsvd"].backward()
-    assert all(x.grad.isfinite().all() and x.grad.abs().max() < 1 for x in leaves(out))
+def near_pairs(gap, dtype):
+    """Maps (8, 2, 3, 4) of norm 1: the eigenvalues of M'M are two pairs, each `gap` apart."""
+    left, _ = torch.linalg.qr(normal(8, 6, 4, seed=0))
+    right, _ = torch.linalg.qr(normal(8, 4, 4, seed=1))
+    values = torch.tensor([0.35 + gap, 0.35, 0.15, 0.15 - gap], dtype=torch.float64)
+    return (left * values.sqrt() @ right.mT).unflatten(1, (2, 3)).to(dtype).requires_grad_()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+@pytest.mark.parametrize("scale", [1e4, 1, 1e-8])
+def test_kdsvd_has_bounded_gradients_however_near_two_singular_values_are(scale, dtype):
+    for gap in (0, *(10.0**n for n in range(-12, -1)), EPS):
+        maps = near_pairs(gap, dtype)
+        vectors, _ = right_vectors(scale * maps, 4)
+        for seed in range(4):
+            upstream = normal(*vectors.shape, seed=seed, dtype=dtype)
+            (gradient,) = torch.autograd.grad(vectors, maps, upstream, retain_graph=True)
+            bound = 1.14 / EPS * upstream.flatten(1).norm(dim=1)
+            assert (gradient.flatten(1).norm(dim=1) <= bound).all(), gap
+
+
+@pytest.mark.parametrize("gap", [7e-3, 2e-2, 0.1])
+def test_kdsvd_has_the_true_derivative_where_singular_values_are_apart(gap):
+    maps = near_pairs(gap, torch.float64)
+    vectors, values = right_vectors(maps, 4)
+    _, expected, true = torch.linalg.svd(maps.flatten(1, 2), full_matrices=False)
+    true = true.mT * (true.mT * vectors.detach()).sum(1, keepdim=True).sign()
+    torch.testing.assert_close(values, expected)
+    torch.testing.assert_close(vectors, true)
+    upstream = normal(*vectors.shape, seed=0)
+    found, wanted = (torch.autograd.grad(v, maps, upstream)[0] for v in (vectors, true))
+    assert (found - wanted).norm() < 1e-7 * wanted.norm()
 
 
 @pytest.mark.parametrize(

@@ -181,7 +181,7 @@ def test_twenty_steps_lower_the_loss():
     optimizer = torch.optim.Adam([p for p in distiller.parameters() if p.requires_grad], lr=0.05)
     step = Step(distiller, [optimizer])
     losses = [float(step(*batch(), 0.0)["loss"]) for _ in range(20)]
-    assert losses[-1] < 0.75 * losses[0]
+    assert losses[-1] < 0.9 * losses[0]  # measured: 0.42 to 0.71
 
 
 def test_a_run_keeps_the_projector_and_evaluates_with_it(tmp_path):

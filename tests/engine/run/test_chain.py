@@ -9,7 +9,7 @@ from kdfuse.engine.run.checkpoint import load
 from kdfuse.engine.run.past import read_run
 from kdfuse.engine.training.start import train
 
-TRAINED = ["run.epochs=6", "data.subset=64"]  # well above chance
+TRAINED = ["run.epochs=4", "data.subset=64"]  # top-1 63 to 74 at best; 15 is near chance
 
 
 @pytest.fixture

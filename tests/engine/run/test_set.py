@@ -117,7 +117,8 @@ def test_a_set_is_trained_resumed_and_told(file: str, kd, tmp_path: Path) -> Non
     folders = sorted(path.name for path in (tmp_path / "set").iterdir())
     assert folders == ["mine-a-seed0", "mine-a-seed1", "mine-b-seed0", "mine-b-seed1"]
     first, second = top1(Path("set/mine-a-seed0"))[-1], top1(Path("set/mine-a-seed1"))[-1]
-    assert first != second
+    losses = {read_run(Path(f"set/mine-a-seed{n}")).of_kind("step")[-1]["loss"] for n in (0, 1)}
+    assert len(losses) == 2  # of so few images top-1 may be the same
     mean = f"{(first + second) / 2:.2f} \u00b1 {abs(first - second) / 2**0.5:.2f}"
     table, plain = out.split("paper/1: P")[1].split("recipe ")
     assert "90.00" in table and f"last {mean}" in table and "2 seeds" in table

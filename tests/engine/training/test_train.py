@@ -61,7 +61,7 @@ def test_a_run_learns_and_leaves_its_files(teacher):
     names = {path.name for path in teacher.iterdir()} - {"tensorboard"}
     wanted = {"recipe.yaml", "environment.json", "log.jsonl", "report.html", "checkpoints"}
     assert names == wanted
-    assert last(teacher, "epoch")["top1"] > 80
+    assert last(teacher, "epoch")["top1"] > 80  # measured: 95 to 98, see docs/testing.md
     facts = json.loads((teacher / "environment.json").read_text())
     assert facts["torch"] == torch.__version__ and facts["processes"] == 1
     again = kdfuse.engine.Recipe.load(teacher / "recipe.yaml")
@@ -100,7 +100,9 @@ def test_a_method_with_a_teacher_reports_every_network(digits, teacher, tmp_path
     changes = {"optim": {"ema": 0.9}, "run": {"teacher_at_chance": "refuse"}}
     run = train(tiny(digits, "slkd", teacher=given, **changes), tmp_path / "run")
     best = evaluate(teacher)["best"]
-    assert read(run / "log.jsonl")[0]["teacher_top1"] == pytest.approx(best["top1"], abs=0.3)
+    assert read(run / "log.jsonl")[0]["teacher_top1"] == pytest.approx(
+        best["top1"], abs=0.6
+    )  # folded
     record = last(run, "epoch")
     for name in ("", "slt0_", "slt1_", "ema_"):
         assert 0 < record[f"{name}top1"] <= record[f"{name}top5"] <= 100
@@ -122,9 +124,10 @@ def test_every_method_trains(digits, teacher, name, tmp_path):
     given = {"teacher": {"name": "resnet8", "checkpoint": teacher}}
     needed = given if name in ("kd", "dkd", "nkd") else {}
     method = {"name": "dkd", "beta": 2.0, "warmup": 2} if name == "dkd" else name
-    recipe = tiny(digits, method, optim={"lr": 0.02}, run={"epochs": 8}, **needed)
-    run = train(recipe, tmp_path / "run")
-    assert last(run, "epoch")["top1"] > 40
+    run = train(tiny(digits, method, run={"epochs": 5}, **needed), tmp_path / "run")
+    # Chance is 10; measured: 54 to 84. Validation is no measure yet: 25 steps are too few for the
+    # running means of batch normalisation.
+    assert last(run, "epoch")["train_top1"] > 35
     assert not any("weak" in key for key in load(run / "checkpoints" / "best")[0]["student"])
 
 
@@ -226,11 +229,15 @@ def test_cuda_is_refused_without_cuda(digits, tmp_path, monkeypatch):
 
 def test_settings_of_the_process_are_given_back(digits):
     recipe = tiny(digits, "ce", run={"threads": 1, "deterministic": True})
-    torch.set_num_threads(2)
-    with settings(recipe.run):
-        assert torch.get_num_threads() == 1
-        assert torch.are_deterministic_algorithms_enabled()
-    assert torch.get_num_threads() == 2
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        with settings(recipe.run):
+            assert torch.get_num_threads() == 1
+            assert torch.are_deterministic_algorithms_enabled()
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
     assert not torch.are_deterministic_algorithms_enabled()
 
 
