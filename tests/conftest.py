@@ -14,8 +14,8 @@ import sys
 import numpy as np
 import pytest
 
-# Variables that pytest sets for each test, and PyTorch when it first compiles.
-ELSEWHERE = ("PYTEST_", "TORCHINDUCTOR_", "_TORCHINDUCTOR_", "TRITON_")
+# Variables that pytest sets for each test, PyTorch when it first compiles, and scikit-learn.
+ELSEWHERE = ("PYTEST_", "TORCHINDUCTOR_", "_TORCHINDUCTOR_", "TRITON_", "KMP_")
 
 
 def pytest_addoption(parser):
