@@ -9,11 +9,24 @@ PACKAGES := kernels engine kdfuse tests setup.py
 
 install: $(INSTALLED)
 
+# $(call step,WHAT,COMMAND): a line that says what it does, then how long it took.
+define step
+@printf '%s ... ' '$(1)'; start=$$(date +%s); \
+if { $(2); } >>$(LOG) 2>&1; then echo "$$(($$(date +%s) - start)) s"; \
+else echo "failed; the end of $(LOG):"; tail -n 40 $(LOG); exit 1; fi
+endef
+LOG := build/install.log
+PIP := $(BIN)/python -m pip install
+TORCH := "setuptools>=77" wheel pybind11 "torch>=2.11" torchvision
+REST := "kdfuse[dev,dali,tensorboard,timm,onnx]"
+
 $(INSTALLED): pyproject.toml setup.py $(SOURCES)
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install -q "setuptools>=77" wheel pybind11 "torch>=2.11" torchvision
-	$(BIN)/python -m pip install -q --no-build-isolation -e ".[dev,dali,tensorboard,timm,onnx]"
-	touch $(INSTALLED)
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@mkdir -p build && : >$(LOG)
+	$(call step,installing PyTorch,$(PIP) $(TORCH))
+	$(call step,building the losses,$(PIP) --no-build-isolation --no-deps -e .)
+	$(call step,installing the other packages,$(PIP) $(REST))
+	@touch $(INSTALLED)
 
 demo: install
 	$(BIN)/kdfuse demo demo

@@ -10,10 +10,40 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 LIBRARY = {"kernels": set(), "engine": {"kernels"}}
-
-
-SHARED = {"recipe"}
 OPS = {"kd", "dkd", "nkd", "tf_nkd", "uskd", "slkd"}
+
+# What a folder of the engine may import beside itself. The cli stands on top of all.
+ARROWS = {
+    "recipe": {"methods", "detection"},  # their options are sections of a recipe
+    "methods": {"recipe"},
+    "data": {"recipe"},
+    "run": {"recipe"},
+    "models": {"run"},
+    "report": {"recipe", "run"},
+    "training": {"recipe", "methods", "data", "models", "run", "report", "detection"},
+    "detection": {"recipe", "data", "models", "run", "training"},
+    "cli": {"recipe", "data", "models", "run", "report", "training", "detection"},
+}
+# A file of training may import those before it.
+TRAINING = (
+    "ranks process compiled ema optim meters step learner networks build state evaluate task "
+    "classification loop start"
+).split()
+# What a file leaves to others, by folder or file.
+NEVER = {
+    "recipe/schema": {"methods", "detection"},
+    "methods/method": {"recipe.load"},
+    "training/learner": {"run", "recipe", "report"},  # networks know no folders of runs
+    "training/networks": {"run", "recipe", "report"},
+    "training/build": {"training.optim", "training.state", "report"},
+    "training/state": {"training.build", "training.networks", "models", "data"},
+    "training/evaluate": {"training.optim", "training.state", "report"},
+    "training/loop": {"data", "models", "methods", "detection", "training.classification"},
+    "training/classification": {"detection", "report"},
+    "cli/export": {"training.optim", "training.state"},
+    "detection/evaluate": {"training.optim", "training.state"},
+    "detection/export": {"training.optim", "training.state"},
+}
 
 
 def modules(part: str) -> list[Path]:
@@ -22,9 +52,14 @@ def modules(part: str) -> list[Path]:
 
 def imports(path: Path) -> set[str]:
     """Dotted names of what a file imports from kdfuse, relative ones resolved."""
+    return named(ast.parse(path.read_text()), path)
+
+
+def named(tree: ast.AST, path: Path) -> set[str]:
+    """The same of what stands in a part of a file."""
     package = ["kdfuse", *path.relative_to(ROOT).with_suffix("").parts]
     found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             found |= {name.name for name in node.names if name.name.startswith("kdfuse")}
         elif isinstance(node, ast.ImportFrom):
@@ -51,13 +86,85 @@ def test_ops_do_not_import_each_other(name):
     assert not found & (OPS - {name})
 
 
-def test_engine_folders_import_only_themselves_and_the_schema():
-    for folder in ("data", "models", "methods"):
-        for path in modules(f"engine/{folder}"):
-            for name in imports(path):
-                parts = name.split(".")
-                if parts[1:2] == ["engine"] and len(parts) > 2:
-                    assert parts[2] in {folder, *SHARED}, f"{path} may not import {name}"
+def inside(path: Path) -> str:
+    """The file's place in the engine, as training.loop."""
+    return ".".join(path.relative_to(ROOT / "engine").with_suffix("").parts)
+
+
+def engine_imports(path: Path) -> set[str]:
+    """Files and folders of the engine that a file imports from, as training.loop."""
+    return {n.removeprefix("kdfuse.engine.") for n in imports(path) if ".engine." in n}
+
+
+FILES = [path for path in modules("engine") if path.parent != ROOT / "engine"]
+
+
+@pytest.mark.parametrize("path", FILES, ids=inside)
+def test_arrows_between_the_folders_of_the_engine(path: Path):
+    own = inside(path)
+    folder = own.split(".")[0]
+    for name in engine_imports(path):
+        other = name.split(".")[0]
+        assert other == folder or other in ARROWS[folder], f"{own} may not import {name}"
+    for shunned in NEVER.get(own.replace(".", "/"), set()):
+        found = [n for n in engine_imports(path) if f"{n}.".startswith(f"{shunned}.")]
+        assert not found, f"{own} may not import {found}"
+
+
+def test_what_is_never_imported_is_there():
+    for name, shunned in NEVER.items():
+        assert (ROOT / f"engine/{name}.py").is_file(), name
+        for other in shunned:
+            place = ROOT / "engine" / other.replace(".", "/")
+            assert place.is_dir() or place.with_suffix(".py").is_file(), other
+
+
+def test_training_reads_from_the_bottom_up():
+    assert {path.stem for path in modules("engine/training")} == set(TRAINING)
+    for at, name in enumerate(TRAINING):
+        names = engine_imports(ROOT / f"engine/training/{name}.py")
+        used = {n.split(".")[1] for n in names if n.startswith("training.")}
+        assert used <= set(TRAINING[:at]), f"{name} may not import {used - set(TRAINING[:at])}"
+
+
+def test_detection_is_named_where_a_recipe_becomes_a_run_and_nowhere_else():
+    for path in FILES:
+        own = inside(path)
+        if own.startswith("detection.") or not any(
+            n.startswith("detection.") for n in engine_imports(path)
+        ):
+            continue
+        assert own in {"recipe.load", "training.start", "cli.main", "cli.export"}, own
+
+
+def test_no_file_imports_itself_by_way_of_others():
+    """Over what is imported when a file is, not later or for types alone."""
+    graph = {}
+    for path in modules("engine"):
+        tree = ast.parse(path.read_text())
+        tree.body = [s for s in tree.body if isinstance(s, ast.Import | ast.ImportFrom)]
+        graph[inside(path).removesuffix(".__init__")] = {
+            n.removeprefix("kdfuse.engine.") for n in named(tree, path) if ".engine." in n
+        }
+    done: set[str] = set()
+
+    def visit(name: str, way: tuple[str, ...]) -> None:
+        assert name not in way, " -> ".join((*way, name))
+        if name in done or name not in graph:
+            return
+        for other in graph[name] - {name}:
+            visit(other, (*way, name))
+        done.add(name)
+
+    for name in graph:
+        visit(name, ())
+
+
+@pytest.mark.parametrize("path", modules("engine"), ids=lambda p: str(p.relative_to(ROOT)))
+def test_files_of_the_engine_are_read_in_one_sitting(path: Path):
+    most = {"training/loop": 200}
+    name = path.relative_to(ROOT / "engine").with_suffix("").as_posix()
+    assert len(path.read_text().splitlines()) <= most.get(name, 260), name
 
 
 def test_links_are_relative_and_whole():

@@ -10,8 +10,9 @@ from pathlib import Path
 
 from ..recipe.load import Recipe
 from ..report.page import report
+from ..run.folder import RECIPE
 from ..run.past import read_run
-from ..training.loop import train
+from ..training.start import train
 
 SEEDS = 3
 FEW = ["data.subset=5", "run.batch=25", "run.epochs=100", "run.eval_every=25", "run.log_every=20"]
@@ -62,7 +63,7 @@ def demo(folder: Path) -> Path:
 def _run(recipe: str, out: Path, words: list[str]) -> Path:
     loaded = Recipe.load(recipe, words)
     print(f"\n{out.name}: {recipe} {' '.join(words)}", flush=True)
-    if (out / "recipe.yaml").exists():
+    if (out / RECIPE).exists():
         return train(loaded, out=out, resume=True)
     shutil.rmtree(out, ignore_errors=True)
     return train(loaded, out=out)

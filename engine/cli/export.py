@@ -1,4 +1,4 @@
-"""What a run keeps, as one file that needs nothing of kdfuse to classify images."""
+"""What a run keeps, as one file that needs nothing of kdfuse to classify images or find objects."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..data.loaders.ondevice import Normalise
 from ..models import fold_dirac
-from ..run.finished import checkpoints_of, recipe_of
-from ..training.networks import Inputs
-from ..training.ranks import Group
-from ..training.state import State
+from ..recipe.load import DetectionRecipe, Recipe, load
+from ..run.folder import RECIPE
+from ..run.past import checkpoints_of, recipe_of
+from ..training.build import build
+from ..training.networks import Distiller
 
 SUFFIXES = (".pt2", ".onnx", ".pt")
 
@@ -24,7 +26,7 @@ SUFFIXES = (".pt2", ".onnx", ".pt")
 class Classifier(nn.Module):
     """uint8 images (N, 3, H, W), RGB, 0 to 255, to logits (N, classes)."""
 
-    def __init__(self, inputs: Inputs, network: nn.Module) -> None:
+    def __init__(self, inputs: Normalise, network: nn.Module) -> None:
         super().__init__()
         self.inputs = inputs
         self.network = network
@@ -41,7 +43,8 @@ def export(run: str | Path, out: str | Path, which: str = "best", network: str =
     themselves. .pt holds the weights under "model", as published teachers do. SimKD's student
     comes with projector and reused classifier; Dirac layers are plain convolutions in the first
     two. `which` is "best" or "last"; `network` "student", "ema", "slt0", ... or one of those with
-    the name of a branch before it ("small_student"). Raises ValueError, FileNotFoundError, or
+    the name of a learner before it ("small_student"). A detector is written as .onnx, for one uint8
+    image (3, H, W) of any size, or as .pt. Raises ValueError, FileNotFoundError, or
     CheckpointError (a RuntimeError) when there is no checkpoint to use.
     """
     run, out = Path(run), Path(out)
@@ -49,25 +52,36 @@ def export(run: str | Path, out: str | Path, which: str = "best", network: str =
         raise ValueError(f"out = {out}: write one of {', '.join(SUFFIXES)}")
     if which not in ("best", "last"):
         raise ValueError(f"which = {which!r}: best or last")
-    recipe = recipe_of(run)
+    recipe = load(run / RECIPE) if (run / RECIPE).is_file() else recipe_of(run)
     held = checkpoints_of(run)
     if which not in held:
         raise ValueError(f"which = {which!r}: {run} was not evaluated yet; take last")
     weights, facts = held[which]
-    classes = facts["classes"]
-    state = State(recipe, Group(0, 1, torch.device("cpu")), classes, {})
-    state.load_networks(weights)
-    networks = state.networks()
+    if isinstance(recipe, DetectionRecipe):
+        from ..detection.export import write  # no other run needs what it imports
+
+        write(recipe, weights, facts, network, out)
+    else:
+        _export_classifier(recipe_of(run), weights, facts, network, out)
+    return out
+
+
+def _export_classifier(
+    recipe: Recipe, weights: dict[str, Any], facts: dict[str, Any], network: str, out: Path
+) -> None:
+    classes, size = facts["classes"], recipe.data.size
+    distiller = build(recipe, classes, torch.device("cpu"))
+    distiller.load(weights)
+    networks = distiller.evaluated()
     if network not in networks:
         raise ValueError(f"network = {network!r}: this run has {', '.join(networks)}")
     chosen, inputs = networks[network]
     if out.suffix == ".pt":
-        _save_weights(chosen, state, network, out)
-        return out
-    normalise = state.distiller.inputs[inputs]
-    assert isinstance(normalise, Inputs)
+        _save_weights(chosen, distiller, network, out)
+        return
+    normalise = distiller.inputs[inputs]
+    assert isinstance(normalise, Normalise)
     model = Classifier(normalise, fold_dirac(chosen)).eval()
-    size = recipe.data.size
     images = torch.zeros(2, 3, size, size, dtype=torch.uint8)
     about = {
         "recipe": recipe.name,
@@ -79,7 +93,6 @@ def export(run: str | Path, out: str | Path, which: str = "best", network: str =
     }
     write = _write_onnx if out.suffix == ".onnx" else _write_program
     write(model, images, about, out)
-    return out
 
 
 def _write_program(model: nn.Module, images: Tensor, about: dict[str, Any], out: Path) -> None:
@@ -121,11 +134,12 @@ def _write_onnx(model: nn.Module, images: Tensor, about: dict[str, Any], out: Pa
     program.save(out)
 
 
-def _save_weights(chosen: nn.Module, state: State, network: str, out: Path) -> None:
-    plain = {n: b for n, b in state.branches.items() if not b.method.deploys_head}
-    known = [network for b in state.branches.values() for network in b.slts]
-    known += [branch.student for branch in plain.values()]
-    known += [state.averages[name].module for name in plain if name in state.averages]
+def _save_weights(chosen: nn.Module, distiller: Distiller, network: str, out: Path) -> None:
+    learners = distiller.learners.values()
+    plain = [learner for learner in learners if not learner.method.deploys_head]
+    known = [slt for learner in learners for slt in learner.slts]
+    known += [learner.student for learner in plain]
+    known += [learner.average.module for learner in plain if learner.average is not None]
     if not any(chosen is module for module in known):
         raise ValueError(
             f"out = {out}: {network} is more than the network of one name (projector, reused "

@@ -6,20 +6,17 @@ Each verb imports what it needs when it runs, so that --help is quick.
 from __future__ import annotations
 
 import os
-import re
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from . import recipes as cli_recipes
-from .recipes import number, wide
-
-if TYPE_CHECKING:
-    from ..run.set import Member
+from . import data, recipes
+from .recipes import wide
+from .train import print_published, train
 
 app = typer.Typer(
     help="Knowledge distillation: train a small network from a large one.",
@@ -28,10 +25,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-data_app = typer.Typer(help="Write or check images.", no_args_is_help=True)
 bench_app = typer.Typer(help="Measure speed.", no_args_is_help=True)
-app.add_typer(cli_recipes.app, name="recipes")
-app.add_typer(data_app, name="data")
+app.command()(train)
+app.add_typer(recipes.app, name="recipes")
+app.add_typer(data.app, name="data")
 app.add_typer(bench_app, name="bench")
 
 
@@ -59,122 +56,16 @@ def _top(version: Annotated[bool, typer.Option("--version", help="show the versi
         raise typer.Exit
 
 
-@app.command()
-def train(
-    given: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="RECIPE|KEY=VALUE",
-            help="names of recipes or FILE.yaml[:row], * for all rows; settings as in optim.lr=0.1",
-        ),
-    ],
-    out: Annotated[
-        Path | None,
-        typer.Option(help="folder; default: runs/RECIPE-N, of a set runs/RECIPES-set-N, next N"),
-    ] = None,
-) -> None:
-    """Train a recipe, or a set: several recipes, or several seeds with the word seeds=N.
-
-    The word resume=true goes on with a run or a set that was stopped.
-    """
-    words = [word for word in given if "=" in word]
-    resume = _take(words, "resume", "false", "true|false", "true or false") == "true"
-    seeds = int(_take(words, "seeds", "1", "[1-9][0-9]*", "a whole number above 0"))
-    from ..recipe.load import Recipe
-    from ..run.folder import default_folder
-    from ..run.set import default_base, expand, members, train_set
-
-    names = expand(word for word in given if "=" not in word)
-    one = Recipe.load(names[0], words) if len(names) == 1 and seeds == 1 else None
-    runs = [] if one else members(names, words, seeds)
-    folder = out or _default_out(default_folder(one) if one else default_base(runs), resume)
-    try:
-        if one is None:
-            failures = train_set(runs, folder, resume)
-        else:
-            from ..training.start import train as run
-
-            run(one, out=folder, resume=resume)
-    except KeyboardInterrupt:
-        print(f"stopped; resume=true goes on from the last checkpoint of {folder}", file=sys.stderr)
-        raise typer.Exit(130) from None
-    if one is None:
-        _print_set(runs, folder, failures)
-        return
-    _print_published(folder)
-    if os.environ.get("RANK", "0") == "0":
-        page = folder / "report.html"
-        print(f"{folder}: see {page if page.exists() else folder / 'log.jsonl'}")
-
-
-def _print_set(runs: list[Member], folder: Path, failures: list[str]) -> None:
-    """The tables of a set, then what does not count in them, then the runs that failed."""
-    from ..report.tables import summary
-    from ..run.past import below
-
-    if os.environ.get("RANK", "0") != "0":
-        return
-    written = {member.written.name: member.written for member in runs}
-    drawn, notes = summary(written.values(), below(folder) if folder.exists() else [])
-    for part in drawn:
-        print()
-        wide(part)
-    for note in notes:
-        print(note)
-    print(f"{folder}: {len(runs) - len(failures)} of {len(runs)} runs are finished")
-    if failures:
-        for line in failures:
-            print(f"failed: {line}", file=sys.stderr)
-        raise typer.Exit(1)
-
-
-def _print_published(run: Path) -> None:
-    """The published number, below the ones of the run, and what of the recipe was changed."""
-    from ..recipe.load import load, recipes
-    from ..run.folder import changes, plain
-
-    recipe = load(run / "recipe.yaml")
-    if recipe.expect is None or os.environ.get("RANK", "0") != "0":
-        return
-    print(f"published: {number(recipe.expect) or 'no number'} ({recipe.expect.source})")
-    shipped = plain(load(recipe.name)) if recipe.name in recipes() else plain(recipe)
-    drift = changes(shipped, plain(recipe))
-    if drift:
-        print(f"but this run is not that recipe: {'; '.join(drift)}")
-
-
-def _take(words: list[str], key: str, default: str, form: str, wants: str) -> str:
-    """Take the words KEY=... out of `words`: the value of the last one, which has to fit `form`."""
-    values = [word.removeprefix(f"{key}=") for word in words if word.startswith(f"{key}=")]
-    words[:] = [word for word in words if not word.startswith(f"{key}=")]
-    for value in values:
-        if not re.fullmatch(form, value):
-            raise ValueError(f"{key}: got {value}, wants {wants}")
-    return values[-1] if values else default
-
-
-def _default_out(base: Path, resume: bool) -> Path:
-    """BASE-N: the next number, or the newest folder to go on with.
-
-    Processes of one torchrun agree: none creates its folder before all have come this far.
-    """
-    tails = [path.name.removeprefix(f"{base.name}-") for path in base.parent.glob(f"{base.name}-*")]
-    newest = max((int(tail) for tail in tails if tail.isdigit()), default=0)
-    if resume and newest == 0:
-        raise ValueError(f"resume=true: there is no {base}-N to go on with; add --out DIR")
-    return base.with_name(f"{base.name}-{newest if resume else newest + 1}")
-
-
 @app.command("eval")
 def evaluate(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="folder of a run")],
 ) -> None:
     """Evaluate the networks of a run on its validation set."""
     from ..recipe.load import DetectionRecipe, load
+    from ..run.folder import RECIPE
     from ..training.evaluate import evaluate as measure
 
-    there = (run / "recipe.yaml").is_file()
-    recipe = load(run / "recipe.yaml") if there else None
+    recipe = load(run / RECIPE) if (run / RECIPE).is_file() else None
     # Both say what they find.
     if isinstance(recipe, DetectionRecipe):
         from ..detection.evaluate import evaluate as detect
@@ -182,7 +73,7 @@ def evaluate(
         detect(run, recipe)
     else:
         measure(run)
-    _print_published(run)
+    print_published(run)
 
 
 @app.command()
@@ -208,43 +99,6 @@ def report(
 
     default = runs[0] / "report.html" if len(runs) == 1 else Path("report.html")
     print(write(runs, out or default))
-
-
-@data_app.command("digits")
-def digits(root: Annotated[Path, typer.Argument(metavar="DIR", help="folder to write")]) -> None:
-    """Write scikit-learn's 1797 handwritten digits as an image folder."""
-    from ..data.sources.digits import write_digits
-
-    write_digits(root)
-    print(root)
-
-
-@data_app.command("glyphs")
-def glyphs(
-    root: Annotated[Path, typer.Argument(metavar="DIR", help="folder to write into")],
-    images: Annotated[
-        int | None, typer.Option(min=1, help="training images; default: 50000")
-    ] = None,
-) -> None:
-    """Draw characters of 100 classes, 32 x 32, from matplotlib's fonts: one file, in a minute."""
-    from ..data.sources.glyphs import write_glyphs
-
-    print(write_glyphs(root, images))
-
-
-@data_app.command("check")
-def check(
-    root: Annotated[Path, typer.Argument(metavar="DIR", help="folder of images or tars")],
-) -> None:
-    """Decode every image below a folder, in tars too, and name those that cannot be read."""
-    from ..data.check import check_folder
-
-    faults = check_folder(root)
-    for path, why in faults:
-        print(f"{path}: {why}")
-    if faults:
-        raise ValueError(f"{len(faults)} unreadable images under {root}; replace or remove them")
-    print(f"{root}: every image can be read")
 
 
 @app.command()

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from ..recipe.load import Recipe
+    from ..recipe.load import AnyRecipe
     from ..recipe.schema import Expect
 
 app = typer.Typer(help="Recipes that come with the package.", invoke_without_command=True)
@@ -37,7 +37,7 @@ def recipes(
 
     drawn = Table(box=None, pad_edge=False)
     drawn.add_column("recipe", no_wrap=True)
-    for heading in ("student", "teacher", "published top-1", "source"):
+    for heading in ("student", "teacher", "published", "source"):
         drawn.add_column(heading, overflow="fold")
     for recipe in _filtered(shipped(), wanted):
         teacher = recipe.teacher.name if recipe.teacher else ""
@@ -66,9 +66,9 @@ def show(
     ] = None,
 ) -> None:
     """Print a recipe with all its settings, after the overriding words."""
-    from ..recipe.load import Recipe
+    from ..recipe.load import load
 
-    print(Recipe.load(recipe, words or []).explain(), end="")
+    print(load(recipe, words or []).explain(), end="")
 
 
 @app.command("table")
@@ -104,7 +104,7 @@ def wide(table: Table) -> None:
     console.print(table)
 
 
-def _filtered(recipes: list[Recipe], wanted: dict[str, str]) -> list[Recipe]:
+def _filtered(recipes: list[AnyRecipe], wanted: dict[str, str]) -> list[AnyRecipe]:
     """The recipes that meet every wish. ValueError for a name that none of them has."""
     for what, name in wanted.items():
         known = sorted({one for recipe in recipes for one in _names(recipe)[what]})
@@ -117,7 +117,7 @@ def _filtered(recipes: list[Recipe], wanted: dict[str, str]) -> list[Recipe]:
     return [r for r in recipes if all(n in _names(r)[what] for what, n in wanted.items())]
 
 
-def _names(recipe: Recipe) -> dict[str, set[str]]:
+def _names(recipe: AnyRecipe) -> dict[str, set[str]]:
     """What the filters of the list compare."""
     cells = recipe.expect.cells if recipe.expect else ()
     return {

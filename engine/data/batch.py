@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
-
-CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)

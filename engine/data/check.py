@@ -7,9 +7,9 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
+from .byte_range import open_range
 from .images import EXTENSIONS, Opener, UnreadableError, decode, opener_of
 from .sources.tar_index import members
-from .window import open_window
 
 Found = tuple[str, Opener]  # an image's name and how to open it
 
@@ -47,7 +47,7 @@ def check_folder(root: Path) -> list[tuple[Path, str]]:
 
 def _members(tar: str) -> list[Found]:
     return [
-        (f"{tar}/{member.name}", partial(open_window, tar, member.offset, member.length))
+        (f"{tar}/{member.name}", partial(open_range, tar, member.offset, member.length))
         for member in members(tar)
     ]
 

@@ -1,8 +1,6 @@
-"""What the rows of a manifest are made of: files, members of tars, or pixels in memory.
+"""What the rows of a manifest are made of: files, members of tars, pixels in memory.
 
-Each has `name(row)` for messages, `changed(row)`: why the row is no longer what was indexed, or
-None, and `read(row)`: the RGB image, or UnreadableError. The encoded ones also have `open(row)`:
-the image file, as it would lie on a disk.
+The encoded ones also have `open(row)`: the image file, as it would lie on a disk.
 """
 
 from __future__ import annotations
@@ -10,15 +8,27 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from functools import partial
-from typing import BinaryIO
+from typing import BinaryIO, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from .byte_range import open_range
 from .images import decode
-from .sources.synthetic import Synthetic
-from .window import open_window
+
+
+class Content(Protocol):
+    """What a manifest asks of its rows, by their number."""
+
+    def name(self, row: int) -> str:
+        """For messages."""
+
+    def changed(self, row: int) -> str | None:
+        """Why the row is no longer what was indexed (missing, other length), or None."""
+
+    def read(self, row: int) -> Image.Image:
+        """The whole image, RGB; raises UnreadableError."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +70,7 @@ class Shards:
         return _changed(self.tars[self.tar[row]], self.tar_bytes[self.tar[row]])
 
     def open(self, row: int) -> BinaryIO:
-        return open_window(self.tars[self.tar[row]], int(self.offset[row]), int(self.lengths[row]))
+        return open_range(self.tars[self.tar[row]], int(self.offset[row]), int(self.lengths[row]))
 
     def read(self, row: int) -> Image.Image:
         return decode(partial(self.open, row))
@@ -84,7 +94,6 @@ class Pixels:
 
 
 Encoded = Files | Shards
-Content = Files | Shards | Pixels | Synthetic
 
 
 def _changed(path: str, length: int) -> str | None:

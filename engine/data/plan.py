@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..recipe.schema import Data
+from ..recipe.data import Data
 
 MASK = 2**64 - 1
 GOLDEN = 0x9E3779B97F4A7C15
 ATTEMPTS = 10  # of random_resized_crop before it falls back to the centre
 DRAWS = 2 * ATTEMPTS + 3  # areas, ratios, top, left, flip
-ORDER, AUGMENT, MIX = 1, 2, 3  # streams of draws that must not meet
+ORDER, AUGMENT, MIX, RANK = 1, 2, 3, 4  # streams of draws that must not meet
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..recipe.schema import Data
+from ..recipe.data import Data
 from .batch import Batch
 from .manifest import Manifest
 from .plan import Ints, Plan, eval_plan, permutation, plan

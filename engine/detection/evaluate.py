@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 from torchvision.models.detection import FasterRCNN
 
-from ..run.environment import settings
-from ..training.evaluate import checkpoints_of
+from ..run.past import checkpoints_of
+from ..training.process import settings
 from ..training.ranks import Group, join
 from .coco import Coco, read_coco
+from .distiller import DetectionDistiller
 from .loader import Loader, Sample
-from .networks import create
+from .networks import kept
 from .recipe import DetectionRecipe
 
 STATS = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")
@@ -37,9 +38,23 @@ class MissingPycocotools(ModuleNotFoundError):
     """Evaluation was asked for on a machine without pycocotools."""
 
 
-@torch.no_grad()
+def measure(
+    distiller: DetectionDistiller, coco: Coco, loader: Loader, group: Group
+) -> dict[str, float]:
+    """`box_ap` of the student, and of its average as ema_ap and so on."""
+    found: dict[str, float] = {}
+    for name, detector in distiller.evaluated().items():
+        own = box_ap(distiller, detector, coco, loader.every(), group)
+        found |= {k if name == "student" else f"{name}_{k}": v for k, v in own.items()}
+    return found
+
+
 def box_ap(
-    detector: FasterRCNN, coco: Coco, batches: Iterable[list[Sample]], group: Group
+    distiller: DetectionDistiller,
+    detector: FasterRCNN,
+    coco: Coco,
+    batches: Iterable[list[Sample]],
+    group: Group,
 ) -> dict[str, float]:
     """Percent, over all processes' images: AP at IoU .5:.95, .5 and .75, and by size of object.
 
@@ -49,7 +64,7 @@ def box_ap(
     own: list[dict[str, Any]] = []
     for batch in batches:
         images = [sample.on(group.device)[0] for sample in batch]
-        for sample, found in zip(batch, detector(images), strict=True):
+        for sample, found in zip(batch, distiller.predict(detector, images), strict=True):
             own += detections(coco, sample.row, found)
     every = [one for part in group.all(own) for one in part]
     # The others wait in this call until the first has computed.
@@ -88,7 +103,7 @@ def compute(coco: Coco, found: list[dict[str, Any]]) -> dict[str, float]:
 def evaluate(run: Path, recipe: DetectionRecipe) -> dict[str, dict[str, float]]:
     """Evaluate the last and the best checkpoint of a run's folder again, and print the results.
 
-    {"last": {...}, "best": {...}}, each as `box_ap` gives it, with the checkpoint's step. Raises
+    {"last": {...}, "best": {...}}, each as `measure` gives it, with the checkpoint's step. Raises
     CheckpointError (a RuntimeError) when there is no checkpoint to use, and what training raises
     for the validation set.
     """
@@ -97,15 +112,13 @@ def evaluate(run: Path, recipe: DetectionRecipe) -> dict[str, dict[str, float]]:
     group = join(recipe.run.device)
     with settings(recipe.run):
         coco = read_coco(recipe.data.root, "val")
-        # All weights come from the checkpoint: the files that the student started from may be gone.
-        spec = recipe.student.model_copy(update={"checkpoint": None, "backbone": None})
-        student = create(spec, recipe.data, len(coco.categories)).to(group.device)
+        distiller = kept(recipe, len(coco.categories), group.device)
         batch = group.share(recipe.run.eval_batch, "run.eval_batch")
         loader = Loader(coco, recipe.data, batch, seed=0, rank=group.rank, world=group.world)
         with closing(loader):
             for name, (weights, facts) in checkpoints_of(run).items():
-                student.load_state_dict(weights["student"])
-                found = box_ap(student, coco, loader.every(), group)
+                distiller.load(weights)
+                found = measure(distiller, coco, loader, group)
                 results[name] = {"step": facts["step"], **found}
                 if group.first:
                     words = ", ".join(f"{k} {v:.2f}" for k, v in found.items())

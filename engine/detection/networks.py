@@ -6,13 +6,15 @@ import difflib
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 
-from ..models.checkpoints import Difference, compare, read_weights
-from .recipe import CocoData, Detector, Student
+from ..models.weights import Difference, compare, read_weights
+from .distiller import DetectionDistiller
+from .recipe import CocoData, DetectionRecipe, Detector, Student
 
 RESNETS = (
     "resnet18",
@@ -67,6 +69,37 @@ def create(detector: Detector, data: CocoData, categories: int) -> FasterRCNN:
     if student and student.backbone is not None:
         _take(backbone.body, student.backbone, f"the {resnet} of {detector.name}", ("fc.",))
     return model
+
+
+def build(recipe: DetectionRecipe, categories: int, device: torch.device) -> DetectionDistiller:
+    """The detectors that a recipe trains and needs, ready to be trained, on `device`.
+
+    The caller seeds their random weights first. Raises what `create` does.
+    """
+    run, data = recipe.run, recipe.data
+    layout = torch.channels_last if run.channels_last else torch.contiguous_format
+    student = create(recipe.student, data, categories)
+    teacher = create(recipe.teacher, data, categories) if recipe.teacher else None
+    for network in (student, teacher):
+        if network is not None:
+            network.to(device).to(memory_format=layout)
+    made = DetectionDistiller(
+        recipe.method, student, teacher, amp=run.amp == "bf16", ema=recipe.optim.ema
+    )
+    if run.compile:
+        made.prepare()
+    return made
+
+
+def kept(recipe: DetectionRecipe, categories: int, device: torch.device) -> DetectionDistiller:
+    """What a run's checkpoints hold of its detectors, to be loaded and evaluated.
+
+    All weights come from a checkpoint: the files that the student started from may be gone.
+    """
+    spec = recipe.student.model_copy(update={"checkpoint": None, "backbone": None})
+    student = create(spec, recipe.data, categories).to(device)
+    amp = recipe.run.amp == "bf16"
+    return DetectionDistiller(recipe.method, student, amp=amp, ema=recipe.optim.ema)
 
 
 def check_frozen(student: Student) -> None:

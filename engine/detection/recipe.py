@@ -12,10 +12,6 @@ from .method import DKD, KD, NKD, Baseline
 
 AnyMethod = Annotated[Baseline | KD | DKD | NKD, Field(discriminator="name")]
 
-# Nothing in detection reads these; a recipe that sets them is refused.
-UNREAD_RUN = ("amp", "compile")
-UNREAD_OPTIM = ("ema", "clip")
-
 
 class CocoData(Strict):
     """Images and boxes in COCO's layout, and the sizes at which a detector sees them."""
@@ -79,10 +75,10 @@ class DetectionRecipe(RecipeBase):
     @model_validator(mode="after")
     def _works(self) -> DetectionRecipe:
         found = problems.teacher(self.method, self.teacher is not None)
-        found += self.run.unused("task detection", "run", *UNREAD_RUN)
-        found += self.optim.unused("task detection", "optim", *UNREAD_OPTIM)
         if self.expect is not None and self.expect.top1 is not None:
             found.append("expect.top1: detection is measured as AP; use expect.ap")
+        if self.expect is not None and self.expect.also_in:
+            found.append("expect.also_in: its cells are top-1, detection is measured as AP")
         if found:
             raise ValueError("\n".join(found))
         return self

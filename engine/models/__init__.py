@@ -10,9 +10,8 @@ from pathlib import Path
 from torch import nn
 
 from . import timm_models, torchvision_models
-from .checkpoints import load_weights
 from .cifar_resnet import DOUBLE, NARROW, WIDE, CifarResNet
-from .cifar_resnet_wide import BasicBlock, Bottleneck, WideCifarResNet
+from .cifar_stem_resnet import BasicBlock, Bottleneck, CifarStemResNet
 from .dirac import fold_dirac
 from .fold import FoldError, fold_batchnorm
 from .mobilenet_v1 import MobileNetV1
@@ -22,6 +21,7 @@ from .shufflenet_v1 import ShuffleNetV1
 from .shufflenet_v2 import X1_0, X1_5, ShuffleNetV2
 from .taps import Taps, Until, points, shapes, unreached
 from .vgg import VGG
+from .weights import load_weights
 from .wrn import WideResNet
 
 __all__ = [
@@ -54,9 +54,9 @@ NETWORKS: dict[str, Callable[[int], nn.Module]] = {
     "resnet8x4": partial(CifarResNet, 8, WIDE),
     "resnet32x4": partial(CifarResNet, 32, WIDE),
     "resnet38x4": partial(CifarResNet, 38, WIDE),
-    "ResNet18": partial(WideCifarResNet, BasicBlock, (2, 2, 2, 2)),
-    "ResNet34": partial(WideCifarResNet, BasicBlock, (3, 4, 6, 3)),
-    "ResNet50": partial(WideCifarResNet, Bottleneck, (3, 4, 6, 3)),
+    "ResNet18": partial(CifarStemResNet, BasicBlock, (2, 2, 2, 2)),
+    "ResNet34": partial(CifarStemResNet, BasicBlock, (3, 4, 6, 3)),
+    "ResNet50": partial(CifarStemResNet, Bottleneck, (3, 4, 6, 3)),
     "wrn_16_1": partial(WideResNet, 16, 1),
     "wrn_16_2": partial(WideResNet, 16, 2),
     "wrn_40_1": partial(WideResNet, 40, 1),

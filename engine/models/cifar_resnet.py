@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from .initial import he_fan_out
-from .points import relu_points
+from .parts import he_fan_out, relu_points
 
 NARROW = (16, 16, 32, 64)  # channels of the stem and of the three stages
 DOUBLE = (16, 32, 64, 128)  # the stem stays narrow: the widths of a WRN-d-2

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from .layers import conv_bn_relu
-from .points import relu_points
+from .parts import conv_bn_relu, relu_points
 
 # Output channels and stride of the depthwise-separable convolutions behind the stem.
 _SEPARABLE = (

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from .initial import he_fan_out, small_classifier
-from .layers import conv_bn_relu
+from .parts import conv_bn_relu, he_fan_out, small_classifier
 
 # Expansion, output channels at width 1, blocks, and stride of the first of them.
 _GROUPS = (

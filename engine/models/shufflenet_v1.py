@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .points import relu_points
+from .parts import relu_points
 
 _STEM = 24
 _STAGES = ((240, 4), (480, 8), (960, 4))  # channels and blocks; the first block halves the size

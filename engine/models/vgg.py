@@ -9,9 +9,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from .initial import he_fan_out, small_classifier
-from .layers import conv_bn_relu
-from .points import relu_points
+from .parts import conv_bn_relu, he_fan_out, relu_points, small_classifier
 
 
 class VGG(nn.Module):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from .initial import he_fan_out
+from .parts import he_fan_out
 
 
 class Block(nn.Module):

@@ -15,8 +15,9 @@ from ..detection.recipe import DetectionRecipe
 from ..methods import METHODS
 from ..methods.method import Method
 from . import problems, yamlfile
+from .data import Data
 from .misfits import misfits
-from .schema import Data, Expect, Network, Optim, RecipeBase, RecipeError, Run, Strict
+from .schema import Expect, Network, Optim, RecipeBase, RecipeError, Run, Strict
 
 SHIPPED = Path(__file__).resolve().parents[2] / "recipes"
 
@@ -26,7 +27,7 @@ else:
     AnyMethod = Annotated[reduce(or_, METHODS.values()), Field(discriminator="name")]
 
 
-BRANCH = r"^[a-z][a-z0-9_]*$"
+LEARNER = r"^[a-z][a-z0-9_]*$"
 
 
 class Also(Strict):
@@ -51,7 +52,7 @@ class Recipe(RecipeBase):
     assistants: Annotated[tuple[Network, ...], Field(strict=False)] = Field(
         (), description="further frozen teachers, for the methods that read them"
     )
-    also: dict[Annotated[str, Field(pattern=BRANCH)], Also] = Field(
+    also: dict[Annotated[str, Field(pattern=LEARNER)], Also] = Field(
         {}, description="name: method and student that share loader and teacher with this one"
     )
     optim: Optim
@@ -64,7 +65,7 @@ class Recipe(RecipeBase):
             raise ValueError("\n".join(found))
         return self
 
-    def branches(self, main: str) -> dict[str, Also]:
+    def learners(self, main: str) -> dict[str, Also]:
         """All students with their methods by name, this recipe's own first as `main`."""
         own = Also.model_construct(method=self.method, student=self.student, slt=self.slt)
         return {main: own, **self.also}
@@ -86,13 +87,15 @@ class Recipe(RecipeBase):
         return type(self).model_validate(plain)
 
 
-TASKS: dict[str | None, tuple[type[Recipe] | type[DetectionRecipe], Mapping[str, type[Strict]]]] = {
+AnyRecipe = Recipe | DetectionRecipe
+
+TASKS: dict[str | None, tuple[type[AnyRecipe], Mapping[str, type[Strict]]]] = {
     None: (Recipe, METHODS),  # classification, which recipes do not name
     "detection": (DetectionRecipe, DETECTION_METHODS),
 }
 
 
-def load(name_or_path: str | Path, overrides: Iterable[str] = ()) -> Recipe | DetectionRecipe:
+def load(name_or_path: str | Path, overrides: Iterable[str] = ()) -> AnyRecipe:
     """The recipe of a shipped name (`cifar100/kd:resnet56-resnet20`) or of a YAML file.
 
     A file is given by its path, with `:row` behind it where it has several rows; its `task` says

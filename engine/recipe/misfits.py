@@ -15,17 +15,17 @@ if TYPE_CHECKING:
 
 def misfits(recipe: Recipe) -> list[str]:
     """One line for each problem, with the key, the reason and the cure."""
-    branches = recipe.branches("")
-    methods = [branch.method for branch in branches.values()]
+    learners = recipe.learners("")
+    methods = [learner.method for learner in learners.values()]
     found = list(_shared(recipe, methods))
-    for name, branch in branches.items():
-        found += _of_slts(f"also.{name}.slt" if name else "slt", branch, recipe.teacher)
-        found += _of_method(f"also.{name}.method" if name else "method", branch.method, recipe)
+    for name, learner in learners.items():
+        found += _of_slts(f"also.{name}.slt" if name else "slt", learner, recipe.teacher)
+        found += _of_method(f"also.{name}.method" if name else "method", learner.method, recipe)
     return found
 
 
 def _shared(recipe: Recipe, methods: list[Method]) -> Iterator[str]:
-    """Of what all branches share."""
+    """Of what all learners share."""
     readers = [method for method in methods if method.uses_teacher]
     yield from problems.teacher((readers or methods)[0], recipe.teacher is not None)
     if "main" in recipe.also:
@@ -35,18 +35,20 @@ def _shared(recipe: Recipe, methods: list[Method]) -> Iterator[str]:
             "also: the methods share one teacher, and some want the batch's statistics of its "
             "BatchNorm, others its running ones; train them apart or agree on one"
         )
+    if recipe.expect is not None and recipe.expect.ap is not None:
+        yield "expect.ap: classification is measured as top-1; use expect.top1"
     if recipe.assistants and not any(method.uses_assistants for method in methods):
         yield f"assistants: method {recipe.method.name} reads none; leave them out"
 
 
-def _of_slts(key: str, branch: Also, teacher: Network | None) -> Iterator[str]:
-    name = branch.method.name
-    if branch.method.slt_count == 0:
-        if branch.slt is not None:
+def _of_slts(key: str, learner: Also, teacher: Network | None) -> Iterator[str]:
+    name = learner.method.name
+    if learner.method.slt_count == 0:
+        if learner.slt is not None:
             yield f"{key}: method {name} has no SL-Ts; leave it out"
-    elif branch.slt is None and teacher is None:
+    elif learner.slt is None and teacher is None:
         yield f"{key}: method {name} trains networks beside the student; add {key}.name=NETWORK"
-    elif branch.slt is None and teacher is not None and teacher.kept is not None:
+    elif learner.slt is None and teacher is not None and teacher.kept is not None:
         yield (
             f"{key}: null stands for the teacher's network with random weights, and "
             f"{teacher.name} has no name of its own; add {key}.name=NETWORK"

@@ -11,11 +11,18 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from ..run.past import Group, PastRun
+from ..run.past import AP, PastRun, Seeds
 
 COLOURS = 8  # the page defines --c0 .. --c7
 CLOCK = ("images_per_s", "data_wait", "time")
 NOT_LOSSES = ("kind", "step", "epoch", "lr", "top1", "top5", "rows", *CLOCK)
+PARTS_OF_AP = {
+    "ap50": "IoU 0.50",
+    "ap75": "IoU 0.75",
+    "ap_small": "small objects",
+    "ap_medium": "medium objects",
+    "ap_large": "large objects",
+}
 
 # Matplotlib wants a real colour; these stand for the page's and are replaced in its output.
 _INK, _GRID = "#fe0000", "#fe0001"
@@ -49,54 +56,65 @@ class Chart:
 
 
 def charts(run: PastRun) -> list[Chart]:
-    """Accuracies, loss terms and learning rate of one run."""
+    """Scores, loss terms and learning rate of one run."""
     return [
-        Chart("Top-1 accuracy, percent", _accuracy_lines(run), wide=True),
+        Chart(f"{run.score.title}, percent", _score_lines(run), wide=True),
+        *([Chart("Box AP by overlap and by size", _part_lines(run))] if run.score == AP else []),
         Chart("Loss terms in training", _loss_lines(run)),
         Chart("Learning rate", _rate_lines(run)),
     ]
 
 
-def comparison(groups: list[Group]) -> Chart:
-    """The student's top-1 of every run, one colour for the runs that differ only in seed."""
+def comparison(groups: list[Seeds]) -> Chart:
+    """The student's score, the same for all, in every run; one colour a recipe over its seeds."""
+    score = groups[0].score
     lines = [
         Line(
             group.name if number == 0 else "",
-            *_points(run.evaluations, "top1"),
+            *_points(run.evaluations, score.key),
             colour=index % COLOURS,
             dashed=index >= COLOURS,
         )
         for index, group in enumerate(groups)
         for number, run in enumerate(group.runs)
     ]
-    return Chart("Student's top-1 accuracy, percent", [line for line in lines if line.x], wide=True)
+    return Chart(f"Student's {score.name}, percent", [line for line in lines if line.x], wide=True)
 
 
-def _accuracy_lines(run: PastRun) -> list[Line]:
+def _score_lines(run: PastRun) -> list[Line]:
     """Student, its average, SL-Ts, and as level lines the teacher and the published number."""
-    evaluations = run.evaluations
-    found = {key for record in evaluations for key in record if key.endswith("_top1")}
+    evaluations, score = run.evaluations, run.score.key
+    ending = f"_{score}"
+    found = {key for record in evaluations for key in record if key.endswith(ending)}
     keys = sorted(key for key in found if not key.startswith(("teacher_", "train_")))
+    networks = {score: "student"} | {key: _network_name(key.removesuffix(ending)) for key in keys}
     lines = [
-        Line(_network_name(key), *_points(evaluations, key), index % 6)
-        for index, key in enumerate(["top1", *keys])
+        Line(name, *_points(evaluations, key), index % 6)
+        for index, (key, name) in enumerate(networks.items())
     ]
-    training = _points(run.of_kind("step"), "top1")
+    training = _points(run.of_kind("step"), score)
     lines.append(Line("student, training batches", *training, colour=0, faint=True))
-    teacher = [r["teacher_top1"] for r in run.records if r.get("teacher_top1") is not None]
+    teacher = [value for r in run.records if (value := r.get(f"teacher_{score}")) is not None]
     if teacher:
         lines.append(Line(f"teacher {teacher[-1]:.2f}", [], teacher[-1:], 6, dashed=True))
-    published = (run.recipe.get("expect") or {}).get("top1")
+    published = run.published
     if published is not None:
         lines.append(Line(f"published {published:.2f}", [], [published], 7, dashed=True))
     return [line for line in lines if line.y]
 
 
-def _network_name(key: str) -> str:
-    name = key.removesuffix("_top1")
-    if name in ("top1", "ema"):
-        return "student" if name == "top1" else "student, averaged (EMA)"
+def _network_name(name: str) -> str:
+    if name == "ema":
+        return "student, averaged (EMA)"
     return f"SL-T {name.removeprefix('slt')}" if name.startswith("slt") else name
+
+
+def _part_lines(run: PastRun) -> list[Line]:
+    lines = [
+        Line(name, *_points(run.evaluations, key), index)
+        for index, (key, name) in enumerate(PARTS_OF_AP.items())
+    ]
+    return [line for line in lines if line.y]  # no object of a size has no AP
 
 
 def _loss_lines(run: PastRun) -> list[Line]:

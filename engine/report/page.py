@@ -13,7 +13,7 @@ from typing import Any
 import jinja2
 
 from ..recipe import problems
-from ..run.past import Group, PastRun, by_seed, mean_and_spread, read_run
+from ..run.past import PastRun, Seeds, across_seeds, mean_and_spread, read_run
 from . import curves
 
 TEMPLATE = Path(__file__).resolve().parent / "templates" / "report.html"
@@ -22,21 +22,24 @@ TEMPLATE = Path(__file__).resolve().parent / "templates" / "report.html"
 def report(runs: list[Path], out: Path) -> Path:
     """Write the page about the given run directories to `out` and return its path.
 
-    Runs that differ only in seed are one row, with mean and sample standard deviation. Raises
-    FileNotFoundError for a folder that is not a run, ValueError without any run.
+    Runs that differ only in seed are one row, with mean and sample standard deviation; classifiers
+    and detectors have a table each, since top-1 and AP do not compare. Raises FileNotFoundError for
+    a folder that is not a run, ValueError without any run.
     """
     if not runs:
         raise ValueError("report needs at least one run directory")
     read = [read_run(Path(path)) for path in runs]
-    groups = by_seed(read)
+    groups = across_seeds(read)
     page = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     ).from_string(TEMPLATE.read_text(encoding="utf-8"))
     text = page.render(
         title=read[0].name if len(groups) == 1 else f"{len(groups)} recipes, {len(read)} runs",
-        results=[_result(group) for group in groups],
-        comparison=curves.comparison(groups) if len(read) > 1 else None,
-        differences=_differences(groups),
+        description=read[0].recipe.get("description", "") if len(groups) == 1 else "",
+        tasks=[
+            _task([group for group in groups if group.score == score])
+            for score in dict.fromkeys(group.score for group in groups)
+        ],
         runs=[_section(run) for run in read],
     )
     partial = out.with_name(out.name + ".tmp")
@@ -44,11 +47,21 @@ def report(runs: list[Path], out: Path) -> Path:
     return partial.replace(out)
 
 
-def _result(group: Group) -> dict[str, Any]:
-    """A row of the table of results; accuracies are text, percent."""
+def _task(groups: list[Seeds]) -> dict[str, Any]:
+    """What the page shows of all runs that are judged by the same score."""
+    several = sum(len(group.runs) for group in groups) > 1
+    return {
+        "score": groups[0].score,
+        "results": [_result(group) for group in groups],
+        "comparison": curves.comparison(groups) if several else None,
+        "differences": _differences(groups),
+    }
+
+
+def _result(group: Seeds) -> dict[str, Any]:
+    """A row of the table of results; scores are text, percent."""
     run = group.runs[0]
-    best, expect = group.top1("best"), run.recipe.get("expect") or {}
-    published = expect.get("top1")
+    best, published = group.scores("best"), run.published
     gain = None
     if best and published is not None:
         gain = f"{statistics.mean(best) - published:+.2f}"
@@ -58,17 +71,17 @@ def _result(group: Group) -> dict[str, Any]:
         "name": group.name,
         "method": run.recipe.get("method", {}).get("name", ""),
         "runs": group.runs,
-        "last": mean_and_spread(group.top1("last")),
+        "last": mean_and_spread(group.scores("last")),
         "best": mean_and_spread(best),
         "best_epoch": f"epoch {tops[0]['epoch']:g}" if len(tops) == 1 else "",
         "published": None if published is None else f"{published:.2f}",
-        "source": expect.get("source", ""),
+        "source": (run.recipe.get("expect") or {}).get("source", ""),
         "gain": gain,
         "speed": f"{statistics.median(speeds):,.0f}" if speeds else None,
     }
 
 
-def _differences(groups: list[Group]) -> dict[str, list[str]]:
+def _differences(groups: list[Seeds]) -> dict[str, list[str]]:
     """Settings that are not the same in all groups: dotted key and one value a group."""
     flat = [dict(problems.leaves(group.runs[0].recipe)) for group in groups]
     keys = dict.fromkeys(key for recipe in flat for key in recipe)
@@ -85,7 +98,6 @@ def _section(run: PastRun) -> dict[str, Any]:
         "folder": run.folder,
         "seed": run.seed,
         "state": run.state,
-        "description": run.recipe.get("description", ""),
         "charts": curves.charts(run),
         "notes": [record["text"] for record in run.of_kind("note")],
         "evaluations": [_evaluation(record) for record in run.evaluations],

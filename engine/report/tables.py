@@ -10,10 +10,10 @@ import rich.table
 from rich.text import Text
 
 from ..recipe import problems
-from ..recipe.load import Recipe, recipes
+from ..recipe.load import AnyRecipe, load, recipes
 from ..recipe.schema import Cell, RecipeError
-from ..run.folder import CARRIED_OUT, changes, plain
-from ..run.past import Group, PastRun, below, by_seed, mean_and_spread
+from ..run.folder import CARRIED_OUT, RECIPE, changes, plain
+from ..run.past import AP, PastRun, Seeds, across_seeds, below, mean_and_spread
 
 NOT_COMPARED = CARRIED_OUT | {"run.seed"}
 
@@ -26,8 +26,8 @@ class Entry:
     """A cell of a table, the recipe that reproduces it and the runs that did."""
 
     cell: Cell
-    recipe: Recipe
-    runs: Group = field(default_factory=lambda: Group([]))
+    recipe: AnyRecipe
+    runs: Seeds = field(default_factory=lambda: Seeds([]))
 
 
 @dataclass(frozen=True)
@@ -58,9 +58,9 @@ class Table:
         return list(dict.fromkeys(entry.cell.source for entry in self.entries.values()))
 
 
-def shipped() -> list[Recipe]:
+def shipped() -> list[AnyRecipe]:
     """All recipes that come with the package."""
-    return [Recipe.load(name) for name in recipes()]
+    return [load(name) for name in recipes()]
 
 
 def tables() -> list[str]:
@@ -82,7 +82,7 @@ def table(name: str, folder: str | Path | None = None) -> Table:
     return known[name] if folder is None else with_runs(known[name], below(Path(folder)))
 
 
-def published(written: Iterable[Recipe]) -> dict[str, Table]:
+def published(written: Iterable[AnyRecipe]) -> dict[str, Table]:
     """The tables whose cells the recipes name, rows and columns in the order of the recipes.
 
     Raises ValueError when two recipes claim the same cell.
@@ -111,7 +111,7 @@ def with_runs(table: Table, runs: list[PastRun]) -> Table:
     return Table(table.name, entries, list(dict.fromkeys(notes)))
 
 
-def counted(recipe: Recipe, runs: list[PastRun]) -> tuple[Group, list[str]]:
+def counted(recipe: AnyRecipe, runs: list[PastRun]) -> tuple[Seeds, list[str]]:
     """The finished runs of a recipe with its settings, one a seed; a note for each other run."""
     first: dict[int, PastRun] = {}
     notes = []
@@ -128,12 +128,12 @@ def counted(recipe: Recipe, runs: list[PastRun]) -> tuple[Group, list[str]]:
             notes.append(f"{run.path} does not count: seed {run.seed} is {first[run.seed].path}")
         else:
             first[run.seed] = run
-    return Group(list(first.values())), notes
+    return Seeds(list(first.values())), notes
 
 
-def changed(recipe: Recipe, run: PastRun) -> list[str]:
+def changed(recipe: AnyRecipe, run: PastRun) -> list[str]:
     """What a run changed of its recipe that can move the result, the seed aside."""
-    was, now = plain(recipe), plain(Recipe.load(run.path / "recipe.yaml"))
+    was, now = plain(recipe), plain(load(run.path / RECIPE))
     found = changes(
         {name: value for name, value in was.items() if name not in NOT_COMPARED},
         {name: value for name, value in now.items() if name not in NOT_COMPARED},
@@ -159,21 +159,26 @@ def render(table: Table) -> rich.table.Table:
     return drawn
 
 
-def render_groups(groups: list[Group]) -> rich.table.Table:
+def render_groups(groups: list[Seeds]) -> rich.table.Table:
     """Runs outside all published tables: a line for each recipe, over its seeds."""
     drawn = rich.table.Table(box=None, pad_edge=False)
     for heading in ("recipe", "seeds", "last", "best", "published"):
         drawn.add_column(heading, overflow="fold")
     for group in groups:
-        top1 = (group.runs[0].recipe.get("expect") or {}).get("top1")
-        last, best = (mean_and_spread(group.top1(which)) or "" for which in ("last", "best"))
-        published = "" if top1 is None else f"{top1:.2f}"
-        drawn.add_row(Text(group.name), str(len(group.runs)), last, best, published)
+        published = group.runs[0].published
+        numbers = [
+            mean_and_spread(group.scores("last")),
+            mean_and_spread(group.scores("best")),
+            None if published is None else f"{published:.2f}",
+        ]
+        mark = "AP " if group.score == AP else ""  # of top-1 it goes without saying
+        cells = ["" if number is None else mark + number for number in numbers]
+        drawn.add_row(Text(group.name), str(len(group.runs)), *cells)
     return drawn
 
 
 def summary(
-    written: Iterable[Recipe], runs: list[PastRun]
+    written: Iterable[AnyRecipe], runs: list[PastRun]
 ) -> tuple[list[rich.table.Table], list[str]]:
     """What the finished runs of these recipes came to: drawn tables, and notes to print below.
 
@@ -184,7 +189,7 @@ def summary(
     filled = [with_runs(found, finished) for found in published(written).values()]
     filled = [found for found in filled if found.count]
     shown = {run.path for found in filled for e in found.entries.values() for run in e.runs.runs}
-    rest = by_seed([run for run in finished if run.path not in shown])
+    rest = across_seeds([run for run in finished if run.path not in shown])
     notes = [note for recipe in written if recipe.expect for note in counted(recipe, finished)[1]]
     return [render(found) for found in filled] + ([render_groups(rest)] if rest else []), notes
 
@@ -197,6 +202,6 @@ def _cell(entry: Entry) -> Text:
     if runs.runs:
         count = len(runs.runs)
         for name in ("last", "best"):
-            text.append(f"\n{name} {mean_and_spread(runs.top1(name))}", style="bold")
+            text.append(f"\n{name} {mean_and_spread(runs.scores(name))}", style="bold")
         text.append(f"\n{count} seed{'s' if count > 1 else ''}", style="dim")
     return text

@@ -12,7 +12,16 @@ from ..recipe.load import Recipe
 from .folder import RECIPE, flat
 
 # What a run shares with those that train its teachers: where it runs, not what it computes.
-SHARED = ("data.root", "run.device", "run.threads", "run.seed", "data.workers", "run.compile")
+SHARED = (
+    "data.root",
+    "data.workers",
+    "data.prefetch",
+    "run.device",
+    "run.threads",
+    "run.seed",
+)
+# And how it is computed; a teacher that is there, or begun, stays with what it was begun with.
+NUMERICS = ("run.amp", "run.channels_last", "run.compile", "run.deterministic")
 
 Train = Callable[[Recipe, Path, bool], Path]
 
@@ -56,10 +65,7 @@ def _one(
         raise ValueError(
             f"{where}.trained_by: {' -> '.join((*way, name))} is a circle; give a checkpoint"
         )
-    given = flat(recipe.model_dump(mode="json"))
-    shared = [
-        f"{key}={json.dumps(given[key])}" for key in SHARED if given[key] is not None
-    ]  # JSON is YAML
+    shared = _words(recipe, (*SHARED, *NUMERICS))
     loaded = Recipe.load(name, [*shared, *words])
     if loaded.student.name != network["name"]:
         raise ValueError(
@@ -67,8 +73,18 @@ def _one(
             f"{network['name']}"
         )
     folder = runs / "-".join(_slug(part) for part in (name, *words, f"seed{loaded.run.seed}"))
+    begun = (folder / RECIPE).exists()
+    if begun:
+        as_begun = _words(Recipe.load(folder / RECIPE), NUMERICS)
+        loaded = Recipe.load(name, [*shared, *as_begun, *words])
     first = _trained(loaded, runs, train, (*way, name))
-    return train(first, folder, (folder / RECIPE).exists())
+    return train(first, folder, begun)
+
+
+def _words(recipe: Recipe, keys: tuple[str, ...]) -> list[str]:
+    """The settings of a recipe as words that override another's; JSON is YAML."""
+    given = flat(recipe.model_dump(mode="json"))
+    return [f"{key}={json.dumps(given[key])}" for key in keys if given[key] is not None]
 
 
 def _slug(text: str) -> str:

@@ -8,7 +8,6 @@ read) and sha256.json (the checksums of both). "NAME.tmp-PID" is one being writt
 from __future__ import annotations
 
 import errno
-import hashlib
 import io
 import json
 import os
@@ -16,6 +15,8 @@ import pickle
 import re
 import shutil
 from collections import OrderedDict
+from glob import escape
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -68,8 +69,7 @@ def save(
     _check_plain(tensors, "tensors")
     torch.save(tensors, state := io.BytesIO())
     contents = {STATE: state.getvalue(), FACTS: _json(facts)}
-    contents[SUMS] = _json({file: _digest(data) for file, data in contents.items()})
-
+    contents[SUMS] = _json({file: sha256(data).hexdigest() for file, data in contents.items()})
     folder = Path(folder)
     aside = folder / f"{name}.tmp-{os.getpid()}"
     try:
@@ -97,23 +97,31 @@ def load(path: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
     Never runs code from a checkpoint. Raises CheckpointError naming the file that is missing,
     damaged or refused.
     """
-    path = Path(path)
+    path = find(Path(path))
     if not path.is_dir():
-        # A writer killed between two renames leaves the replaced folder under another name.
-        replaced = sorted(path.parent.glob(f"{path.name}.old-*"))
-        if not replaced:
-            raise CheckpointError(f"checkpoint {path}: no such folder")
-        path = replaced[-1]
-    sums = _parse(path, SUMS, _read(path, SUMS))
-    contents = {file: _read(path, file) for file in (STATE, FACTS)}
-    for file, data in contents.items():
-        if sums.get(file) != _digest(data):
-            raise CheckpointError(f"checkpoint {path}: {file} does not match its checksum")
+        raise CheckpointError(f"checkpoint {path}: no such folder")
+    data, facts = verified(path, STATE, FACTS)
     try:
-        state = torch.load(io.BytesIO(contents[STATE]), map_location="cpu", weights_only=True)
+        state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except _REFUSED as error:
         raise CheckpointError(f"checkpoint {path}: {STATE} is refused: {error}") from error
-    return state, _parse(path, FACTS, contents[FACTS])
+    return state, _parse(path, FACTS, facts)
+
+
+def find(path: Path) -> Path:
+    """The folder `path`, or what it was to replace where a writer was killed between renames."""
+    replaced = [] if path.is_dir() else sorted(path.parent.glob(f"{escape(path.name)}.old-*"))
+    return replaced[-1] if replaced else path
+
+
+def verified(path: Path, *files: str) -> list[bytes]:
+    """What these files of the folder `path` hold; CheckpointError names one missing or damaged."""
+    sums = _parse(path, SUMS, _read(path, SUMS))
+    contents = [_read(path, file) for file in files]
+    for file, data in zip(files, contents, strict=True):
+        if sums.get(file) != sha256(data).hexdigest():
+            raise CheckpointError(f"checkpoint {path}: {file} does not match its checksum")
+    return contents
 
 
 def latest(folder: str | Path) -> Latest | None:
@@ -153,17 +161,12 @@ def _json(value: dict[str, Any]) -> bytes:
     return (json.dumps(value, indent=1, allow_nan=False) + "\n").encode()
 
 
-def _digest(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
-
-
 def _read(path: Path, file: str) -> bytes:
     try:
         return (path / file).read_bytes()
     except OSError as error:
-        raise CheckpointError(
-            f"checkpoint {path}: {file} cannot be read: {error.strerror}"
-        ) from error
+        why = f"{file} cannot be read: {error.strerror}"
+        raise CheckpointError(f"checkpoint {path}: {why}") from error
 
 
 def _parse(path: Path, file: str, data: bytes) -> dict[str, Any]:
@@ -176,8 +179,7 @@ def _parse(path: Path, file: str, data: bytes) -> dict[str, Any]:
 def _explain(error: OSError, folder: Path, size: int) -> str:
     text = f"cannot write {error.filename}: {error.strerror}; earlier checkpoints are intact"
     if error.errno in _FULL:
-        there = next(path for path in (folder, *folder.parents) if path.exists())
-        free = shutil.disk_usage(there).free
+        free = shutil.disk_usage(next(p for p in (folder, *folder.parents) if p.exists())).free
         text += f"; it takes {size / 1e6:.1f} MB, the disk has {free / 1e6:.1f} MB free"
     return text
 
@@ -230,10 +232,8 @@ def _alive(pid: int) -> bool:
         return False
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # it lives, as another user's
-        pass
+    except OSError as error:  # of a living process: it is another user's
+        return error.errno != errno.ESRCH
     return True
 
 

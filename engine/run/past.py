@@ -1,4 +1,4 @@
-"""Reading run directories back: what a run was, how far it came, which runs differ only in seed."""
+"""Reading run directories back: what a run was, how far it came, what it left behind."""
 
 from __future__ import annotations
 
@@ -7,12 +7,28 @@ import statistics
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..recipe import yamlfile
-from . import log
+from ..recipe.load import Recipe
+from . import checkpoint, log
+from .folder import ENVIRONMENT, RECIPE
 
-RECIPE, ENVIRONMENT = "recipe.yaml", "environment.json"
+
+class Score(NamedTuple):
+    """What the runs of a task are judged by, in percent."""
+
+    key: str  # in the records of a log and in a recipe's `expect`
+    name: str
+    short: str
+
+    @property
+    def title(self) -> str:
+        return self.name[0].upper() + self.name[1:]
+
+
+TOP1 = Score("top1", "top-1 accuracy", "top-1")
+AP = Score("ap", "box AP", "AP")
 
 
 @dataclass(frozen=True)
@@ -39,10 +55,19 @@ class PastRun:
     def seed(self) -> int:
         return self.recipe.get("run", {}).get("seed", 0)
 
+    @property
+    def score(self) -> Score:
+        return AP if self.recipe.get("task") == "detection" else TOP1
+
+    @property
+    def published(self) -> float | None:
+        """The score that was published for its recipe."""
+        return (self.recipe.get("expect") or {}).get(self.score.key)
+
     @cached_property
     def evaluations(self) -> list[dict[str, Any]]:
-        """Epoch records with a top-1 accuracy (percent), in order."""
-        return [record for record in self.of_kind("epoch") if record.get("top1") is not None]
+        """Epoch records with a score, in order."""
+        return [r for r in self.of_kind("epoch") if r.get(self.score.key) is not None]
 
     @property
     def last(self) -> dict[str, Any] | None:
@@ -50,8 +75,8 @@ class PastRun:
 
     @property
     def best(self) -> dict[str, Any] | None:
-        """The evaluation with the highest top-1, the earliest of equal ones."""
-        return max(self.evaluations, key=lambda record: record["top1"], default=None)
+        """The evaluation with the highest score, the earliest of equal ones."""
+        return max(self.evaluations, key=lambda record: record[self.score.key], default=None)
 
     @property
     def finished(self) -> bool:
@@ -76,8 +101,8 @@ class PastRun:
 
 
 @dataclass(frozen=True)
-class Group:
-    """Runs of one recipe that differ in nothing but the seed."""
+class Seeds:
+    """The runs of one recipe over its seeds, whose results are averaged."""
 
     runs: list[PastRun]
 
@@ -85,18 +110,20 @@ class Group:
     def name(self) -> str:
         return self.runs[0].name
 
-    def top1(self, which: str) -> list[float]:
-        """Top-1 (percent), `which` 'last' or 'best', of the finished runs or, with none, of all."""
+    @property
+    def score(self) -> Score:
+        return self.runs[0].score
+
+    def scores(self, which: str) -> list[float]:
+        """The scores, `which` 'last' or 'best', of the finished runs or, with none, of all."""
         counted = [run for run in self.runs if run.finished] or self.runs
         found = [getattr(run, which) for run in counted]
-        return [record["top1"] for record in found if record is not None]
+        return [record[self.score.key] for record in found if record is not None]
 
 
 def read_run(path: Path) -> PastRun:
     """Read a run directory. Raises FileNotFoundError for a folder that is none, by its name."""
-    if not (path / RECIPE).is_file():
-        what = f"has no {RECIPE}" if path.is_dir() else "does not exist"
-        raise FileNotFoundError(f"{path} is not a run directory: it {what}")
+    _check_is_run(path)
     facts = path / ENVIRONMENT
     written = path / log.NAME
     return PastRun(
@@ -107,13 +134,42 @@ def read_run(path: Path) -> PastRun:
     )
 
 
-def by_seed(runs: list[PastRun]) -> list[Group]:
-    """Group the runs that differ only in run.seed, in the order in which they come."""
+def recipe_of(path: Path) -> Recipe:
+    """The recipe of a run directory, for its checkpoints: no files, nothing compiled.
+
+    Raises FileNotFoundError for a folder that is none, ValueError for a detector's.
+    """
+    _check_is_run(path)
+    loaded = Recipe.load(path / RECIPE)
+    if not isinstance(loaded, Recipe):
+        raise ValueError(f"{path} is a run of a detector; its weights are in checkpoints/")
+    recipe = loaded.without_files()
+    return recipe.model_copy(update={"run": recipe.run.model_copy(update={"compile": False})})
+
+
+def checkpoints_of(path: Path) -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
+    """Weights and facts of the newest usable checkpoint and, once there is one, of the best."""
+    last = checkpoint.latest(path / "checkpoints")
+    if last is None:
+        raise checkpoint.CheckpointError(f"{path}: no checkpoint yet")
+    for reason in last.skipped:
+        print(f"skipped a damaged checkpoint: {reason}", flush=True)
+    found = {"last": (last.state, last.facts)}
+    if "best" in last.facts["results"]:
+        try:
+            found["best"] = checkpoint.load(path / "checkpoints" / "best")
+        except checkpoint.CheckpointError as error:
+            print(f"without the best one: {error}", flush=True)
+    return found
+
+
+def across_seeds(runs: list[PastRun]) -> list[Seeds]:
+    """The runs, those together that differ only in run.seed, in the order in which they come."""
     groups: dict[str, list[PastRun]] = {}
     for run in runs:
         recipe = {**run.recipe, "run": {**run.recipe.get("run", {}), "seed": None}}
         groups.setdefault(json.dumps(recipe, sort_keys=True), []).append(run)
-    return [Group(members) for members in groups.values()]
+    return [Seeds(members) for members in groups.values()]
 
 
 def below(folder: Path) -> list[PastRun]:
@@ -129,3 +185,9 @@ def mean_and_spread(values: list[float]) -> str | None:
         return None
     mean = f"{statistics.mean(values):.2f}"
     return f"{mean} \u00b1 {statistics.stdev(values):.2f}" if len(values) > 1 else mean
+
+
+def _check_is_run(path: Path) -> None:
+    if not (path / RECIPE).is_file():
+        what = f"has no {RECIPE}" if path.is_dir() else "does not exist"
+        raise FileNotFoundError(f"{path} is not a run directory: it {what}")

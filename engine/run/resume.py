@@ -1,36 +1,24 @@
-"""What every run does alike between its state and its checkpoints, whatever it trains."""
+"""Going on with a run: what has to be as it was, and what a reader should know of the rest."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..recipe.schema import RecipeBase
-from ..training.meters import Diverged
-from ..training.ranks import Group
 from .checkpoint import Latest
 from .folder import RECIPE, changes, plain, refuse
 from .past import read_run
 
 
-def check_finite(weights: Iterable[Tensor], step: int) -> None:
-    """Raise Diverged when one of the weights after `step` steps is not finite."""
-    if not torch.stack([value.isfinite().all() for value in weights]).all():
-        raise Diverged(
-            f"the weights after step {step} are not finite: stopped, checkpoints before "
-            "it are kept; lower optim.lr, add optim.warmup_epochs or look at the data"
-        )
-
-
-def machine(group: Group) -> dict[str, Any]:
+def machine(processes: int, device: str) -> dict[str, Any]:
     """What the bytes of a run depend on beside its recipe and data."""
     return {
-        "processes": group.world,
-        "device": group.device.type,
+        "processes": processes,
+        "device": device,
         "torch": str(torch.__version__),
         "threads": torch.get_num_threads(),
     }

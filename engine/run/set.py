@@ -7,27 +7,26 @@ import re
 import sys
 import traceback
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-import torch
-
 from ..recipe import problems, yamlfile
-from ..recipe.load import Recipe, recipes
+from ..recipe.load import AnyRecipe, load, recipes
 from ..recipe.schema import RecipeError
-from ..report.tables import published
 from .folder import RECIPE, check_folder, occupied, one_word
 from .past import read_run
+
+Train = Callable[[AnyRecipe, Path, bool], Path]
 
 
 @dataclass(frozen=True)
 class Member:
     """One run of a set."""
 
-    written: Recipe  # before the words of the command line, where it is whole without them
-    recipe: Recipe
+    written: AnyRecipe  # before the words of the command line, where it is whole without them
+    recipe: AnyRecipe
     folder: str  # within the set's folder
 
 
@@ -59,18 +58,15 @@ def expand(names: Iterable[str]) -> list[str]:
 def members(names: Iterable[str], words: list[str], seeds: int) -> list[Member]:
     """The runs of a set: every recipe with the seeds run.seed ... run.seed + seeds - 1.
 
-    Raises RecipeError, one problem a line with its recipe's name, and ValueError where two recipes
-    claim one cell of a published table: before anything is trained.
+    Raises RecipeError, one problem a line with its recipe's name, before anything is trained.
     """
     found: list[Member] = []
     wrong: list[str] = []
     for name in names:
         try:
-            start = Recipe.load(name, words)
-            if not isinstance(start, Recipe):
-                raise RecipeError("detectors are trained one at a time, without seeds=")
+            start = load(name, words)
             for seed in range(start.run.seed, start.run.seed + seeds):
-                recipe = Recipe.load(name, [*words, f"run.seed={seed}"])
+                recipe = load(name, [*words, f"run.seed={seed}"])
                 folder = one_word(f"{recipe.name}-seed{seed}")
                 found.append(Member(_written(name, start), recipe, folder))
         except RecipeError as error:
@@ -80,7 +76,6 @@ def members(names: Iterable[str], words: list[str], seeds: int) -> list[Member]:
             wrong.append(f"{folder}: the folder of {count} runs; rename a recipe's file or row")
     if wrong:
         raise RecipeError("\n".join(wrong))
-    published({run.written.name: run.written for run in found}.values())
     return found
 
 
@@ -91,13 +86,14 @@ def default_base(runs: list[Member]) -> Path:
     return Path("runs") / one_word(f"{'-'.join(shared)}-set")
 
 
-def train_set(runs: list[Member], folder: Path, resume: bool) -> list[str]:
+def train_set(runs: list[Member], folder: Path, resume: bool, train: Train) -> list[str]:
     """Train the runs into `folder`, one subfolder each; a line for each run that failed.
 
-    A run that fails does not stop the next. Under torchrun it does, because the other processes
-    may be waiting for this one in the middle of a step: its error is raised. With `resume`,
-    finished runs are left alone, unfinished ones go on, and runs that were not there start. Raises
-    ValueError for a folder with something in it and no `resume`, or that is a single run.
+    `train(recipe, folder, resume)` trains one. A run that fails does not stop the next; under
+    torchrun it does, because the other processes may be waiting for this one in the middle of a
+    step: its error is raised. With `resume`, finished runs are left alone, unfinished ones go on,
+    and runs that were not there start. Raises ValueError for a folder with something in it and no
+    `resume`, or that is a single run.
     """
     if occupied(folder):
         if (folder / RECIPE).exists():
@@ -108,8 +104,6 @@ def train_set(runs: list[Member], folder: Path, resume: bool) -> list[str]:
                 "the set"
             )
     done = [_finished(folder / run.folder) for run in runs]  # before any process writes
-    from ..training.loop import train
-
     failures = []
     for number, (run, finished) in enumerate(zip(runs, done, strict=True), 1):
         out = folder / run.folder
@@ -120,7 +114,7 @@ def train_set(runs: list[Member], folder: Path, resume: bool) -> list[str]:
             if finished:
                 check_folder(out, run.recipe, resume=True)
             else:
-                train(run.recipe, out=out, resume=resume)
+                train(run.recipe, out, resume)
         except Exception as error:
             if int(os.environ.get("WORLD_SIZE", "1")) > 1:
                 raise
@@ -128,15 +122,12 @@ def train_set(runs: list[Member], folder: Path, resume: bool) -> list[str]:
             print(f"failed: {error}", file=sys.stderr, flush=True)
             if not problems.for_users(error):
                 traceback.print_exc()
-        finally:
-            if run.recipe.run.compile:
-                torch.compiler.reset()  # its limit of recompilations counts over the process
     return failures
 
 
-def _written(name: str, loaded: Recipe) -> Recipe:
+def _written(name: str, loaded: AnyRecipe) -> AnyRecipe:
     try:
-        return Recipe.load(name)
+        return load(name)
     except RecipeError:  # the words give what the file leaves out
         return loaded
 

@@ -8,14 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from ..data.batch import Batch
-from ..data.loaders import Loader, make_loader
+from ..data.loaders import make_loader
 from ..data.sources import open_source
-from ..run.environment import settings
-from ..run.finished import checkpoints_of, recipe_of
+from ..run.past import checkpoints_of, recipe_of
+from .build import build
 from .meters import Diverged
 from .networks import Distiller
+from .process import settings
 from .ranks import Group, join
-from .state import State
 
 
 def hits(logits: Tensor, target: Tensor) -> Tensor:
@@ -68,10 +68,9 @@ def accuracy(
     return found
 
 
-def evaluate_state(state: State, val: Loader, group: Group) -> dict[str, float]:
+def measure(distiller: Distiller, batches: Iterable[Batch], group: Group) -> dict[str, float]:
     """Percent: top1 and top5 of the student; slt0_top1, ema_top1 and so on of the others."""
-    state.average_batchnorm()
-    found = accuracy(state.distiller, state.networks(), val.epoch(0), group)
+    found = accuracy(distiller, distiller.evaluated(), batches, group)
     student = found.pop("student")
     return student | {f"{name}_{k}": v for name, row in found.items() for k, v in row.items()}
 
@@ -79,7 +78,7 @@ def evaluate_state(state: State, val: Loader, group: Group) -> dict[str, float]:
 def evaluate(run: str | Path) -> dict[str, dict[str, float]]:
     """Evaluate the last and the best checkpoint of a run's folder again, and print the results.
 
-    {"last": {...}, "best": {...}}, each as `evaluate_state` gives it, with the checkpoint's step.
+    {"last": {...}, "best": {...}}, each as `measure` gives it, with the checkpoint's step.
     Raises FileNotFoundError for a folder that is no run, CheckpointError (a RuntimeError) when
     there is no checkpoint to use.
     """
@@ -89,7 +88,7 @@ def evaluate(run: str | Path) -> dict[str, dict[str, float]]:
     group = join(recipe.run.device)
     with settings(recipe.run):
         val_set = open_source(recipe.data, "val")
-        state = State(recipe, group, len(val_set.classes), {})
+        distiller = build(recipe, len(val_set.classes), group.device)
         loader = make_loader(
             val_set,
             recipe.data,
@@ -102,13 +101,10 @@ def evaluate(run: str | Path) -> dict[str, dict[str, float]]:
         )
         with closing(loader) as val:
             for name, (weights, facts) in checkpoints_of(run).items():
-                state.load_networks(weights)
-                found = evaluate_state(state, val, group)
+                distiller.load(weights)
+                found = measure(distiller, val.epoch(0), group)
                 results[name] = {"step": facts["step"], **found}
                 if group.first:
-                    print(f"{name} (step {facts['step']}): {_words(found)}", flush=True)
+                    words = ", ".join(f"{k} {value:.2f}" for k, value in found.items())
+                    print(f"{name} (step {facts['step']}): {words}", flush=True)
     return results
-
-
-def _words(found: dict[str, float]) -> str:
-    return ", ".join(f"{name} {value:.2f}" for name, value in found.items())

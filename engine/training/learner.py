@@ -1,4 +1,4 @@
-"""A student with all that learns beside it: one method's part of a run."""
+"""A learner: a student with all that is trained beside it, by one method."""
 
 from __future__ import annotations
 
@@ -12,10 +12,14 @@ from torch import Tensor, nn
 
 from ..methods import Method, Networks, Outputs, Role, Terms
 from ..models import Taps, Until, points, shapes, unreached
+from .ema import EMA
 
 
-class Branch(nn.Module):
-    """Student, SL-Ts and head of one method. The frozen teachers stand outside, shared by all."""
+class Learner(nn.Module):
+    """Student, SL-Ts and head of one method. The frozen teachers stand outside, shared by all.
+
+    The student's average, where there is one, is not in the module tree: it has no gradients.
+    """
 
     def __init__(
         self,
@@ -55,7 +59,7 @@ class Branch(nn.Module):
             for parameter in unreached(student, self.reads["student"], size):
                 parameter.requires_grad_(False)
         self._taps: list[Taps] = []  # of the student and of each SL-T
-        self._average: tuple[nn.Module, ...] = ()
+        self._average: tuple[EMA, ...] = ()
         self._features: Callable[[Outputs, Tensor], Terms] = method.features
 
     @property
@@ -63,27 +67,33 @@ class Branch(nn.Module):
         """What is evaluated and exported."""
         return self.method.deployed(self.student, self.head, partial(Until, self.student))
 
-    def load(self, held: dict[str, Any]) -> None:
-        """Take the weights of student, SL-Ts and head from what a checkpoint holds."""
-        self.student.load_state_dict(held["student"])
-        for slt, weights in zip(self.slts, held["slts"], strict=True):
-            slt.load_state_dict(weights)
-        if self.head is not None:
-            self.head.load_state_dict(held["head"])
+    @property
+    def average(self) -> EMA | None:
+        """The average of what is deployed."""
+        return self._average[0] if self._average else None
 
-    def follow(self, average: nn.Module) -> None:
-        """Let a method that reads it have the student's average."""
-        if self.method.uses_average:
-            self._average = (average,)
+    def trained(self) -> dict[str, list[nn.Module]]:
+        """The modules of each optimiser: the student with its head, and every SL-T."""
+        heads = [] if self.head is None else [self.head]
+        slts: dict[str, list[nn.Module]] = {f"slt{i}": [slt] for i, slt in enumerate(self.slts)}
+        return {"student": [self.student, *heads], **slts}
 
-    def prepare(self, compile: bool) -> None:
-        """Tap the networks and compile everything if asked: once, after the student was copied."""
+    def follow(self, decay: float) -> None:
+        """Average the student from now on; before `prepare`, once its device is the last one."""
+        self._average = (EMA(self.deployed, decay),)
+
+    def prepare(self) -> None:
+        """Tap the networks: once, after the student was copied and before anything is compiled."""
         self._taps = [Taps(self.student, self.reads.get("student", ()))]
         self._taps += [Taps(slt, self.reads.get("slts", ())) for slt in self.slts]
-        if compile:
-            for network in (self.student, *self.slts, *([self.head] if self.head else [])):
-                network.compile(dynamic=False)
-            self._features = torch.compile(self.method.features, dynamic=False)
+
+    def networks(self) -> list[nn.Module]:
+        """All that has a forward pass in each step."""
+        return [self.student, *self.slts, *([self.head] if self.head else [])]
+
+    def compile_features(self) -> None:
+        """Compile the losses of the feature maps as one."""
+        self._features = torch.compile(self.method.features, dynamic=False)
 
     def forward(
         self,
@@ -100,9 +110,9 @@ class Branch(nn.Module):
         out.student_taps = self._taps[0].take()
         out.teacher_taps = {n: taught.teacher_taps[n] for n in self.reads.get("teacher", ())}
         out.slt_taps = [taps.take() for taps in self._taps[1:]]
-        for average in self._average:
+        if self.average is not None and self.method.uses_average:
             with torch.no_grad():
-                out.average = average(made["student"])
+                out.average = self.average.module(made["student"])
         if self.head is not None:
             out.head = self.head(out, target, index)
         return out
@@ -110,3 +120,28 @@ class Branch(nn.Module):
     def loss(self, out: Outputs, target: Tensor, epoch: float) -> tuple[Tensor, Terms]:
         """The method's loss and terms for what `forward` gave."""
         return self.method.loss(replace(out, features=self._features(out, target)), target, epoch)
+
+    def update_average(self) -> None:
+        """Take the student's weights into its average, if there is one."""
+        if self.average is not None:
+            self.average.update(self.deployed)
+
+    def weights(self, whole: bool) -> dict[str, Any]:
+        """What a checkpoint holds; the head only where it is `whole` or the method deploys it."""
+        head = self.head if whole or self.method.deploys_head else None
+        return {
+            "student": self.student.state_dict(),
+            "slts": [slt.state_dict() for slt in self.slts],
+            "head": None if head is None else head.state_dict(),
+            "ema": None if self.average is None else self.average.state_dict(),
+        }
+
+    def load(self, held: Mapping[str, Any]) -> None:
+        """Take the weights of everything from what a checkpoint holds."""
+        self.student.load_state_dict(held["student"])
+        for slt, weights in zip(self.slts, held["slts"], strict=True):
+            slt.load_state_dict(weights)
+        if self.head is not None:
+            self.head.load_state_dict(held["head"])
+        if self.average is not None:
+            self.average.load_state_dict(held["ema"])

@@ -1,14 +1,13 @@
-"""The optimiser of a network, its learning rate at any moment, and the average of its weights."""
+"""The optimiser of a network, and its learning rate at any moment."""
 
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
 
 from ..recipe.schema import Optim
@@ -40,6 +39,13 @@ def decay_groups(optim: Optim, modules: Iterable[nn.Module]) -> list[dict[str, A
 def _undecayed(module: nn.Module) -> Iterable[str]:
     named: Any = getattr(module, "no_weight_decay", ())
     return named() if callable(named) else named
+
+
+def build_optimizers(
+    optim: Optim, trained: Mapping[str, Iterable[nn.Module]]
+) -> dict[str, torch.optim.Optimizer]:
+    """An optimiser for each name, of the trainable parameters of its modules."""
+    return {name: build_optimizer(optim, decay_groups(optim, own)) for name, own in trained.items()}
 
 
 def build_optimizer(
@@ -106,38 +112,3 @@ def clip_gradients(optimizer: torch.optim.Optimizer, norm: float) -> None:
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     nn.utils.clip_grad_norm_(parameters, norm, error_if_nonfinite=False)
-
-
-class EMA:
-    """A copy of a network, `module`, whose parameters are an exponential moving average.
-
-    The n-th update (from 0) keeps min(decay, (1 + n) / (10 + n)) of the average, so that the
-    random start is soon forgotten. Buffers, the integer ones too, are copied. `module` is in eval
-    mode, has no gradients, is not compiled, and is evaluated like any network.
-    """
-
-    def __init__(self, model: nn.Module, decay: float) -> None:
-        self.decay = decay
-        self.updates = 0
-        self.module = copy.deepcopy(model).eval().requires_grad_(False)
-
-    @torch.no_grad()
-    def update(self, model: nn.Module) -> None:
-        """Take in the weights of `model`, which has the structure of the one at the start."""
-        keep = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        average: list[Tensor] = list(self.module.parameters())
-        current: list[Tensor] = list(model.parameters())
-        torch._foreach_lerp_(average, current, 1 - keep)
-        buffers = list(self.module.buffers())
-        if buffers:
-            torch._foreach_copy_(buffers, list(model.buffers()))
-        self.updates += 1
-
-    def state_dict(self) -> dict[str, Any]:
-        """The averaged weights ("module") and the number of updates ("updates")."""
-        return {"module": self.module.state_dict(), "updates": self.updates}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a `state_dict()`. Raises RuntimeError when the networks differ."""
-        self.module.load_state_dict(state["module"])
-        self.updates = state["updates"]

@@ -3,6 +3,7 @@
 import atexit
 import inspect
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,11 +73,11 @@ class Group:
         options: dict[str, Any] = {SYNC_BUFFERS: False, "gradient_as_bucket_view": True}
         return DistributedDataParallel(module, device_ids=ids, **options)
 
-    def average_batchnorm(self, module: nn.Module) -> None:
-        """Replace the running statistics of `module` by their mean over the processes."""
+    def average_batchnorm(self, modules: Iterable[nn.Module]) -> None:
+        """Replace running statistics among `modules` by their mean over the processes."""
         if self.world == 1:
             return
-        for norm in module.modules():
+        for norm in modules:
             if isinstance(norm, _BatchNorm) and norm.running_mean is not None:
                 for value in (norm.running_mean, norm.running_var):
                     assert value is not None

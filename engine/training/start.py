@@ -1,20 +1,61 @@
-"""Training whatever a recipe is of."""
+"""Training, whatever a recipe is of: its folder, its task, and the loop."""
 
 from __future__ import annotations
 
+from contextlib import closing
 from pathlib import Path
 
-from ..recipe.load import DetectionRecipe, Recipe
+from ..recipe.load import AnyRecipe, DetectionRecipe, Recipe
+from ..run.chain import trained
+from ..run.folder import CARRIED_OUT, RECIPE, changes, check_folder, default_folder, plain, refuse
+from ..run.past import read_run
+from .classification import Classification
+from .compiled import compiling
+from .loop import Loop
+from .process import settings
+from .ranks import Group, join
+from .task import Task
 
 
-def train(
-    recipe: Recipe | DetectionRecipe, out: str | Path | None = None, resume: bool = False
-) -> Path:
-    """Train a classifier or a detector, as `loop.train` or `detection.loop.train` does."""
+def train(recipe: AnyRecipe, out: str | Path | None = None, resume: bool = False) -> Path:
+    """Train what the recipe says and return the run's folder (default: runs/NAME).
+
+    Under torchrun every process calls it. With `resume`, a run that was killed goes on from its
+    newest good checkpoint and ends as if it had not been killed. Raises ValueError for a folder
+    with something in it and no `resume`; for a recipe, data or teacher other than those that the
+    run was started with; for a teacher at chance level; for run.device=cuda without CUDA.
+    Raises Diverged, a RuntimeError, when a loss is not finite.
+
+    Networks that have `trained_by` and no checkpoint are trained first, beside the run's folder.
+    """
+    folder = Path(out) if out is not None else default_folder(recipe)
+    if isinstance(recipe, Recipe):
+        recipe = trained(recipe, folder.parent, _train_once)
+    group = join(recipe.run.device)
+    with settings(recipe.run), compiling(recipe.run.compile):
+        if group.first:
+            check_folder(folder, recipe, resume)
+        group.wait()
+        with closing(open_task(recipe, group)) as task:
+            Loop(recipe, folder, group, task).run(resume)
+        group.wait()
+    return folder
+
+
+def open_task(recipe: AnyRecipe, group: Group) -> Task:
+    """What a recipe trains, ready for the first step."""
     if isinstance(recipe, DetectionRecipe):
-        from ..detection.loop import train as detect
+        from ..detection.task import Detection  # no other run needs what it imports
 
-        return detect(recipe, out, resume)
-    from .loop import train as classify
+        return Detection(recipe, group)
+    return Classification(recipe, group)
 
-    return classify(recipe, out, resume)
+
+def _train_once(recipe: Recipe, folder: Path, resume: bool) -> Path:
+    """Train, unless the folder holds the finished run of the same recipe."""
+    if resume and read_run(folder).finished:
+        was, now = plain(Recipe.load(folder / RECIPE)), plain(recipe)
+        drift = changes({k: now.get(k, v) if k in CARRIED_OUT else v for k, v in was.items()}, now)
+        refuse(drift, f"cannot use {folder} as it was trained before: its recipe is another")
+        return folder
+    return train(recipe, folder, resume)

@@ -1,74 +1,70 @@
 """All that a run changes while it trains, and the way of that into a checkpoint and back."""
 
-from collections.abc import Mapping
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from torch import Tensor, nn
+import torch
+from torch import nn
+from torch.optim import Optimizer
 
-from ..recipe.load import Recipe
-from ..run import checkpoint, resume, rng
-from ..run.environment import seed
-from .learner import Branch
-from .meters import Meters
-from .networks import MAIN, build, prefix, role
-from .optim import EMA, build_optimizer, decay_groups
+from ..recipe.load import AnyRecipe
+from ..run import checkpoint, resume
+from . import process
+from .ema import EMA
+from .meters import Diverged, Meters
 from .ranks import Group
 
 
+class Networks(Protocol):
+    """What a run's networks answer, whatever they are of: a module whose parameters are trained."""
+
+    teacher_digest: str | None
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """As of every module."""
+
+    def modules(self) -> Iterator[nn.Module]:
+        """As of every module."""
+
+    def averages(self) -> list[EMA]:
+        """The averages of students, which are not in the module tree."""
+
+    def weights(self, whole: bool) -> dict[str, Any]:
+        """What a checkpoint holds; `whole`: all that a resumed run needs, else what is kept."""
+
+    def load(self, held: Mapping[str, Any]) -> None:
+        """Take the weights of everything that is trained from what a checkpoint holds."""
+
+
 class State:
-    """Networks, optimisers, average, meters, and how far the run is."""
+    """Networks, optimisers, meters, and how far the run is."""
 
     def __init__(
         self,
-        recipe: Recipe,
+        recipe: AnyRecipe,
         group: Group,
+        networks: Networks,
+        optimizers: dict[str, Optimizer],
         classes: int,
         sources: Mapping[str, str],
-        labels: Tensor | None = None,
     ) -> None:
-        """`sources` name the data; a checkpoint made from other data will not be resumed.
-
-        `labels` are the training set's, None for a state that only evaluates.
-        """
+        """`sources` name the data; a checkpoint made from other data will not be resumed."""
         self.recipe, self.group, self.classes = recipe, group, classes
-        seed(recipe.run.seed)  # the same random weights in every process
-        self.distiller = build(recipe, classes, group.device, labels)
-        self.branches = self.distiller.parts
-        self.averages = {
-            name: EMA(branch.deployed, recipe.optim.ema)
-            for name, branch in self.branches.items()
-            if recipe.optim.ema is not None
-        }
-        for name, average in self.averages.items():
-            self.branches[name].follow(average.module)
-        self.distiller.prepare(recipe.run.compile)
-        self.optimizers = {
-            f"{prefix(name)}{network}": build_optimizer(
-                recipe.optim, decay_groups(recipe.optim, modules)
-            )
-            for name, branch in self.branches.items()
-            for network, modules in _trained(branch).items()
-        }
+        self.networks, self.optimizers = networks, optimizers
         self.meters = Meters(group)
         self.done = 0  # finished steps
         self.results: dict[str, dict[str, float]] = {}  # the best and the last evaluation
-        self.sources = {**sources, "teacher's weights": self.distiller.teacher_digest}
-        self.machine = resume.machine(group)
-        seed(recipe.run.seed + group.rank)  # dropout differs between processes
-
-    def networks(self) -> dict[str, tuple[nn.Module, str]]:
-        """Everything that is evaluated, by the name in logs, each with its role in `inputs`."""
-        found = self.distiller.networks()
-        for name, average in self.averages.items():
-            found[f"{prefix(name)}ema"] = (average.module, role(name, "student"))
-        return found
+        self.sources = {**sources, "teacher's weights": networks.teacher_digest}
+        self.machine = resume.machine(group.world, group.device.type)
 
     def average_batchnorm(self) -> None:
         """Give all processes the same running statistics, before anything reads them."""
-        self.group.average_batchnorm(self.distiller)
-        for average in self.averages.values():
-            self.group.average_batchnorm(average.module)
+        self.group.average_batchnorm(self.networks.modules())
+        for average in self.networks.averages():
+            self.group.average_batchnorm(average.module.modules())
 
     def save(self, folder: Path, name: str) -> None:
         """Write a checkpoint: what a resumed run needs, or for "best" the networks alone.
@@ -79,14 +75,13 @@ class State:
         best = name == "best"
         self.average_batchnorm()
         self.meters.gather()
-        resume.check_finite(self.distiller.parameters(), self.done)
-        networks = {name: self._networks(name, whole=not best) for name in self.branches}
-        state: dict[str, Any] = {**networks.pop(MAIN), "also": networks}
+        self._check_finite()
+        state = self.networks.weights(whole=not best)
         if not best:
             state |= {
                 "optimizers": {k: o.state_dict() for k, o in self.optimizers.items()},
                 "meters": self.meters.state_dict(),
-                "rng": self.group.all(rng.capture()),
+                "rng": self.group.all(process.capture()),
             }
         facts = {
             "step": self.done,
@@ -102,44 +97,28 @@ class State:
     def restore(self, folder: Path) -> list[str]:
         """Go on from the newest good checkpoint, if there is one; notes for the log.
 
-        Raises ValueError when data or teacher are not those of the checkpoint.
+        Raises ValueError when recipe, data or teacher are not those of the checkpoint.
         """
         found = checkpoint.latest(folder)
         if found is None:
             return []
         state, facts = found.state, found.facts
         resume.check_same_run(found, self.sources, self.recipe)
-        self.load_networks(state)
+        self.networks.load(state)
+        # Detectors' runs had the one of their student alone.
+        optimizers = state.get("optimizers") or {"student": state["optimizer"]}
         for name, optimizer in self.optimizers.items():
-            optimizer.load_state_dict(state["optimizers"][name])
+            optimizer.load_state_dict(optimizers[name])
         self.meters.load_state_dict(state["meters"])
         if self.group.rank < len(state["rng"]):
-            rng.restore(state["rng"][self.group.rank])
+            process.restore(state["rng"][self.group.rank])
         self.done, self.results = facts["step"], facts["results"]
         return resume.notes(found, self.machine)
 
-    def load_networks(self, state: dict[str, Any]) -> None:
-        """Take the weights of everything that is trained from a checkpoint."""
-        for name, held in {MAIN: state, **state["also"]}.items():
-            self.branches[name].load(held)
-            if name in self.averages:
-                self.averages[name].load_state_dict(held["ema"])
-
-    def _networks(self, name: str, whole: bool) -> dict[str, Any]:
-        """What a checkpoint holds of a branch; the head only where it is `whole` or deployed."""
-        branch = self.branches[name]
-        average = self.averages.get(name)
-        head = branch.head if whole or branch.method.deploys_head else None
-        return {
-            "student": branch.student.state_dict(),
-            "slts": [slt.state_dict() for slt in branch.slts],
-            "head": None if head is None else head.state_dict(),
-            "ema": None if average is None else average.state_dict(),
-        }
-
-
-def _trained(branch: Branch) -> dict[str, list[nn.Module]]:
-    """The modules of each optimiser: the student with its head, and every SL-T."""
-    heads = [] if branch.head is None else [branch.head]
-    slts: dict[str, list[nn.Module]] = {f"slt{i}": [slt] for i, slt in enumerate(branch.slts)}
-    return {"student": [branch.student, *heads], **slts}
+    def _check_finite(self) -> None:
+        weights = [parameter.isfinite().all() for parameter in self.networks.parameters()]
+        if not torch.stack(weights).all():
+            raise Diverged(
+                f"the weights after step {self.done} are not finite: stopped, checkpoints before "
+                "it are kept; lower optim.lr, add optim.warmup_epochs or look at the data"
+            )

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from tiny import tiny
 
-from kdfuse.engine.training.networks import build
+from kdfuse.engine.training.build import build
 from kdfuse.engine.training.step import Step
 
 CLASSES, IMAGES = 10, 64
@@ -33,7 +33,7 @@ def made(method, student="resnet8", teacher="resnet14", size=16, **sections):
 def losses(distiller, term, steps=20, lr=0.02, epoch=0.0):
     """One term after each step on the same batch; every parameter must get a gradient."""
     optimizer = torch.optim.SGD(distiller.parameters(), lr=lr, momentum=0.9)
-    step, batch = Step(distiller, distiller.parts, [optimizer]), digits()
-    found = [float(step(*batch, epoch=epoch)[term]) for _ in range(steps)]
+    step, batch = Step(distiller, [optimizer]), digits()
+    found = [float(step(*batch, epoch)[term]) for _ in range(steps)]
     assert all(p.grad is not None and p.grad.isfinite().all() for p in distiller.parameters())
     return found

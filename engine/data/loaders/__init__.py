@@ -1,4 +1,4 @@
-"""Images for training and evaluation: sources list them, loaders deliver what the plan says."""
+"""The loaders by name, and which one a recipe's `auto` stands for."""
 
 from __future__ import annotations
 
@@ -6,29 +6,13 @@ from importlib.util import find_spec
 
 import torch
 
-from ...recipe.schema import Data
-from ..batch import CPU, Batch
-from ..check import check_folder
+from ...recipe.data import Data
 from ..contents import Encoded, Pixels
 from ..manifest import Manifest
-from ..sources import open_source
-from ..sources.digits import write_digits
-from ..sources.glyphs import write_glyphs
+from ..schedule import Schedule
 from .dali import DaliLoader
 from .resident import ResidentLoader
 from .vision import VisionLoader
-
-__all__ = [
-    "LOADERS",
-    "Batch",
-    "Loader",
-    "Manifest",
-    "check_folder",
-    "make_loader",
-    "open_source",
-    "write_digits",
-    "write_glyphs",
-]
 
 Loader = DaliLoader | VisionLoader | ResidentLoader
 LOADERS: dict[str, type[Loader]] = {
@@ -36,6 +20,7 @@ LOADERS: dict[str, type[Loader]] = {
     "torchvision": VisionLoader,
     "resident": ResidentLoader,
 }
+CPU = torch.device("cpu")
 
 
 def make_loader(
@@ -54,12 +39,13 @@ def make_loader(
     "auto" is, for images that a source holds in memory, resident where the crop is of one size;
     dali where it is installed and the images are files or in tars; else torchvision. The loader's
     `name` says which. `device` is where the run computes: batches for a GPU lie in pinned memory,
-    or with resident on the GPU itself.
+    or with resident on the GPU itself. ValueError where the training set does not fill a step, or
+    where the images or this machine are not what `data.loader` needs; BadImagesError, a
+    RuntimeError, for too many unreadable images.
     """
     kind = _best(manifest, data) if data.loader == "auto" else data.loader
-    return LOADERS[kind](
-        manifest, data, batch, seed=seed, rank=rank, world=world, train=train, device=device
-    )
+    schedule = Schedule(manifest, data, batch, seed=seed, rank=rank, world=world, train=train)
+    return LOADERS[kind](schedule, device)
 
 
 def _best(manifest: Manifest, data: Data) -> str:

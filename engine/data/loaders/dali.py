@@ -19,8 +19,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ...recipe.schema import Data
-from ..batch import CPU, Batch
+from ...recipe.data import Data
+from ..batch import Batch
 from ..contents import Encoded, Files, Shards
 from ..images import UnreadableError
 from ..manifest import Manifest
@@ -33,7 +33,7 @@ Inputs = tuple["list[Fetched]", NDArray[np.int32]]
 
 
 class DaliLoader:
-    """Batches of `batch` images for process `rank` of `world`, exactly as planned.
+    """The batches of a schedule, exactly as planned.
 
     DALI decodes in `workers` threads and keeps `prefetch` batches under way; images are DALI's own
     memory, not copied, or with a GPU as `device` one copy in pinned memory.
@@ -41,33 +41,19 @@ class DaliLoader:
 
     name = "dali"
 
-    def __init__(
-        self,
-        manifest: Manifest,
-        data: Data,
-        batch: int,
-        *,
-        seed: int,
-        rank: int = 0,
-        world: int = 1,
-        train: bool,
-        device: torch.device = CPU,
-    ) -> None:
+    def __init__(self, schedule: Schedule, device: torch.device) -> None:
+        manifest, data = schedule.manifest, schedule.data
         if not isinstance(manifest.content, Encoded):
             raise ValueError(
                 f"data.loader=dali reads files and data.source={data.source} has none; use auto"
             )
         _import()
-        self._schedule = Schedule(
-            manifest, data, batch, seed=seed, rank=rank, world=world, train=train
-        )
-        self._manifest, self._data = manifest, data
+        self._schedule, self._manifest, self._data = schedule, manifest, data
         self._packed = isinstance(manifest.content, Shards)
         self._pool = ThreadPoolExecutor(data.workers, thread_name_prefix="kdfuse-read")
         self._pin = device.type == "cuda"
         self._running: weakref.WeakSet[Generator[Batch, None, None]] = weakref.WeakSet()
-        self.steps = self._schedule.steps
-        self.bad = self._schedule.quarantine.bad
+        self.steps, self.bad = schedule.steps, schedule.quarantine.bad
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """The batches of an epoch from step `start`; nothing before it is read."""

@@ -14,10 +14,8 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
-from ...recipe.schema import Data
-from ..batch import CPU, Batch
+from ..batch import Batch
 from ..images import UnreadableError
-from ..manifest import Manifest
 from ..plan import Plan
 from ..schedule import Schedule, Task
 
@@ -39,7 +37,7 @@ def render(image: Image.Image, plan: Plan, i: int, size: int) -> NDArray[np.uint
 
 
 class VisionLoader:
-    """Batches of `batch` images for process `rank` of `world`, exactly as planned.
+    """The batches of a schedule, exactly as planned.
 
     `workers` threads decode; `prefetch` batches are under way while one is in use. Neither changes
     what comes out. With a GPU as `device`, batches lie in pinned memory.
@@ -47,26 +45,12 @@ class VisionLoader:
 
     name = "torchvision"
 
-    def __init__(
-        self,
-        manifest: Manifest,
-        data: Data,
-        batch: int,
-        *,
-        seed: int,
-        rank: int = 0,
-        world: int = 1,
-        train: bool,
-        device: torch.device = CPU,
-    ) -> None:
-        self._schedule = Schedule(
-            manifest, data, batch, seed=seed, rank=rank, world=world, train=train
-        )
-        self._manifest, self._data = manifest, data
+    def __init__(self, schedule: Schedule, device: torch.device) -> None:
+        self._schedule = schedule
+        self._manifest, self._data = schedule.manifest, schedule.data
         self._pin = device.type == "cuda"
-        self._pool = ThreadPoolExecutor(data.workers, thread_name_prefix="kdfuse-decode")
-        self.steps = self._schedule.steps
-        self.bad = self._schedule.quarantine.bad
+        self._pool = ThreadPoolExecutor(self._data.workers, thread_name_prefix="kdfuse-decode")
+        self.steps, self.bad = schedule.steps, schedule.quarantine.bad
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """The batches of an epoch from step `start`; nothing before it is read."""

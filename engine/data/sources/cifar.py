@@ -16,8 +16,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ...recipe.data import Data
+from ..manifest import Manifest
 from .plain_pickle import UnpicklingError, load_plain
-from .splits import Split
+from .splits import Split, in_memory, root_of
 
 SIDE = 32  # pixels
 BYTES = 3 * SIDE * SIDE  # of an image: the red plane, the green, the blue
@@ -34,6 +36,11 @@ class Version:
     names: str  # file with the classes' names
     read: Callable[[bytes], Part]
     read_names: Callable[[bytes], list[str]]
+
+
+def open_cifar(data: Data, split: Split) -> Manifest:
+    """The images of one split, as `read_cifar` finds them."""
+    return in_memory(data, split, *read_cifar(data.source, root_of(data), split))
 
 
 def read_cifar(

@@ -10,8 +10,19 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from ...recipe.data import Data
+from ..manifest import Manifest
+from .folder import open_folder
+from .splits import Split, root_of
+
 SIDE = 32  # pixels
 VAL_EVERY = 5  # every fifth image of a class is validation
+
+
+def open_digits(data: Data, split: Split) -> Manifest:
+    """The images of one split, written first where they are not."""
+    write_digits(root_of(data))
+    return open_folder(data, split)
 
 
 def write_digits(root: Path) -> None:

@@ -7,18 +7,19 @@ from pathlib import Path
 
 import numpy as np
 
-from ...recipe.schema import Data
+from ...recipe.data import Data
 from ..contents import Files
 from ..images import EXTENSIONS
 from ..manifest import Manifest, digest_of
-from .headers import read_sizes
-from .splits import OTHER, Split, check_classes, rows_kept
+from .image_sizes import read_sizes
+from .splits import OTHER, Split, check_classes, root_of, rows_kept
 
 LAYOUT = "expected ROOT/train/<class>/*.jpg and ROOT/val/<class>/*.jpg"
 
 
-def open_folder(data: Data, root: Path, split: Split) -> Manifest:
+def open_folder(data: Data, split: Split) -> Manifest:
     """The images of one split, sorted by class and name."""
+    root = root_of(data)
     if not root.is_dir():
         raise FileNotFoundError(f"data.root={root} is not a folder; {LAYOUT}")
     classes = _classes(root, split)

@@ -18,8 +18,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
+from ...recipe.data import Data
+from ..manifest import Manifest
 from ..plan import key, uniforms
-from .splits import SPLITS, Split
+from .splits import SPLITS, Split, in_memory, root_of
 
 # No two that a change of size or slant makes the same, such as O and 0, c and C, Latin A and Alpha.
 CHARACTERS = (
@@ -46,6 +48,11 @@ OTHERS = 4  # blur, grain, distance and class of the other character
 DRAWS = 2 * MAP + COLOURS + OTHERS + NOISE  # of an image
 Floats = NDArray[np.float64]
 Images = NDArray[np.uint8]
+
+
+def open_glyphs(data: Data, split: Split) -> Manifest:
+    """The images of one split, drawn first where they are not."""
+    return in_memory(data, split, *read_glyphs(root_of(data), data.images, split))
 
 
 def write_glyphs(root: Path, images: int | None = None) -> Path:
@@ -79,7 +86,7 @@ def write_glyphs(root: Path, images: int | None = None) -> Path:
 def read_glyphs(
     root: Path, images: int | None, split: Split
 ) -> tuple[Images, NDArray[np.int64], list[str]]:
-    """Images (n, 32, 32, 3), labels (n,) and the classes' names; drawn first where they are not."""
+    """Images (n, 32, 32, 3), labels (n,) and the classes' names."""
     train = IMAGES if images is None else images
     count = _count(train, split)
     path = Path(root) / f"glyphs-{VERSION}-{train}.npz"

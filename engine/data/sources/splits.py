@@ -1,17 +1,26 @@
-"""What all sources share: the two splits, the subset, and classes that must agree."""
+"""What sources share: the root, two splits, the subset, classes that agree, images in memory."""
 
 from __future__ import annotations
 
+import hashlib
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ...recipe.schema import Data
+from ...recipe.data import Data
+from ..contents import Pixels
+from ..manifest import Manifest
 
 Split = Literal["train", "val"]
 SPLITS: tuple[Split, ...] = ("train", "val")
 OTHER: dict[Split, Split] = {"train": "val", "val": "train"}
+
+
+def root_of(data: Data) -> Path:
+    assert data.root is not None  # the schema asks for it
+    return data.root
 
 
 def rows_kept(
@@ -60,3 +69,21 @@ def check_classes(
             f"data.classes={data.classes}, but {where} holds {len(classes)} class {kind}s; "
             "correct data.classes or leave it out"
         )
+
+
+def in_memory(
+    data: Data,
+    split: Split,
+    pixels: NDArray[np.uint8],  # (n, H, W, 3), contiguous
+    target: NDArray[np.int64],
+    classes: list[str],
+) -> Manifest:
+    """The manifest of a split whose images are all there, of one size."""
+    rows = rows_kept(data, split, target, classes)
+    if len(rows) < len(target):
+        pixels, target = pixels[rows], target[rows]
+    sizes = np.full((len(target), 2), pixels.shape[1:3], np.int32)
+    digest = hashlib.sha256(pixels.data)
+    digest.update(target.astype("<i8").tobytes())
+    content = Pixels(f"{data.source} {split}", pixels)
+    return Manifest(content, target, sizes, classes, digest.hexdigest())

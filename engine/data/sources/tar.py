@@ -8,12 +8,13 @@ from pathlib import Path
 
 import numpy as np
 
-from ...recipe.schema import Data
+from ...recipe.data import Data
 from ..contents import Shards
 from ..images import EXTENSIONS
 from ..manifest import Manifest, digest_of
-from .headers import fact, sizes_of
-from .splits import OTHER, Split, check_classes, rows_kept
+from .header_cache import fact
+from .image_sizes import sizes_of
+from .splits import OTHER, Split, check_classes, root_of, rows_kept
 from .tar_index import UNLABELLED, Index, Ints, read_index
 
 LAYOUT = "expected ROOT/train/*.tar and ROOT/val/*.tar"
@@ -21,11 +22,12 @@ COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 Stats = list[tuple[str, int, int]]  # path, modification time in ns and length of each tar
 
 
-def open_shards(data: Data, root: Path, split: Split) -> Manifest:
+def open_shards(data: Data, split: Split) -> Manifest:
     """The images of one split, sorted by class and name as in an image folder.
 
     The digest is that of the image folder with the same images, where classes have names.
     """
+    root = root_of(data)
     if not root.is_dir():
         raise FileNotFoundError(f"data.root={root} is not a folder; {LAYOUT}")
     stats = _tars(root, split)

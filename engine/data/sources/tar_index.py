@@ -13,8 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..images import EXTENSIONS, UnreadableError
-from .headers import THREADS, fact
-from .kept import keep, kept_under
+from .header_cache import THREADS, fact, keep, kept_under
 
 GZIP = b"\x1f\x8b"
 PACKED = tuple(f"{extension}.gz" for extension in EXTENSIONS)

@@ -11,8 +11,10 @@ import pytest
 import yaml
 
 import kdfuse
+from kdfuse.engine.cli import data as cli_data
 from kdfuse.engine.cli import main as cli
 from kdfuse.engine.cli import recipes as cli_recipes
+from kdfuse.engine.cli import train as cli_train
 from kdfuse.engine.recipe import load as recipe_module
 from kdfuse.engine.recipe.load import Recipe, recipes
 from kdfuse.engine.run import log
@@ -65,13 +67,23 @@ def test_help_names_the_verbs() -> None:
         assert re.search(rf"\b{verb}\b", done.stdout)
 
 
-@pytest.mark.parametrize("module", [cli, cli_recipes])
+@pytest.mark.parametrize("module", [cli, cli_data, cli_recipes, cli_train])
 def test_verbs_import_what_they_need_themselves(module) -> None:
-    statements = ast.parse(Path(module.__file__).read_text()).body
-    names = [s.module or "recipes" for s in statements if isinstance(s, ast.ImportFrom)]
-    names += [alias.name for s in statements if isinstance(s, ast.Import) for alias in s.names]
-    light = {"__future__", "os", "re", "sys", "pathlib", "typing", "typer", "rich", "recipes"}
-    assert {name.split(".")[0] for name in names} <= light
+    found = set()
+    for statement in ast.parse(Path(module.__file__).read_text()).body:
+        if isinstance(statement, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in statement.names}
+        elif isinstance(statement, ast.ImportFrom):
+            root = "." * statement.level + (statement.module or "").split(".")[0]
+            found |= {root + alias.name for alias in statement.names} if root == "." else {root}
+    light = {"__future__", "os", "re", "sys", "pathlib", "typing", "typer", "rich"}
+    assert found <= light | {".data", ".recipes", ".train"}
+
+
+def test_until_a_verb_runs_the_command_line_is_all_of_the_engine_that_is_loaded() -> None:
+    done = as_program("import sys; print(*sorted(m for m in sys.modules if 'kdfuse.engine' in m))")
+    names = ["", ".cli", *(f".cli.{name}" for name in ("data", "main", "recipes", "train"))]
+    assert done.stdout.split() == [f"kdfuse.engine{name}" for name in names], done.stderr
 
 
 def test_a_mistake_in_a_program_is_one_line_and_code_2() -> None:

@@ -9,10 +9,9 @@ from tiny import tiny
 
 from kdfuse.engine.cli.export import export
 from kdfuse.engine.models import create
-from kdfuse.engine.run.finished import checkpoints_of, recipe_of
-from kdfuse.engine.training.loop import train
-from kdfuse.engine.training.ranks import Group
-from kdfuse.engine.training.state import State
+from kdfuse.engine.run.past import checkpoints_of, recipe_of
+from kdfuse.engine.training.build import build
+from kdfuse.engine.training.start import train
 
 CPU = torch.device("cpu")
 
@@ -39,11 +38,11 @@ def runs(tmp_path_factory):
 
 
 def expected(run, network="student", which="best"):
-    state = State(recipe_of(run), Group(0, 1, CPU), 10, {})
-    state.load_networks(checkpoints_of(run)[which][0])
-    chosen, inputs = state.networks()[network]
+    distiller = build(recipe_of(run), 10, CPU)
+    distiller.load(checkpoints_of(run)[which][0])
+    chosen, inputs = distiller.evaluated()[network]
     chosen.eval()
-    return state.distiller.predict(chosen, inputs, images())
+    return distiller.predict(chosen, inputs, images())
 
 
 @pytest.mark.parametrize(
@@ -83,10 +82,10 @@ def test_onnx_gives_the_same_logits(runs, tmp_path):
 
 def test_weights_load_as_a_published_checkpoint_does(runs, tmp_path):
     out = export(runs["ce"], tmp_path / "student.pt", which="last")
-    state = State(recipe_of(runs["ce"]), Group(0, 1, CPU), 10, {})
-    state.load_networks(checkpoints_of(runs["ce"])["last"][0])
+    distiller = build(recipe_of(runs["ce"]), 10, CPU)
+    distiller.load(checkpoints_of(runs["ce"])["last"][0])
     loaded = create("resnet8", 10, checkpoint=out)
-    for key, value in state.distiller.main.student.state_dict().items():
+    for key, value in distiller.main.student.state_dict().items():
         assert torch.equal(loaded.state_dict()[key], value), key
     with pytest.raises(ValueError, match="more than the network of one name"):
         export(runs["simkd"], tmp_path / "student.pt")
@@ -99,10 +98,11 @@ def test_a_runs_result_is_a_teacher_of_another(runs, tmp_path):
         teacher={"name": f"run:{runs['simkd']}"},
         run={"epochs": 1},
     )
-    state = State(recipe, Group(0, 1, CPU), 10, {}, torch.zeros(8, dtype=torch.int64))
-    state.distiller.eval()
+    distiller = build(recipe, 10, CPU, torch.zeros(8, dtype=torch.int64))
+    distiller.prepare(compile=False)
+    distiller.eval()
     target = torch.zeros(3, dtype=torch.int64)
-    out = state.distiller(images(), target, target)["main"]
+    out = distiller.outputs(images(), target, target)["main"]
     torch.testing.assert_close(out.teacher, expected(runs["simkd"]), rtol=1e-4, atol=1e-4)
 
 

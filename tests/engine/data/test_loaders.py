@@ -16,8 +16,9 @@ from PIL import Image
 
 from kdfuse.engine.data import plan as sampler
 from kdfuse.engine.data.loaders import LOADERS, make_loader
+from kdfuse.engine.data.schedule import Schedule
 from kdfuse.engine.data.sources import open_source
-from kdfuse.engine.recipe.schema import Data
+from kdfuse.engine.recipe.data import Data
 
 DALI = pytest.param(
     "dali", marks=pytest.mark.skipif(find_spec("nvidia.dali") is None, reason="needs NVIDIA DALI")
@@ -446,8 +447,9 @@ def test_dali_is_not_imported_before_it_is_used():
 
 def test_dali_refuses_a_source_without_files():
     manifest = open_source(synthetic(), "train")
+    schedule = Schedule(manifest, synthetic(), 4, seed=0, rank=0, world=1, train=True)
     with pytest.raises(ValueError, match="data.loader=dali reads files and data.source=synthetic"):
-        LOADERS["dali"](manifest, synthetic(), 4, seed=0, train=True)
+        LOADERS["dali"](schedule, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("name", ["torchvision", "resident"])

@@ -6,7 +6,7 @@ import torch
 from torchvision.transforms import v2
 
 from kdfuse.engine.data import plan as sampler
-from kdfuse.engine.recipe.schema import Data
+from kdfuse.engine.recipe.data import Data
 
 SIZES = np.stack([np.arange(40, 140), np.arange(160, 60, -1)], axis=1).astype(np.int32)  # (100, 2)
 PINNED_ORDER = [2, 0, 5, 11, 7, 3, 6, 4, 1, 8, 9, 10]

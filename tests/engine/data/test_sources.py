@@ -12,8 +12,8 @@ from PIL import Image
 from kdfuse.engine.data.check import check_folder
 from kdfuse.engine.data.sources import open_source
 from kdfuse.engine.data.sources.digits import write_digits
-from kdfuse.engine.data.sources.headers import read_sizes
-from kdfuse.engine.recipe.schema import Data
+from kdfuse.engine.data.sources.image_sizes import read_sizes
+from kdfuse.engine.recipe.data import Data
 
 
 @pytest.fixture(autouse=True)

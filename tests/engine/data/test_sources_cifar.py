@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from kdfuse.engine.data.loaders import LOADERS, make_loader
+from kdfuse.engine.data.schedule import Schedule
 from kdfuse.engine.data.sources import open_source
 from kdfuse.engine.data.sources.plain_pickle import load_plain
-from kdfuse.engine.recipe.schema import Data
+from kdfuse.engine.recipe.data import Data
 
 COUNTS = {"train": 10, "val": 4}  # images of a file
 BATCHES = [f"data_batch_{number}" for number in range(1, 6)]
@@ -261,8 +262,9 @@ def test_loaders_agree_on_images_in_memory(tmp_path, augment):
 def test_dali_refuses_images_in_memory(tmp_path):
     _, binary = write(tmp_path, "cifar10")
     data = cifar(binary, "cifar10")
+    schedule = Schedule(open_source(data, "val"), data, 2, seed=0, rank=0, world=1, train=False)
     with pytest.raises(ValueError, match="dali reads files and data.source=cifar10 has none"):
-        LOADERS["dali"](open_source(data, "val"), data, 2, seed=0, train=False)
+        LOADERS["dali"](schedule, torch.device("cpu"))
     with pytest.raises(ValueError, match="dali reads files and source cifar100 has none; use auto"):
         cifar(tmp_path, loader="dali")
     with pytest.raises(ValueError, match="data.classes: the cifar100 have 100 classes, got 10"):

@@ -14,7 +14,7 @@ from kdfuse.engine.cli import main as cli
 from kdfuse.engine.data.loaders import make_loader
 from kdfuse.engine.data.sources import glyphs, open_source
 from kdfuse.engine.data.sources.glyphs import write_glyphs
-from kdfuse.engine.recipe.schema import Data
+from kdfuse.engine.recipe.data import Data
 
 PINNED = [0.128743, 0.277559, 0.515293]  # draws of the first training image: font, turn, slant
 

@@ -18,7 +18,7 @@ from kdfuse.engine.data.images import UnreadableError
 from kdfuse.engine.data.loaders import make_loader
 from kdfuse.engine.data.sources import open_source
 from kdfuse.engine.data.sources import tar_index as tars
-from kdfuse.engine.recipe.schema import Data
+from kdfuse.engine.recipe.data import Data
 
 CLASSES = ("ant", "bee", "cat")
 DALI = pytest.param(

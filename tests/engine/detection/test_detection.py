@@ -22,7 +22,6 @@ from kdfuse.engine.detection import evaluate
 from kdfuse.engine.detection.coco import check_same_categories, read_coco
 from kdfuse.engine.detection.distiller import DetectionDistiller
 from kdfuse.engine.detection.loader import Loader
-from kdfuse.engine.detection.loop import train
 from kdfuse.engine.detection.method import DKD, KD, NKD, Baseline
 from kdfuse.engine.detection.networks import create
 from kdfuse.engine.detection.recipe import CocoData, DetectionRecipe, Detector, Student
@@ -30,8 +29,10 @@ from kdfuse.engine.recipe.load import Recipe, recipes
 from kdfuse.engine.recipe.schema import RecipeError
 from kdfuse.engine.run import log
 from kdfuse.engine.run.checkpoint import load as load_checkpoint
+from kdfuse.engine.run.past import mean_and_spread, read_run
 from kdfuse.engine.training.networks import digest
 from kdfuse.engine.training.ranks import Group
+from kdfuse.engine.training.start import train
 
 RESNET18 = "torchvision:fasterrcnn_resnet18_fpn"
 SIDE = 64
@@ -345,8 +346,8 @@ def test_loss_is_the_detectors_own_and_the_methods_on_the_students_rois(method, 
 
     heads.box_predictor.register_forward_hook(keep)
     torch.manual_seed(1)
-    terms = distiller(images, targets)
-    terms["loss"].backward()
+    loss, terms = distiller(images, targets)
+    loss.backward()
     names = {"classifier": "loss_classifier", "box": "loss_box_reg"}
     names |= {"objectness": "loss_objectness", "rpn_box": "loss_rpn_box_reg"}
     for mine, theirs in names.items():
@@ -363,7 +364,7 @@ def test_loss_is_the_detectors_own_and_the_methods_on_the_students_rois(method, 
     expected = formula(z, taught, labels).mean()
     torch.testing.assert_close(terms["distillation"].double(), expected.detach(), rtol=1e-5, atol=0)
     four = sum(terms[name] for name in names)
-    torch.testing.assert_close(terms["loss"].detach(), four + 0.5 * terms["distillation"])
+    torch.testing.assert_close(loss.detach(), four + 0.5 * terms["distillation"])
     (nn.functional.cross_entropy(z, labels) + 0.5 * expected).backward()
     torch.testing.assert_close(seen["logits"].grad.double(), z.grad, rtol=1e-4, atol=1e-7)
 
@@ -389,7 +390,7 @@ def test_training_lowers_the_loss(data):
         optimizer = torch.optim.SGD(distiller.parameters(), lr=0.003, momentum=0.9)
         losses = []
         for _ in range(12):
-            loss = distiller(images, targets)["loss"]
+            loss, _ = distiller(images, targets)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -472,8 +473,17 @@ def test_a_shipped_recipe_trains_and_evaluates(coco_root, tmp_path, monkeypatch,
 
     assert kdfuse(monkeypatch, "eval", "run") == 0
     assert f"last (step 8): ap {records[-1]['ap']:.2f}" in capsys.readouterr().out
+    assert kdfuse(monkeypatch, "report", "run") == 0
+    page = Path("run/report.html").read_text()
+    assert "best AP" in page and f">{max(r['ap'] for r in records):.2f}<div" in page
     teacher = ["teacher.checkpoint=run", "run.teacher_at_chance=refuse", "run.epochs=1"]
-    assert kdfuse(monkeypatch, "train", "coco/kd", *small, *teacher) == 0
+    capsys.readouterr()
+    set_of_two = ("seeds=2", "--out", "set")
+    assert kdfuse(monkeypatch, "train", "coco/kd", *small, *teacher, *set_of_two) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    aps = [read_run(path).evaluations[-1]["ap"] for path in Path("set").iterdir()]
+    assert f"coco/kd:resnet101-resnet50 2 AP {mean_and_spread(aps)} AP " in printed
+    assert len(aps) == 2 and "set: 2 of 2 runs are finished" in printed
 
 
 @NEEDS_COCO
@@ -519,16 +529,16 @@ def test_published_rows():
     ("words", "line"),
     [
         (["teacher=null"], "teacher: method nkd needs one; add teacher.name=NETWORK"),
-        (["run.amp=bf16"], 'run.amp: "bf16" has no effect with task detection; leave it out'),
-        (["run.compile=true"], "run.compile: true has no effect with task detection"),
-        (["optim.ema=0.9"], "optim.ema: 0.9 has no effect with task detection"),
-        (["optim.clip=5"], "optim.clip: 5.0 has no effect with task detection"),
         (["task=segmentation"], "task: got the text 'segmentation', wants detection"),
         (["method.gama=1"], "method.gama: unknown key; did you mean method.gamma?"),
         (["data.size=224"], "data.size: unknown key"),
         (["data.min_size=2000"], "data.min_size: 2000 is above data.max_size"),
         (["student.checkpoint=a", "student.backbone=b"], "student.backbone: student.checkpoint"),
         (["expect={top1: 70, source: x}"], "expect.top1: detection is measured as AP"),
+        (
+            ["expect={source: x, also_in: [{table: a, row: b, column: c, top1: 7, source: x}]}"],
+            "expect.also_in: its cells are top-1",
+        ),
         (["method={name: baseline}"], "teacher: method baseline uses none"),
     ],
 )

@@ -11,11 +11,11 @@ from kdfuse.engine.data.loaders import make_loader
 from kdfuse.engine.data.sources import open_source
 from kdfuse.engine.methods import METHODS
 from kdfuse.engine.run.checkpoint import load
-from kdfuse.engine.run.finished import checkpoints_of, recipe_of
-from kdfuse.engine.training.loop import train
+from kdfuse.engine.run.past import checkpoints_of, recipe_of
+from kdfuse.engine.training.build import build
+from kdfuse.engine.training.classification import begin, step_of
 from kdfuse.engine.training.ranks import join
-from kdfuse.engine.training.state import State
-from kdfuse.engine.training.step import Step
+from kdfuse.engine.training.start import train
 
 DATA = {"size": 16, "subset": 8, "augment": "none"}
 DATA |= {"scale": (0.08, 1.0)}  # what augment none wants: the default
@@ -68,12 +68,12 @@ def test_twenty_steps_lower_its_own_loss(name, folder):
     recipe = recipe_for(name, folder)
     manifest = open_source(recipe.data, "train")
     labels = torch.from_numpy(manifest.target)
-    state = State(recipe, join("cpu"), 10, {}, labels)
+    distiller, state = begin(recipe, join("cpu"), 10, labels, {})
     loader = make_loader(manifest, recipe.data, 16, seed=0, train=True)
     batch = next(iter(loader.epoch(0)))
     loader.close()
-    state.distiller.train()
-    step = Step(state.distiller, state.branches, list(state.optimizers.values()))
+    distiller.train()
+    step = step_of(distiller, state)
     losses = []
     for _ in range(20):
         # Well behind every warm-up, so that the weights of the terms stay what they are.
@@ -81,7 +81,7 @@ def test_twenty_steps_lower_its_own_loss(name, folder):
         losses.append(terms["loss"].item())
     assert all(torch.isfinite(torch.tensor(losses)))
     assert sum(losses[-3:]) < sum(losses[:3])  # measured: 0.88 of it at most
-    trained = [p for p in state.distiller.parameters() if p.requires_grad]
+    trained = [p for p in distiller.parameters() if p.requires_grad]
     assert all(p.grad is not None for p in trained)
 
 
@@ -121,9 +121,9 @@ def test_what_is_kept_is_exported_with_equal_outputs(name, runs, tmp_path):
     out = export(run, tmp_path / "model.pt2", which="last")
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (5, 3, 16, 16), dtype=torch.uint8, generator=generator)
-    state = State(recipe_of(run), join("cpu"), 10, {})
-    state.load_networks(checkpoints_of(run)["last"][0])
-    network, inputs = state.networks()["student"]
-    expected = state.distiller.predict(network.eval(), inputs, images)
+    distiller = build(recipe_of(run), 10, torch.device("cpu"))
+    distiller.load(checkpoints_of(run)["last"][0])
+    network, inputs = distiller.evaluated()["student"]
+    expected = distiller.predict(network.eval(), inputs, images)
     found = torch.export.load(out).module()(images)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)

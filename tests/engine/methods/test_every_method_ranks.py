@@ -8,9 +8,8 @@ from pathlib import Path
 import torch
 
 from kdfuse.engine.methods import METHODS
+from kdfuse.engine.training.classification import begin, step_of
 from kdfuse.engine.training.ranks import join
-from kdfuse.engine.training.state import State
-from kdfuse.engine.training.step import Step
 
 HERE = Path(__file__)
 
@@ -21,16 +20,15 @@ def two_steps(name, group, folder):
 
     recipe = recipe_for(name, folder)
     labels = torch.arange(64) % 10
-    state = State(recipe, group, 10, {}, labels)
-    state.distiller.train()
-    step = Step(group.wrap(state.distiller), state.branches, list(state.optimizers.values()))
+    distiller, state = begin(recipe, group, 10, labels, {})
+    step = step_of(distiller.train(), state)
     for number in range(2):
         generator = torch.Generator().manual_seed(2 * number + group.rank)
         images = torch.randint(0, 256, (8, 3, 16, 16), dtype=torch.uint8, generator=generator)
         index = torch.arange(8) + 16 * number + 8 * group.rank
         terms = step(images, labels[index], index, 1.0)
         assert terms["loss"].isfinite()
-    weights = torch.cat([p.detach().flatten() for p in state.distiller.parameters()])
+    weights = torch.cat([p.detach().flatten() for p in distiller.parameters()])
     other = group.all(weights)[1 - group.rank]
     return (weights - other).abs().max().item()
 

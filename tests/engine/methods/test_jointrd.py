@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from tiny import tiny
 
 from kdfuse.engine.methods import METHODS
-from kdfuse.engine.training.networks import build
+from kdfuse.engine.training.build import build
 from kdfuse.engine.training.step import Step
 
 N, C = 4, 10
@@ -61,7 +61,7 @@ def guide_of(distiller):
 def test_the_full_loss_is_the_mean_of_four_paths(epoch):
     distiller = made(decay_to=0.25)
     distiller.train()
-    out = distiller(*batch())["main"]
+    out = distiller.outputs(*batch())["main"]
     target = batch()[1]
     loss, terms = distiller.main.loss(out, target, epoch)
     whole = math.floor(epoch)
@@ -85,7 +85,7 @@ def test_the_full_loss_is_the_mean_of_four_paths(epoch):
 
 def test_the_paths_train_the_early_stages_and_never_the_teacher():
     distiller = made()
-    out = distiller(*batch())["main"]
+    out = distiller.outputs(*batch())["main"]
     guide, student = guide_of(distiller), distiller.main.student
     before = {key: value.clone() for key, value in guide.state_dict().items()}
     out.head["logits1"].sum().backward()
@@ -110,7 +110,7 @@ def partial_l2(source, wanted, margin):
 def test_features_are_margin_distances_to_the_teachers_last(name):
     distiller = made(name, feature_weight=0.01)
     distiller.train()
-    out = distiller(*batch())["main"]
+    out = distiller.outputs(*batch())["main"]
     target = batch()[1]
     loss, terms = distiller.main.loss(out, target, 100.0)
     taps = out.slt_taps[0] if name == "jointrd_joint" else out.teacher_taps
@@ -139,7 +139,7 @@ def test_features_are_margin_distances_to_the_teachers_last(name):
 def test_the_co_trained_teacher_learns_from_its_own_labels_alone():
     distiller = made("jointrd_joint")
     distiller.train()
-    out = distiller(*batch())["main"]
+    out = distiller.outputs(*batch())["main"]
     guide, student = distiller.main.slts[0], distiller.main.student
     assert guide.training and all(p.requires_grad for p in guide.parameters())
     loss, terms = distiller.main.loss(out, batch()[1], 0.0)
@@ -159,7 +159,7 @@ def test_its_paths_use_the_running_statistics():
     distiller.train()
     head, guide = distiller.main.head, distiller.main.slts[0]
     feature = torch.randn(N, 64, 16, 16)
-    out = distiller(*batch())["main"]
+    out = distiller.outputs(*batch())["main"]
     taps = {**out.student_taps, "stage1.pre": feature}
     out.student_taps = taps
     together = head(out, batch()[1], batch()[2])["logits1"]
@@ -170,7 +170,7 @@ def test_its_paths_use_the_running_statistics():
 
 def test_paths_may_learn_from_the_teachers_logits():
     distiller = made(paths="kd", kd_weight=0.7, temperature=2.0, decay_epochs=0)
-    out = distiller(*batch())["main"]
+    out = distiller.outputs(*batch())["main"]
     loss, terms = distiller.main.loss(out, batch()[1], 0.0)
     p = F.softmax(out.teacher / 2, 1)
     for i in (1, 2, 3):
@@ -188,7 +188,7 @@ def test_compiled_paths_are_the_same():
             distiller.main.head.compile(backend="aot_eager")
         distiller.train()
         optimizer = torch.optim.SGD(distiller.parameters(), lr=0.01)
-        step = Step(distiller, distiller.parts, [optimizer])
+        step = Step(distiller, [optimizer])
         losses[compiled] = [step(*batch(), epoch=0.0)["loss"].item() for _ in range(2)]
     assert losses[True] == pytest.approx(losses[False], rel=1e-4)
 

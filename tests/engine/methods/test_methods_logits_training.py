@@ -1,15 +1,12 @@
 """The methods of logits in the engine: twenty steps on one batch lower what each adds."""
 
-from functools import partial
-
 import pytest
 import torch
 from pydantic import ValidationError
 from tiny import tiny
 
+from kdfuse.engine.training.classification import begin, step_of
 from kdfuse.engine.training.ranks import join
-from kdfuse.engine.training.state import State
-from kdfuse.engine.training.step import Step
 
 N, C = 6, 10
 ONE = {"name": "resnet8"}
@@ -38,18 +35,14 @@ CASES = {  # options, other sections of the recipe, terms; without the labels wh
 
 
 def made(method, changes):
-    """The state of a run of ten classes, and its step."""
+    """The networks of a run of ten classes, and its step."""
     data = {"source": "synthetic", "classes": C, "subset": None}
     changes = {key: value for key, value in changes.items() if key != "optim"} | {
         "optim": {"lr": 0.02, "schedule": "constant", **changes.get("optim", {})}
     }
     recipe = tiny(None, method, data=data, **changes)
-    state = State(recipe, join("cpu"), C, {}, torch.arange(N) % C)
-    averages = [
-        partial(average.update, state.branches[name].deployed)
-        for name, average in state.averages.items()
-    ]
-    return state, Step(state.distiller, state.branches, list(state.optimizers.values()), averages)
+    distiller, state = begin(recipe, join("cpu"), C, torch.arange(N) % C, {})
+    return distiller.train(), step_of(distiller, state)
 
 
 def batch():
@@ -58,33 +51,32 @@ def batch():
     return images, torch.arange(N) % C, torch.arange(N)
 
 
-def least_target_loss(state):
+def least_target_loss(distiller):
     """Where the student is as sure of the label as the teacher: its binary entropy."""
-    v = state.distiller(*batch())["main"].teacher.double().softmax(1)[torch.arange(N), batch()[1]]
+    v = distiller.outputs(*batch())["main"].teacher.double().softmax(1)[torch.arange(N), batch()[1]]
     return float(-(v * v.log() + (1 - v) * (1 - v).log()).mean())
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_twenty_steps_lower_what_the_method_adds(name):
     options, changes, terms = CASES[name]
-    state, step = made({"name": name, **options}, changes)
-    state.distiller.train()
-    found = [step(*batch(), epoch=20.0) for _ in range(20)]
-    floor = least_target_loss(state) if name == "nkd" else 0.0
+    distiller, step = made({"name": name, **options}, changes)
+    found = [step(*batch(), 20.0) for _ in range(20)]
+    floor = least_target_loss(distiller) if name == "nkd" else 0.0
     for term in terms:
         first, last = (float(found[i][term]) - floor for i in (0, -1))
         # Measured: 0.62 of the first at most, over seeds and instruction sets.
         assert last < 0.8 * first, [float(each[term]) for each in found]
-    for parameter, value in state.distiller.named_parameters():
+    for parameter, value in distiller.named_parameters():
         assert value.grad is not None and value.grad.any(), parameter
 
 
 def test_ctkd_moves_its_temperature_to_where_the_loss_is_larger():
     # A step of theta by thousands of its float32 spacing, and still a small one.
     optim = {"lr": 1.0, "weight_decay": 0.0, "momentum": 0.0}
-    state, step = made({"name": "ctkd"}, {"optim": optim})
-    head, (images, target, index) = state.branches["main"].head, batch()
-    out = state.distiller.eval()(images, target, index)["main"]
+    distiller, step = made({"name": "ctkd"}, {"optim": optim})
+    head, (images, target, index) = distiller.main.head, batch()
+    out = distiller.eval().outputs(images, target, index)["main"]
 
     def kd_now():
         t = 1 + 20 * head.theta.detach().double().sigmoid()
@@ -92,7 +84,7 @@ def test_ctkd_moves_its_temperature_to_where_the_loss_is_larger():
         return t**2 * (p.exp() * (p - q)).sum(1).mean()
 
     before = kd_now()
-    step(images, target, index, epoch=20.0)
+    step(images, target, index, 20.0)
     assert kd_now() > before
 
 

@@ -160,7 +160,7 @@ def test_the_head_holds_connectors_and_margins():
     weight = head.connectors.layers[2][0].weight
     assert weight.shape == (256, 64, 1, 1)
     assert float(weight.detach().std()) == pytest.approx(math.sqrt(2 / 256), rel=0.05)
-    out = distiller(*digits())["main"]
+    out = distiller.outputs(*digits())["main"]
     assert out.head["connected2"].shape == out.teacher_taps["stage3.pre"].shape
 
 
@@ -176,7 +176,7 @@ def test_the_teachers_batchnorm_runs_as_the_option_says(mode):
         return
     assert teacher.training and len(batchnorms) == 9
     reference = copy.deepcopy(teacher)
-    out = distiller(*digits())["main"]
+    out = distiller.outputs(*digits())["main"]
     images = distiller.inputs["teacher"](digits()[0])
     torch.testing.assert_close(out.teacher, reference.train()(images), rtol=1e-4, atol=1e-4)
     assert (out.teacher - reference.eval()(images)).abs().max() > 0.01

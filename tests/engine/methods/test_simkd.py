@@ -9,11 +9,11 @@ from torch import nn
 
 from kdfuse.engine.methods import METHODS, Outputs
 from kdfuse.engine.methods.parts.reused import Projector
+from kdfuse.engine.training.build import build
+from kdfuse.engine.training.classification import begin
 from kdfuse.engine.training.evaluate import evaluate
-from kdfuse.engine.training.loop import train
-from kdfuse.engine.training.networks import build
 from kdfuse.engine.training.ranks import join
-from kdfuse.engine.training.state import State
+from kdfuse.engine.training.start import train
 from kdfuse.engine.training.step import Step
 
 SimKD = METHODS["simkd"]
@@ -65,16 +65,16 @@ def test_bias_is_added_or_stands_in_for_batchnorm():
 
 def test_a_larger_student_map_is_pooled_and_a_smaller_one_pools_the_teacher():
     _, distiller = made("resnet14", "torchvision:resnet18")  # 4 x 4 against 1 x 1
-    out = distiller(*batch())["main"]
+    out = distiller.outputs(*batch())["main"]
     assert out.head["projected0"].shape == out.head["wanted0"].shape == (N, 512, 1, 1)
     _, distiller = made("torchvision:resnet18", "resnet20")
-    out = distiller(*batch())["main"]
+    out = distiller.outputs(*batch())["main"]
     assert out.head["projected0"].shape == out.head["wanted0"].shape == (N, 64, 1, 1)
 
 
 def test_the_loss_is_the_mean_squared_difference_alone():
     recipe, distiller = made()
-    out = distiller(*batch())["main"]
+    out = distiller.outputs(*batch())["main"]
     loss, terms = distiller.main.loss(out, batch()[1], 0.0)
     expected = F.mse_loss(out.head["projected0"].double(), out.head["wanted0"].double())
     torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=0)
@@ -132,7 +132,7 @@ def test_which_layers_are_projected(projectors, pairs):
     assert head.pairs == pairs and len(head.projectors) == len(pairs)
     distiller.train()
     optimizer = torch.optim.SGD([p for p in distiller.parameters() if p.requires_grad], lr=0.1)
-    terms = Step(distiller, distiller.parts, [optimizer])(*batch(), epoch=0.0)
+    terms = Step(distiller, [optimizer])(*batch(), 0.0)
     named = {name: value for name, value in terms.items() if name.startswith("feature")}
     assert len(named) == len(pairs)
     torch.testing.assert_close(terms["loss"], sum(named.values()))
@@ -159,7 +159,7 @@ def test_the_students_own_classifier_and_the_reused_one_are_not_trained():
     frozen = {name for name, p in student.named_parameters() if not p.requires_grad}
     assert frozen == {"fc.weight", "fc.bias"}
     assert not any(p.requires_grad for p in head.classifier.parameters())
-    out = distiller(*batch())["main"]
+    out = distiller.outputs(*batch())["main"]
     distiller.main.loss(out, batch()[1], 0.0)[0].backward()
     assert all(p.grad is not None for p in distiller.parameters() if p.requires_grad)
 
@@ -170,7 +170,7 @@ def test_what_is_evaluated_is_projector_and_reused_classifier():
     images = batch()[0]
     network, inputs = distiller.networks()["student"]
     found = distiller.predict(network, inputs, images)
-    out = distiller(*batch())["main"]
+    out = distiller.outputs(*batch())["main"]
     torch.testing.assert_close(found, out.head["logits"])
     assert (found - out.student).abs().max() > 1e-3
 
@@ -179,8 +179,8 @@ def test_twenty_steps_lower_the_loss():
     _, distiller = made()
     distiller.train()
     optimizer = torch.optim.Adam([p for p in distiller.parameters() if p.requires_grad], lr=0.05)
-    step = Step(distiller, distiller.parts, [optimizer])
-    losses = [float(step(*batch(), epoch=0.0)["loss"]) for _ in range(20)]
+    step = Step(distiller, [optimizer])
+    losses = [float(step(*batch(), 0.0)["loss"]) for _ in range(20)]
     assert losses[-1] < 0.9 * losses[0]  # measured: 0.42 to 0.71
 
 
@@ -230,6 +230,6 @@ def test_the_state_of_a_compiled_run_is_the_same():
             data={"source": "synthetic", "classes": C, "subset": None},
             run={"compile": compile},
         )
-        state = State(recipe, join("cpu"), C, {}, torch.arange(N))
-        keys[compile] = list(state.distiller.state_dict())
+        distiller, _ = begin(recipe, join("cpu"), C, torch.arange(N), {})
+        keys[compile] = list(distiller.state_dict())
     assert keys[True] == keys[False]

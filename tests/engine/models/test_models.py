@@ -154,6 +154,24 @@ def test_checkpoint_of_a_run(tmp_path):
         create("resnet8", 10, folder)
 
 
+def test_a_run_whose_best_was_being_replaced_is_a_teacher(tmp_path):
+    """Killed between the two renames: the folder `best` is only there as what it replaces."""
+    model = trained()
+    best = checkpoint.save(tmp_path / "checkpoints", "best", {"student": model.state_dict()}, {})
+    replaced = best.rename(best.with_name("best.old-123"))
+    best.with_name("best.tmp-123").mkdir()
+    for path in (tmp_path, best):
+        assert_same(create("resnet8", 10, path), model)
+    data = bytearray((replaced / "state.pt").read_bytes())
+    data[len(data) // 2] ^= 1
+    (replaced / "state.pt").write_bytes(data)
+    with pytest.raises(ValueError, match=r"best\.old-123: state\.pt does not match its checksum"):
+        create("resnet8", 10, tmp_path)
+    (replaced / "sha256.json").write_text("[")
+    with pytest.raises(ValueError, match=r"best\.old-123: sha256\.json is damaged"):
+        create("resnet8", 10, tmp_path)
+
+
 def test_other_number_of_classes(tmp_path):
     torch.save(create("resnet8", 10).state_dict(), tmp_path / "ten.pth")
     with pytest.raises(ValueError, match="ten.pth: has 10 classes, asked for 100$"):

@@ -6,8 +6,9 @@ import pytest
 
 from kdfuse.engine.methods import METHODS
 from kdfuse.engine.recipe import yamlfile
+from kdfuse.engine.recipe.data import Data
 from kdfuse.engine.recipe.load import Recipe, recipes
-from kdfuse.engine.recipe.schema import Data, Optim, RecipeError
+from kdfuse.engine.recipe.schema import Optim, RecipeError
 
 KD = "digits/kd:resnet20-resnet8"
 
@@ -248,3 +249,8 @@ def test_optim_that_cannot_work(settings: dict, words: str) -> None:
 def test_another_method_over_a_recipe_names_the_cause():
     with pytest.raises(RecipeError, match="is written for kd, and its other options stay"):
         Recipe.load("cifar100/kd:resnet32x4-resnet8x4", ["method.name=dkd"])
+
+
+def test_a_classifiers_published_number_is_top1() -> None:
+    with pytest.raises(RecipeError, match="expect.ap: classification is measured as top-1"):
+        Recipe.load("digits/ce:resnet8", ["expect={ap: 38.0, source: x}"])

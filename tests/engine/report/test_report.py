@@ -1,5 +1,6 @@
 """The page about runs: numbers beside the published ones, whatever state a run is in."""
 
+import html
 import json
 import re
 import xml.etree.ElementTree as ET
@@ -10,11 +11,12 @@ import pytest
 
 from kdfuse.engine.recipe.load import Recipe
 from kdfuse.engine.report.page import report
-from kdfuse.engine.run import past as pastruns
 from kdfuse.engine.run.log import RunLog
-from kdfuse.engine.run.past import by_seed, read_run
+from kdfuse.engine.run.past import across_seeds, read_run
 
 SLKD = "cifar100/slkd:resnet32x4-resnet8x4"
+KD = "cifar100/kd:resnet32x4-resnet8x4"
+NKD = "coco/nkd:resnet101-resnet50"
 Maker = Callable[..., Path]
 
 
@@ -47,10 +49,35 @@ def make(tmp_path: Path) -> Maker:
     return write
 
 
+@pytest.fixture
+def detect(tmp_path: Path) -> Maker:
+    """Writes a run directory of a detector as training does, with made-up APs."""
+
+    def write(
+        folder: str,
+        recipe: str = NKD,
+        words: tuple[str, ...] = (),
+        ap: tuple[float, ...] = (20.0, 38.0, 37.5),
+    ) -> Path:
+        path = tmp_path / folder
+        path.mkdir()
+        (path / "recipe.yaml").write_text(Recipe.load(recipe, words).explain())
+        with RunLog(path, 30, 3) as log:
+            for epoch, value in enumerate(ap, 1):
+                losses = {"loss": 2.0 / epoch, "classifier": 1.0, "distillation": 0.5, "lr": 0.02}
+                log.step(10 * epoch, epoch, losses, 16.0, 0.1)
+                parts = {"ap50": value + 20, "ap75": value + 5, "ap_small": value / 2}
+                log.epoch(epoch, {"ap": value, **parts, "ema_ap": value + 1, "train_loss": 1.0})
+            log.end({})
+        return path
+
+    return write
+
+
 def text_of(page: str) -> str:
     """What a reader sees: no styles, no tags, single spaces."""
     page = re.sub(r"<(style|svg).*?</\1>", " ", page, flags=re.DOTALL)
-    return " ".join(re.sub(r"<[^>]*>", " ", page).split())
+    return " ".join(html.unescape(re.sub(r"<[^>]*>", " ", page)).split())
 
 
 def test_one_run(make: Maker, tmp_path: Path) -> None:
@@ -97,13 +124,57 @@ def test_seeds_are_one_row_with_mean_and_spread(make: Maker, tmp_path: Path) -> 
         make("s1", top1=(70, 77), words=("run.seed=1",)),
         make("s2", top1=(78, 75), words=("run.seed=2",)),
         make("killed", top1=(10,), words=("run.seed=3",), finished=False),
-        make("kd", recipe="cifar100/kd:resnet32x4-resnet8x4", top1=(73.0,)),
+        make("kd", recipe=KD, top1=(73.0,)),
     ]
-    assert [len(group.runs) for group in by_seed([read_run(run) for run in runs])] == [4, 1]
+    assert [len(group.runs) for group in across_seeds([read_run(run) for run in runs])] == [4, 1]
     seen = text_of(report(runs, tmp_path / "page.html").read_text())
     assert "76.00 \u00b1 1.00 77.00 \u00b1 1.00 76.85" in seen
     assert "killed seed 3, unfinished, step 10 of 30" in seen
     assert "What differs" in seen and "method.name slkd kd" in seen
+
+
+def test_a_detector_is_judged_by_its_box_ap(detect: Maker, tmp_path: Path) -> None:
+    run = detect("first")
+    past = read_run(run)
+    assert past.best is not None and past.best["epoch"] == 2.0 and past.best["ap"] == 38.0
+    page = report([run], tmp_path / "page.html").read_text()
+    seen = text_of(page)
+    assert "last AP best AP" in seen and "COCO's box AP in percent on the validation set" in seen
+    assert f"{NKD} nkd first seed 0 37.50 38.00 epoch 2 38.70 NKD/USKD, supplement -0.70" in seen
+    assert "Box AP, percent student student, averaged (EMA) published 38.70" in seen
+    assert "Box AP by overlap and by size IoU 0.50 IoU 0.75 small objects Loss" in seen
+    assert "Loss terms in training loss classifier distillation Learning" in seen
+    assert "epoch ap ap50 ap75 ap_small ema_ap train_loss 1 20 40 25 10 21 1 2 38" in seen
+    assert "top-1" not in seen and page.count("<svg") == 4
+
+
+def test_a_detector_that_diverged_or_was_never_evaluated(detect: Maker, tmp_path: Path) -> None:
+    runs = [
+        detect("diverged", ap=(20.0, float("nan"), 19.0)),
+        detect("without", words=("data.val=false",), ap=()),
+    ]
+    assert [r["epoch"] for r in read_run(runs[0]).evaluations] == [1.0, 3.0]
+    seen = text_of(report(runs, tmp_path / "page.html").read_text())
+    assert "diverged seed 0 19.00 20.00 epoch 1 38.70" in seen
+    assert "without seed 0 - - 38.70" in seen
+
+
+def test_classifiers_and_detectors_are_not_compared(
+    make: Maker, detect: Maker, tmp_path: Path
+) -> None:
+    one = [make("c0", top1=(76.0,)), detect("d0", ap=(37.0,))]
+    seen = text_of(report(one, tmp_path / "page.html").read_text())
+    assert "2 recipes, 2 runs Top-1 accuracy recipe runs last top-1" in seen
+    assert "best epoch. Box AP recipe runs last AP" in seen
+    assert "Student's" not in seen and "What differs" not in seen
+
+    more = [make("c1", recipe=KD, top1=(73.0,)), detect("d1", words=("run.seed=1",), ap=(39.0,))]
+    seen = text_of(report([*one, *more], tmp_path / "page.html").read_text())
+    top1, ap = seen.split(" Box AP recipe ")
+    assert f"Student's top-1 accuracy, percent {SLKD} {KD} What differs {SLKD} {KD} " in top1
+    assert "method.name slkd kd" in top1 and "coco" not in top1
+    assert f"{NKD} nkd d0 seed 0 d1 seed 1 38.00 \u00b1 1.41 38.00 \u00b1 1.41 38.70" in ap
+    assert f"Student's box AP, percent {NKD} c0 " in ap  # the seeds alone differ
 
 
 def test_a_killed_run(make: Maker, tmp_path: Path) -> None:
@@ -144,5 +215,5 @@ def test_what_is_no_run_is_refused_by_name(make: Maker, tmp_path: Path) -> None:
 
 
 def test_best_is_the_earliest_of_equals(make: Maker) -> None:
-    best = pastruns.read_run(make("ties", top1=(70.0, 75.0, 75.0))).best
+    best = read_run(make("ties", top1=(70.0, 75.0, 75.0))).best
     assert best is not None and best["epoch"] == 2.0

@@ -48,17 +48,24 @@ def written(tmp_path: Path) -> dict[str, Recipe]:
     return {row: Recipe.load(f"{path}:{row}") for row in ROWS}
 
 
-def run(folder: Path, recipe: Recipe, words: dict[str, Any], top1: list[float], end: bool = True):
-    """A run's folder as train leaves it, with these accuracies."""
+def run(
+    folder: Path,
+    recipe: Recipe,
+    words: dict[str, Any],
+    scores: list[float],
+    end: bool = True,
+    key: str = "top1",
+) -> None:
+    """A run's folder as train leaves it, with these scores."""
     folder.mkdir(parents=True)
     changed = recipe.model_copy(update={"run": recipe.run.model_copy(update=words)})
     (folder / "recipe.yaml").write_text(changed.explain())
-    records = [{"kind": "start", "step": 0, "steps": 5 * len(top1)}]
+    records = [{"kind": "start", "step": 0, "steps": 5 * len(scores)}]
     records += [
-        {"kind": "epoch", "step": 5 * n, "epoch": float(n), "top1": value}
-        for n, value in enumerate(top1, 1)
+        {"kind": "epoch", "step": 5 * n, "epoch": float(n), key: value}
+        for n, value in enumerate(scores, 1)
     ]
-    records += [{"kind": "end", "step": 5 * len(top1)}] if end else []
+    records += [{"kind": "end", "step": 5 * len(scores)}] if end else []
     (folder / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
 
 
@@ -107,7 +114,7 @@ def test_runs_count_by_seed_where_nothing_else_was_changed(
 
     group = found.entries["KD", "R56->R8"].runs
     assert {r.folder for r in group.runs} == {"a", "c"}
-    last, best = group.top1("last"), group.top1("best")
+    last, best = group.scores("last"), group.scores("best")
     assert (sorted(last), sorted(best)) == ([1.0, 60.0], [1.0, 61.0])
     assert found.entries["KD", "R56->R20"].runs.runs == [] and found.count == 2
     text = drawn(found)
@@ -154,6 +161,26 @@ def test_a_summary_is_the_tables_that_have_runs_and_the_rest(
         "mine:r8-r20": ["1", "55.00", "55.00", "70.66"],
     }
     assert notes == [f"{folder / 'd'} does not count, it is not mine:r8-r20: run.batch: 64 -> 32"]
+
+
+def test_in_a_summary_an_ap_says_that_it_is_one(written: dict[str, Recipe], tmp_path: Path) -> None:
+    nkd = Recipe.load("coco/nkd")
+    folder = tmp_path / "runs"
+    run(folder / "a", nkd, {"seed": 0}, [30.0, 29.0], key="ap")
+    run(folder / "b", nkd, {"seed": 1}, [40.0], key="ap")
+    run(folder / "c", nkd, {"epochs": 11}, [50.0], key="ap")
+    run(folder / "d", written["none"], {}, [30.0])
+    [part], notes = tables.summary([nkd, written["none"]], below(folder))
+    console = Console(width=200)
+    with console.capture() as seen:
+        console.print(part)
+    rows = [line.split() for line in seen.get().splitlines()[1:]]
+    assert rows == [
+        [nkd.name, "2", *"AP 34.50 \u00b1 7.78 AP 35.00 \u00b1 7.07 AP 38.70".split()],
+        [nkd.name, "1", *"AP 50.00 AP 50.00 AP 38.70".split()],
+        ["mine:none", "1", "30.00", "30.00"],
+    ]
+    assert notes == [f"{folder / 'c'} does not count, it is not {nkd.name}: run.epochs: 12 -> 11"]
 
 
 def test_names_of_tables_and_folders() -> None:

@@ -7,7 +7,7 @@ from tiny import SECTIONS, tiny
 from kdfuse.engine.recipe.load import Recipe
 from kdfuse.engine.run.checkpoint import load
 from kdfuse.engine.run.past import read_run
-from kdfuse.engine.training.loop import train
+from kdfuse.engine.training.start import train
 
 TRAINED = ["run.epochs=4", "data.subset=64"]  # top-1 63 to 74 at best; 15 is near chance
 
@@ -65,6 +65,24 @@ def test_a_finished_teacher_is_used_whatever_it_was_trained_on(files):
     before = log.read_bytes()
     train(slow, runs / "second")
     assert log.read_bytes() == before
+
+
+def test_a_teacher_is_trained_as_its_student_is_and_stays_as_it_was_begun(files):
+    by_teacher = {"name": "resnet14", "trained_by": files["teacher"]}
+    runs, root = files["folder"] / "runs", files["folder"] / "digits"
+    run = {"epochs": 1, "channels_last": False, "deterministic": False, "amp": "bf16"}
+    train(tiny(root, "kd", teacher=by_teacher, run=run, data={"prefetch": 1}), runs / "first")
+    (folder,) = runs.glob("*teacher*")
+    taught = Recipe.load(folder / "recipe.yaml")
+    assert (taught.run.amp, taught.run.channels_last, taught.run.deterministic) == (
+        "bf16",
+        False,
+        False,
+    )
+    assert taught.data.prefetch == 1
+    before = (folder / "log.jsonl").read_bytes()
+    train(tiny(root, "kd", teacher=by_teacher, run={"epochs": 1}), runs / "second")
+    assert (folder / "log.jsonl").read_bytes() == before
 
 
 def test_what_a_run_keeps_is_trained_by_nobody_and_has_no_other_weights(files):

@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 import torch
 
-from kdfuse.engine.run import rng
 from kdfuse.engine.run.checkpoint import CheckpointError, latest, load, save, step_name
+from kdfuse.engine.training import process
 
 ROOT = Path(__file__).parents[3]
 
@@ -344,16 +344,16 @@ def test_rng_goes_on_where_it_was(tmp_path):
         return random.gauss(0, 1), np.random.standard_normal(), torch.randn(3).tolist()
 
     draws()  # an odd number: the Gaussian generators keep half a pair
-    path = save(tmp_path, "best", {"rng": rng.capture()}, {})
+    path = save(tmp_path, "best", {"rng": process.capture()}, {})
     expected = [draws() for _ in range(3)]
-    rng.restore(load(path)[0]["rng"])
+    process.restore(load(path)[0]["rng"])
     assert [draws() for _ in range(3)] == expected
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_cuda_rng_goes_on_where_it_was():
-    captured = rng.capture()
+    captured = process.capture()
     expected = torch.randn(3, device="cuda")
-    rng.restore(captured)
+    process.restore(captured)
     assert torch.equal(torch.randn(3, device="cuda"), expected)

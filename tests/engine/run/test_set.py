@@ -2,6 +2,7 @@
 
 import json
 import sys
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from tiny import SECTIONS
 
 from kdfuse.engine.cli import main as cli
 from kdfuse.engine.data.sources.digits import write_digits
-from kdfuse.engine.recipe.load import Recipe, recipes
+from kdfuse.engine.recipe.load import AnyRecipe, DetectionRecipe, Recipe, recipes
 from kdfuse.engine.recipe.schema import RecipeError
 from kdfuse.engine.run import log
 from kdfuse.engine.run.past import read_run
@@ -173,18 +174,45 @@ def test_what_was_changed_is_told_below_the_table(file: str, kd) -> None:
     assert "mine:a" in out.split("recipe ")[1]
 
 
+def test_recipes_that_claim_one_cell_are_not_trained(file: str, kd) -> None:
+    held = yaml.safe_load(Path(file).read_text())
+    held["rows"]["b"]["expect"] = held["rows"]["a"]["expect"]
+    Path(file).write_text(yaml.safe_dump(held, sort_keys=False))
+    code, _, err = kd("train", f"{file}:a", f"{file}:b", "seeds=2", "--out", "set")
+    assert code == 2 and "column A: claimed by mine:a and by mine:b" in err
+    assert not Path("set").exists()
+
+
+def test_detectors_go_with_classifiers_into_a_set(file: str, tmp_path: Path) -> None:
+    runs = members(["coco/kd", f"{file}:a"], ["run.epochs=3"], 2)
+    assert [member.folder for member in runs] == [
+        "coco-kd-resnet101-resnet50-seed0", "coco-kd-resnet101-resnet50-seed1",
+        "mine-a-seed0", "mine-a-seed1",
+    ]  # fmt: skip
+    trained = []
+
+    def train(recipe: AnyRecipe, out: Path, resume: bool) -> Path:
+        trained.append((type(recipe), recipe.run.epochs, recipe.run.seed, out, resume))
+        return out
+
+    assert train_set(runs, tmp_path / "set", False, train) == []
+    assert trained == [
+        (kind, 3, seed, tmp_path / "set" / runs[i].folder, False)
+        for i, (kind, seed) in enumerate(product((DetectionRecipe, Recipe), (0, 1)))
+    ]
+
+
 def test_under_torchrun_a_failure_ends_the_set(file: str, monkeypatch, tmp_path: Path) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     runs = members([f"{file}:bad"], ["data.root=nowhere"], 1)
     calls = []
 
-    def fail(recipe: Recipe, out: Path, resume: bool) -> None:
+    def fail(recipe: AnyRecipe, out: Path, resume: bool) -> Path:
         calls.append(out)
         raise ValueError("as one process")
 
-    monkeypatch.setattr("kdfuse.engine.training.loop.train", fail)
     with pytest.raises(ValueError, match="as one process"):
-        train_set([*runs, *runs], tmp_path / "set", resume=False)
+        train_set([*runs, *runs], tmp_path / "set", False, fail)
     assert len(calls) == 1
 
 

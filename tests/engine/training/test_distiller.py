@@ -8,8 +8,9 @@ from tiny import tiny
 
 from kdfuse.engine.models import create
 from kdfuse.engine.recipe.schema import Normalize
+from kdfuse.engine.training.build import build
 from kdfuse.engine.training.meters import Clock, Diverged, Meters
-from kdfuse.engine.training.networks import Distiller, build
+from kdfuse.engine.training.networks import Distiller
 from kdfuse.engine.training.ranks import choose_device, join
 from kdfuse.engine.training.step import Step
 
@@ -47,8 +48,8 @@ def test_nothing_reaches_the_teacher():
     assert not any(key.startswith("teacher") for key in distiller.state_dict())
     assert len(list(distiller.parameters())) == 3 * len(list(distiller.main.student.parameters()))
     distiller.train()
-    step = Step(distiller, distiller.parts, [sgd(distiller)])
-    step(*batch(), epoch=0.0)
+    step = Step(distiller, [sgd(distiller)])
+    step(*batch(), 0.0)
     assert not any(module.training for module in teacher.modules())
     assert not any(p.requires_grad or p.grad is not None for p in teacher.parameters())
     for key, value in teacher.state_dict().items():
@@ -59,7 +60,7 @@ def test_a_step_trains_everything_else():
     recipe, distiller = make({"name": "slkd", "slts": 2})
     before = copy.deepcopy(distiller.state_dict())
     distiller.train()
-    Step(distiller, distiller.parts, [sgd(distiller)])(*batch(), epoch=0.0)
+    Step(distiller, [sgd(distiller)])(*batch(), 0.0)
     same = [k for k, v in distiller.state_dict().items() if torch.equal(v, before[k])]
     assert not same
 
@@ -71,7 +72,7 @@ def test_the_folded_teacher_and_every_input_are_what_each_network_expects():
     student, teacher = create("resnet8", CLASSES).eval(), create("resnet8", CLASSES).eval()
     images, target, index = batch()
     distiller.eval()
-    out = distiller(images, target, index)["main"]
+    out = distiller.outputs(images, target, index)["main"]
 
     def reference(network, normalize):
         mean, std = (torch.tensor(v).view(3, 1, 1) for v in (normalize.mean, normalize.std))
@@ -103,7 +104,7 @@ def test_uskd_head_is_trained_through_the_tap_and_is_no_part_of_the_student():
     recipe, distiller = make("uskd")
     student, head = distiller.main.student, distiller.main.head
     assert set(head.state_dict()) == {"classifier.weight", "classifier.bias"}
-    out = distiller(*batch())["main"]
+    out = distiller.outputs(*batch())["main"]
     assert out.student_taps["stage2"].shape == (8, 32, 8, 8)
     out.head["weak"].sum().backward()
     assert head.classifier.weight.grad.abs().max() > 0
@@ -113,7 +114,7 @@ def test_uskd_head_is_trained_through_the_tap_and_is_no_part_of_the_student():
 
 def test_bf16_logits_and_float32_weights():
     recipe, distiller = make("slkd", run={"amp": "bf16"})
-    out = distiller(*batch())["main"]
+    out = distiller.outputs(*batch())["main"]
     assert {z.dtype for z in (out.student, out.teacher, *out.slts)} == {torch.bfloat16}
     loss, _ = recipe.method.loss(out, batch()[1], 0.0)
     assert loss.dtype == torch.float32
@@ -126,8 +127,8 @@ def test_compiled_in_place_keeps_keys_and_losses():
     losses, keys = {}, {}
     for compiled in (False, True):
         recipe, distiller = make("uskd", run={"compile": compiled})
-        step = Step(distiller.train(), distiller.parts, [sgd(distiller)])
-        losses[compiled] = [float(step(*batch(), epoch=0.0)["loss"]) for _ in range(3)]
+        step = Step(distiller.train(), [sgd(distiller)])
+        losses[compiled] = [float(step(*batch(), 0.0)["loss"]) for _ in range(3)]
         keys[compiled] = list(distiller.state_dict())
     assert keys[True] == keys[False]
     assert losses[True] == pytest.approx(losses[False], rel=1e-4)
@@ -166,10 +167,10 @@ def test_a_teacher_that_cannot_be_folded_is_used_as_it_is():
     recipe, distiller = make("kd")
     teacher = Branching()
     with pytest.warns(UserWarning, match="BatchNorm layers unfolded: .*Branching"):
-        made = Distiller(distiller.parts, [teacher], dict(distiller.inputs.items()), amp=False)
+        made = Distiller(distiller.learners, [teacher], dict(distiller.inputs.items()), amp=False)
     images = batch()[0]
     expected = teacher(made.inputs["teacher"](images))
-    assert torch.equal(made(*batch())["main"].teacher, expected)
+    assert torch.equal(made.outputs(*batch())["main"].teacher, expected)
 
 
 def test_the_clock_counts_steps_and_waits():

@@ -11,7 +11,7 @@ from kdfuse.engine.recipe.load import Recipe, RecipeError
 from kdfuse.engine.run.checkpoint import load
 from kdfuse.engine.run.past import read_run
 from kdfuse.engine.training.evaluate import evaluate
-from kdfuse.engine.training.loop import train
+from kdfuse.engine.training.start import train
 
 
 def alone(folder, method, student):

@@ -10,10 +10,10 @@ from torch import nn
 
 from kdfuse.engine.models import Taps, create
 from kdfuse.engine.recipe.schema import Optim
-from kdfuse.engine.training.optim import EMA, build_optimizer, clip_gradients, lr_at, set_lr
+from kdfuse.engine.training.classification import begin, step_of
+from kdfuse.engine.training.ema import EMA
+from kdfuse.engine.training.optim import build_optimizer, clip_gradients, lr_at, set_lr
 from kdfuse.engine.training.ranks import join
-from kdfuse.engine.training.state import State
-from kdfuse.engine.training.step import Step
 
 
 def quadratic(optimizer, parameter, steps):
@@ -206,13 +206,12 @@ def test_a_step_clips_each_optimiser_for_itself():
         data={"source": "synthetic", "classes": 10, "subset": None},
         optim={"lr": 0.5, "momentum": 0.0, "weight_decay": 0.0, "clip": 0.01},
     )
-    state = State(recipe, join("cpu"), 10, {}, torch.arange(8))
-    distiller, optimizers = state.distiller.train(), list(state.optimizers.values())
-    before = copy.deepcopy(state.distiller.state_dict())
-    step = Step(distiller, distiller.parts, optimizers, clip=recipe.optim.clip)
+    distiller, state = begin(recipe, join("cpu"), 10, torch.arange(8), {})
+    before = copy.deepcopy(distiller.state_dict())
+    step = step_of(distiller.train(), state)
     images = torch.randint(0, 256, (8, 3, 16, 16), dtype=torch.uint8)
     step(images, torch.arange(8), torch.arange(8), 0.0)
-    moved = {"branches.main.student.": 0.0, "branches.main.slts.0.": 0.0}
+    moved = {"tree.main.student.": 0.0, "tree.main.slts.0.": 0.0}
     for name, parameter in distiller.named_parameters():
         (network,) = (prefix for prefix in moved if name.startswith(prefix))
         moved[network] += float((parameter.detach() - before[name]).double().square().sum())

@@ -14,11 +14,11 @@ from tiny import tiny
 from kdfuse.engine.data.sources.digits import write_digits
 from kdfuse.engine.run.checkpoint import load
 from kdfuse.engine.run.log import read
+from kdfuse.engine.training.build import build
 from kdfuse.engine.training.evaluate import evaluate
-from kdfuse.engine.training.loop import train
 from kdfuse.engine.training.meters import Meters
-from kdfuse.engine.training.networks import build
 from kdfuse.engine.training.ranks import Group, join
+from kdfuse.engine.training.start import train
 from kdfuse.engine.training.step import Step
 
 CLOCK = ("time", "images_per_s", "data_wait")
@@ -36,12 +36,12 @@ def one_step(group):
     )
     share = slice(group.rank * 8 // group.world, (group.rank + 1) * 8 // group.world)
     optimizer = torch.optim.SGD(distiller.parameters(), lr=0.1)
-    step = Step(group.wrap(distiller), distiller.parts, [optimizer])
+    step = Step(group.wrap(distiller), [optimizer])
     meters, labels = Meters(group), torch.arange(8)
-    meters.add(1, step(images[share], labels[share], labels[share], epoch=0.0))
+    meters.add(1, step(images[share], labels[share], labels[share], 0.0))
     norm = distiller.main.student.bn1
     norm.running_mean.fill_(float(group.rank))
-    group.average_batchnorm(distiller)
+    group.average_batchnorm(distiller.modules())
     return {
         "gradients": {name: p.grad.clone() for name, p in distiller.named_parameters()},
         "values": meters.read(),

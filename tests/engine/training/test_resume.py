@@ -16,12 +16,12 @@ from kdfuse.engine.data.sources.digits import write_digits
 from kdfuse.engine.models import create
 from kdfuse.engine.run.checkpoint import load, save
 from kdfuse.engine.run.log import read
-from kdfuse.engine.training.loop import train
+from kdfuse.engine.training.start import train
 
 STEPS = 30
 CLOCK = ("time", "images_per_s", "data_wait")
 CHILDREN = multiprocessing.get_context("forkserver")  # imports once, not in every child
-CHILDREN.set_forkserver_preload(["kdfuse.engine.training.loop"])
+CHILDREN.set_forkserver_preload(["kdfuse.engine.training.start"])
 LOADERS = [
     "torchvision",
     pytest.param(

@@ -19,11 +19,13 @@ from kdfuse.engine.run import environment
 from kdfuse.engine.run.checkpoint import load, save
 from kdfuse.engine.run.folder import held
 from kdfuse.engine.run.log import read
-from kdfuse.engine.training.evaluate import evaluate, evaluate_state, hits
-from kdfuse.engine.training.loop import train
+from kdfuse.engine.training.build import build
+from kdfuse.engine.training.classification import begin
+from kdfuse.engine.training.evaluate import evaluate, hits, measure
 from kdfuse.engine.training.meters import Diverged
+from kdfuse.engine.training.process import settings
 from kdfuse.engine.training.ranks import join
-from kdfuse.engine.training.state import State
+from kdfuse.engine.training.start import train
 
 LAST = "step-00000010"
 
@@ -198,9 +200,9 @@ def test_divergence_leaves_the_best_checkpoint(digits, tmp_path):
 
 def test_weights_that_are_not_finite_are_not_saved(digits, tmp_path):
     group = join("cpu")
-    state = State(tiny(digits, "ce"), group, 10, {})
+    distiller, state = begin(tiny(digits, "ce"), group, 10, torch.arange(8), {})
     state.done = 7
-    state.distiller.main.student.layer2[0].conv1.weight.data[3] = torch.nan
+    distiller.main.student.layer2[0].conv1.weight.data[3] = torch.nan
     with pytest.raises(Diverged, match="the weights after step 7 are not finite"):
         state.save(tmp_path, "step-00000007")
     assert not list(tmp_path.iterdir())
@@ -210,12 +212,12 @@ def test_networks_that_are_not_finite_are_not_evaluated(digits, teacher):
     recipe = tiny(digits, "ce")
     group = join("cpu")
     manifest = open_source(recipe.data, "val")
-    state = State(recipe, group, 10, {})
-    state.distiller.main.student.fc.bias.data[3] = torch.inf
+    distiller = build(recipe, 10, group.device)
+    distiller.main.student.fc.bias.data[3] = torch.inf
     loader = make_loader(manifest, recipe.data, 100, seed=0, train=False)
     rows = len(manifest.target)
     with pytest.raises(Diverged, match=f"student: the outputs for {rows} of {rows} images"):
-        evaluate_state(state, loader, group)
+        measure(distiller, loader.epoch(0), group)
 
 
 def test_cuda_is_refused_without_cuda(digits, tmp_path, monkeypatch):
@@ -230,7 +232,7 @@ def test_settings_of_the_process_are_given_back(digits):
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(2)
-        with environment.settings(recipe.run):
+        with settings(recipe.run):
             assert torch.get_num_threads() == 1
             assert torch.are_deterministic_algorithms_enabled()
         assert torch.get_num_threads() == 2

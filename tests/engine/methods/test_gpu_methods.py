@@ -12,10 +12,9 @@ from test_every_method import recipe_for
 
 from kdfuse.engine.methods import METHODS
 from kdfuse.engine.recipe.load import Recipe
-from kdfuse.engine.run.environment import settings
+from kdfuse.engine.training.classification import begin, step_of
+from kdfuse.engine.training.process import settings
 from kdfuse.engine.training.ranks import join
-from kdfuse.engine.training.state import State
-from kdfuse.engine.training.step import Step
 
 pytestmark = MARKS
 WAITS = {"kdsvd"}  # for its eigenvalues
@@ -33,9 +32,8 @@ def test_steps_wait_for_nothing_and_lower_the_loss(name, amp, tmp_path):
     recipe = on_cuda(name, tmp_path, amp=amp)
     labels = torch.arange(16) % 10
     with settings(recipe.run):
-        state = State(recipe, join("cuda"), 10, {}, labels)
-        state.distiller.train()
-        step = Step(state.distiller, state.branches, list(state.optimizers.values()))
+        distiller, state = begin(recipe, join("cuda"), 10, labels, {})
+        step = step_of(distiller.train(), state)
         source = torch.Generator().manual_seed(0)
         images = torch.randint(0, 256, (16, 3, 16, 16), dtype=torch.uint8, generator=source).cuda()
         target, index = labels.cuda(), torch.arange(16).cuda()
@@ -57,12 +55,11 @@ def test_two_runs_end_with_the_same_weights(name, tmp_path):
     for _ in range(2):
         with settings(recipe.run):
             labels = torch.arange(16) % 10
-            state = State(recipe, join("cuda"), 10, {}, labels)
-            state.distiller.train()
-            step = Step(state.distiller, state.branches, list(state.optimizers.values()))
+            distiller, state = begin(recipe, join("cuda"), 10, labels, {})
+            step = step_of(distiller.train(), state)
             source = torch.Generator().manual_seed(0)
             images = torch.randint(0, 256, (16, 3, 16, 16), dtype=torch.uint8, generator=source)
             for _ in range(3):
                 step(images.cuda(), labels.cuda(), torch.arange(16).cuda(), 1.0)
-            found.append(torch.cat([p.flatten() for p in state.distiller.parameters()]).cpu())
+            found.append(torch.cat([p.flatten() for p in distiller.parameters()]).cpu())
     assert torch.equal(*found)

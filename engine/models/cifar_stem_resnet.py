@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from .initial import he_fan_out
-from .points import relu_points
+from .parts import he_fan_out, relu_points
 
 
 class BasicBlock(nn.Module):
@@ -63,7 +62,7 @@ class Bottleneck(nn.Module):
         return self.relu3(x + shortcut)  # (N, 4 * channels, H / stride, W / stride)
 
 
-class WideCifarResNet(nn.Module):
+class CifarStemResNet(nn.Module):
     """Four stages of `blocks` blocks with 64, 128, 256 and 512 channels times the expansion."""
 
     def __init__(

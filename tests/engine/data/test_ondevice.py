@@ -1,4 +1,6 @@
-"""Mixup, CutMix and smoothing: what is drawn, what it makes, and what the methods make of it."""
+"""Crops, normalisation, and mixup, CutMix and smoothing: what is drawn, what it makes, and what the
+methods make of it.
+"""
 
 import math
 import shutil
@@ -9,16 +11,27 @@ import torch
 import torch.nn.functional as F
 from tiny import tiny
 
-from kdfuse.engine.data.mixing import Mix, Mixing, draw, mix_images, soft_labels, symmetric_beta
+from kdfuse.engine.data.loaders.ondevice import (
+    Mix,
+    Mixing,
+    Normalise,
+    crop,
+    draw,
+    mix_images,
+    resized_crop,
+    soft_labels,
+    symmetric_beta,
+)
+from kdfuse.engine.data.plan import Plan
 from kdfuse.engine.data.sources.digits import write_digits
 from kdfuse.engine.methods import METHODS, Outputs
 from kdfuse.engine.methods.ce import labelled
 from kdfuse.engine.methods.parts.labels import unsmoothed
+from kdfuse.engine.recipe.data import Data
 from kdfuse.engine.recipe.load import Recipe
-from kdfuse.engine.recipe.schema import IMAGENET, Data, Normalize, RecipeError
+from kdfuse.engine.recipe.schema import IMAGENET, Normalize, RecipeError
 from kdfuse.engine.run.checkpoint import load
-from kdfuse.engine.training.loop import train
-from kdfuse.engine.training.networks import Inputs
+from kdfuse.engine.training.start import train
 
 B, C, SIZE = 6, 5, 16
 MIXED = {"mixup": 0.8, "cutmix": 1.0, "smoothing": 0.1}
@@ -33,6 +46,76 @@ def pictures(n=B):
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (n, 3, SIZE, SIZE), dtype=torch.uint8, generator=generator)
     return images.contiguous(memory_format=torch.channels_last)
+
+
+# --- Crop, resize, flip, normalise ---------------------------------------------------------------
+
+FLIP = np.array([False, True, True, False])
+
+
+def planned(box, index=(2, 0, 1, 2)):
+    box = np.array(box, np.int32)
+    scaled = np.full((len(box), 2), 8, np.int32)
+    return Plan(np.array(index), box, FLIP, scaled, np.zeros_like(scaled))
+
+
+def field(height, width):
+    """Three smooth images of different channels, (3, height, width, 3) uint8."""
+    y, x, k = np.ogrid[0:height, 0:width, 0:9]
+    planes = 127 + 60 * np.sin(0.4 * y + k) + 60 * np.cos(0.3 * x + 2 * k)
+    return planes.reshape(height, width, 3, 3).transpose(2, 0, 1, 3).astype(np.uint8)
+
+
+def test_crops_are_windows_black_beyond_the_border():
+    border, whole = 2, field(9, 11)
+    padded = np.pad(whole, ((0, 0), (border, border), (border, border), (0, 0)))
+    plan = planned([[-2, 5, 8, 8], [3, -2, 8, 8], [0, 0, 8, 8], [1, 3, 8, 8]])
+    made = crop(torch.from_numpy(padded), plan, border, 8)
+    assert made.dtype == torch.uint8 and made.shape == (4, 8, 8, 3)
+    for i, (top, left, _, _) in enumerate(plan.box.tolist()):
+        for y in range(8):
+            for x in range(8):
+                at = top + y, left + (7 - x if FLIP[i] else x)
+                inside = 0 <= at[0] < 9 and 0 <= at[1] < 11
+                wanted = whole[plan.index[i]][at].tolist() if inside else [0, 0, 0]
+                assert made[i, y, x].tolist() == wanted
+
+
+def test_resized_crops_are_antialiased_boxes():
+    """To about a level: how torch rounds integers depends on the processor."""
+    images = field(24, 30)
+    plan = planned([[0, 0, 24, 30], [4, 5, 16, 9], [3, 2, 8, 8], [20, 10, 3, 17]])
+    made = resized_crop(torch.from_numpy(images), plan, 8)
+    assert made.dtype == torch.uint8 and made.shape == (4, 8, 8, 3)
+    for i, (top, left, height, width) in enumerate(plan.box.tolist()):
+        box = images[plan.index[i]][top : top + height, left : left + width].astype(np.float64)
+        wanted = np.einsum("ya,xb,abc->yxc", triangles(height, 8), triangles(width, 8), box)
+        wanted = wanted[:, ::-1] if FLIP[i] else wanted
+        assert np.abs(made[i].numpy() - wanted).max() <= 1.5
+    assert np.array_equal(made[2].numpy(), images[1][3:11, 2:10][:, ::-1])  # of that size already
+
+
+def triangles(size, out):
+    """Weights (out, size) of linear interpolation, widened where it makes smaller."""
+    centre = (np.arange(out)[:, None] + 0.5) * size / out
+    weight = 1 - np.abs(np.arange(size) + 0.5 - centre) / max(size / out, 1)
+    weight = weight.clip(min=0)
+    return weight / weight.sum(1, keepdims=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_normalised_images_to_the_last_bit(dtype, channels_last):
+    images = pictures().to(dtype)
+    statistics = Normalize(mean=(0.1, 0.9, 0.485), std=(0.5, 0.1, 0.229))
+    made = Normalise(statistics, channels_last)(images)
+    order = torch.channels_last if channels_last else torch.contiguous_format
+    assert made.dtype == torch.float32 and made.is_contiguous(memory_format=order)
+    mean, std = (np.array(x, np.float32)[:, None, None] for x in (statistics.mean, statistics.std))
+    floats = images.numpy().astype(np.float32)
+    wanted = floats * (np.float32(1) / (np.float32(255) * std)) + -mean / std
+    assert wanted.dtype == np.float32 and np.array_equal(made.numpy(), wanted)
+    np.testing.assert_allclose(made.numpy(), (floats / 255 - mean) / std, rtol=1e-4, atol=1e-5)
 
 
 # --- What is drawn -------------------------------------------------------------------------------
@@ -136,19 +219,19 @@ def test_images_and_labels_by_loops(mix):
 def test_mixing_and_normalising_commute(mix, channels_last):
     images = pictures()
     for statistics in (IMAGENET, Normalize(mean=(0.1, 0.9, 0.5), std=(0.5, 0.1, 1.0))):
-        inputs = Inputs(statistics, channels_last)
-        normalised = inputs(images)
+        normalise = Normalise(statistics, channels_last)
+        normalised = normalise(images)
         after = mix_images(normalised, mix)
-        assert torch.equal(normalised, inputs(images))
-        before = inputs(mix_images(images, mix))
+        assert torch.equal(normalised, normalise(images))
+        before = normalise(mix_images(images, mix))
         torch.testing.assert_close(before, after, rtol=1e-5, atol=1e-5)
 
 
-def test_inputs_leave_float_images_to_the_next_network():
+def test_normalise_leaves_float_images_to_the_next_network():
     images = pictures().float()
     kept = images.clone()
     for channels_last in (False, True):
-        Inputs(IMAGENET, channels_last)(images)
+        Normalise(IMAGENET, channels_last)(images)
         assert torch.equal(images, kept)
 
 

@@ -1,4 +1,4 @@
-"""A part of a file as a file of its own: how one member of a tar is read."""
+"""A range of a file's bytes as a file of its own: how one member of a tar is read."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
 
 
-def open_window(path: str, offset: int, length: int) -> io.BufferedReader:
+def open_range(path: str, offset: int, length: int) -> io.BufferedReader:
     """The `length` bytes of a file from `offset`, seekable and apart from the rest of the file."""
-    return io.BufferedReader(_Window(path, offset, length))
+    return io.BufferedReader(_Range(path, offset, length))
 
 
-class _Window(io.RawIOBase):
+class _Range(io.RawIOBase):
     def __init__(self, path: str, offset: int, length: int) -> None:
         self._file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         self._offset, self._length, self._place = offset, length, 0

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
-import json
 import pickle
 import re
 import struct
@@ -17,6 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+from ..run.checkpoint import STATE, SUMS, CheckpointError, find, verified
 
 _HOLDERS = ("student", "model", "state_dict")  # a run of this engine, published teachers, others
 _PREFIXES = ("module.", "_orig_mod.")  # left by data parallelism and by torch.compile
@@ -116,11 +116,12 @@ def compare(weights: Mapping[str, Tensor], model: nn.Module) -> Difference:
 def _locate(path: Path) -> Path:
     if path.is_file():
         return path
-    if not path.exists():
-        raise FileNotFoundError(f"checkpoint {path}: no such file or folder")
-    for file in (path / "state.pt", path / "checkpoints" / "best" / "state.pt"):
+    for folder in (path, path / "checkpoints" / "best"):
+        file = find(folder) / STATE
         if file.is_file():
             return file
+    if not path.exists():
+        raise FileNotFoundError(f"checkpoint {path}: no such file or folder")
     raise FileNotFoundError(
         f"checkpoint {path}: a folder with neither state.pt nor checkpoints/best/state.pt; "
         "give a file, a checkpoint folder or the folder of a run"
@@ -130,13 +131,12 @@ def _locate(path: Path) -> Path:
 def _load(file: Path, path: str | Path) -> Any:
     if _is_tar(file):
         raise ValueError(f"checkpoint {path}: a tar archive; unpack it and give a file from it")
-    sums = file.with_name("sha256.json")
     source: Path | io.BytesIO = file
-    if file.name == "state.pt" and sums.is_file():
-        data = file.read_bytes()
-        if json.loads(sums.read_text()).get(file.name) != hashlib.sha256(data).hexdigest():
-            raise ValueError(f"checkpoint {path}: {file.name} does not match its checksum")
-        source = io.BytesIO(data)
+    if file.name == STATE and file.with_name(SUMS).is_file():
+        try:
+            source = io.BytesIO(*verified(file.parent, STATE))
+        except CheckpointError as error:
+            raise ValueError(str(error)) from error
     try:
         with torch.serialization.safe_globals(_NUMBERS):
             return torch.load(source, map_location="cpu", weights_only=True)

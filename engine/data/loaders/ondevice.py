@@ -1,7 +1,8 @@
-"""Mixup, CutMix and label smoothing: a batch's images mixed in pairs, its labels made soft.
+"""What is done to a batch on the device: crop, resize, flip, mix, normalise.
 
-What is drawn for a step is a hash of (seed, epoch, step), so that a run can stop and go on
-anywhere, and every process draws the same. The partners are within each process's own batch.
+Loaders that hold whole images crop, resize and flip here; the others do so while they decode. What
+is mixed in a step is a hash of (seed, epoch, step), so that a run can stop and go on anywhere, and
+every process draws the same. The partners are within each process's own batch.
 """
 
 from __future__ import annotations
@@ -11,12 +12,35 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torchvision.transforms.v2 import functional as F
 
-from ..recipe.schema import Data
-from .plan import MIX, key, uniforms
+from ...recipe.data import Data
+from ...recipe.schema import Normalize
+from ..plan import MIX, Plan, key, uniforms
 
 DRAWS = 6  # which of the two, lambda (2), shift, the box's centre (2)
+
+
+def crop(images: Tensor, plan: Plan, border: int, size: int) -> Tensor:
+    """The planned boxes of size x size, (B, size, size, 3), of images (n, H, W, 3), flips done.
+
+    The images have `border` black pixels on each side, from which the plan does not count.
+    """
+    side = np.arange(size)
+    rows = plan.box[:, :1] + border + side  # (B, size)
+    columns = plan.box[:, 1:2] + border + np.where(plan.flip[:, None], side[::-1], side)
+    index, y, x = (torch.from_numpy(a).to(images.device) for a in (plan.index, rows, columns))
+    return images[index[:, None, None], y[:, :, None], x[:, None, :]]
+
+
+def resized_crop(images: Tensor, plan: Plan, size: int) -> Tensor:
+    """The planned boxes, each resized to (B, size, size, 3), of images (n, H, W, 3), flips done."""
+    out = images.new_empty(len(plan.index), size, size, 3)
+    for i, (row, box) in enumerate(zip(plan.index.tolist(), plan.box.tolist(), strict=True)):
+        image = F.resized_crop(images[row].permute(2, 0, 1), *box, [size, size], antialias=True)
+        out[i] = (F.horizontal_flip(image) if plan.flip[i] else image).permute(1, 2, 0)
+    return out
 
 
 @dataclass(frozen=True)
@@ -118,3 +142,24 @@ def soft_labels(target: Tensor, classes: int, mix: Mix | None, smoothing: float)
         partners = torch.cat([soft[mix.shift :], soft[: mix.shift]])
         soft = soft.mul_(mix.own).add_(partners, alpha=1 - mix.own)
     return soft.mul_(1 - smoothing).add_(smoothing / classes)
+
+
+class Normalise(nn.Module):
+    """Images (N, 3, H, W) of 0..255, uint8 or float32, to (image / 255 - mean) / std.
+
+    The result is a new float32 tensor in the wanted layout.
+    """
+
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(self, statistics: Normalize, channels_last: bool) -> None:
+        super().__init__()
+        mean, std = torch.tensor(statistics.mean), torch.tensor(statistics.std)
+        self.register_buffer("scale", (1 / (255 * std)).view(3, 1, 1), persistent=False)
+        self.register_buffer("shift", (-mean / std).view(3, 1, 1), persistent=False)
+        self.layout = torch.channels_last if channels_last else torch.contiguous_format
+
+    def forward(self, images: Tensor) -> Tensor:
+        floats = images.to(torch.float32, memory_format=self.layout, copy=True)
+        return floats.mul_(self.scale).add_(self.shift)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,9 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..images import Opener, UnreadableError, inspect, opener_of
-from .kept import keep, kept_under
+from .header_cache import THREADS, fact, keep, kept_under
 
-THREADS = 8  # header reads wait for the disk more than they compute
 Sizes = NDArray[np.int32]
 
 
@@ -21,11 +19,6 @@ def read_sizes(stats: list[tuple[str, int, int]]) -> tuple[Sizes, dict[int, str]
     """`sizes_of` files; `stats`: path, modification time in nanoseconds and length of each."""
     openers = [opener_of(path) for path, _, _ in stats]
     return sizes_of([fact(*stat) for stat in stats], openers)
-
-
-def fact(path: str, time: int, size: int) -> str:
-    """What changes when a file does, so that what was learnt from it is learnt anew."""
-    return f"{os.path.abspath(path)}\0{time}\0{size}"
 
 
 def sizes_of(facts: list[str], openers: Sequence[Opener]) -> tuple[Sizes, dict[int, str]]:

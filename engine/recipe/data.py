@@ -1,0 +1,114 @@
+"""The section `data` of a recipe: which images, and what is done to them."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from .schema import IMAGENET, FilePath, Normalize, Pair, Strict
+
+Source = Literal["folder", "tar", "digits", "cifar10", "cifar100", "glyphs", "synthetic"]
+CLASSES = {"digits": 10, "cifar10": 10, "cifar100": 100, "glyphs": 100}  # sources with a fixed set
+IN_MEMORY = ("cifar10", "cifar100", "glyphs", "synthetic")  # sources without a file for each image
+
+
+class Data(Strict):
+    """Where the images come from and what is done to them before a network sees them."""
+
+    source: Source = Field(
+        description="folder: root/{train,val}/<class>/; tar: root/{train,val}/*.tar; digits: a "
+        "folder written once under root from scikit-learn; cifar10, cifar100: the official archive "
+        "under root; glyphs: drawn once under root; synthetic: computed, no files"
+    )
+    root: FilePath | None = Field(None, description="folder of the images")
+    classes: int | None = Field(
+        None, ge=2, description="number of classes; checked against the source, needed by synthetic"
+    )
+    size: int = Field(224, ge=1, description="side of the images a network sees, pixels")
+    augment: Literal["random_resized_crop", "pad_crop", "none"] = Field(
+        "random_resized_crop", description="training crop"
+    )
+    scale: Pair = Field((0.08, 1.0), description="random_resized_crop: area, share of the image")
+    ratio: Pair = Field((3 / 4, 4 / 3), description="random_resized_crop: width / height")
+    padding: int = Field(4, ge=0, description="pad_crop: black border on each side, pixels")
+    flip: bool = Field(True, description="mirror half of the training images left to right")
+    mixup: float = Field(
+        0.0, ge=0, description="alpha of lambda's Beta(alpha, alpha); 0: off; both: one a step"
+    )
+    cutmix: float = Field(0.0, ge=0, description="as mixup; partners are of a process's own batch")
+    smoothing: float = Field(
+        0.0, ge=0, lt=1, description="share of a label that all classes get in equal parts"
+    )
+    eval_resize: int | None = Field(
+        256, ge=1, description="short side before the centre crop, pixels; null: straight to size"
+    )
+    subset: int | None = Field(
+        None, ge=1, description="keep the first so many training images of each class; null: all"
+    )
+    loader: Literal["auto", "dali", "torchvision", "resident"] = Field(
+        "auto",
+        description="auto: resident for cifar and glyphs with a crop of one size; else dali where "
+        "it is installed and reads the source, else torchvision",
+    )
+    workers: int = Field(2, ge=1, description="decoding threads of a process")
+    prefetch: int = Field(2, ge=1, description="batches prepared ahead")
+    normalize: Normalize = IMAGENET
+    bad_images: int = Field(16, ge=0, description="more unreadable files than this stop the run")
+    images: int | None = Field(
+        None,
+        ge=1,
+        description="training images; null: 1024 of synthetic, 50000 of glyphs",
+    )
+
+    @model_validator(mode="after")
+    def _works(self) -> Data:
+        found = self._source_problems() + self._crop_problems()
+        if found:
+            raise ValueError("\n".join(found))
+        return self
+
+    @property
+    def softening(self) -> list[str]:
+        """The keys in use that make training labels class probabilities."""
+        names = ("mixup", "cutmix", "smoothing")
+        return [f"data.{name}" for name in names if getattr(self, name) > 0]
+
+    def _source_problems(self) -> list[str]:
+        found = []
+        if self.source not in ("synthetic", "glyphs"):
+            found += self.unused(f"source {self.source}", "data", "images")
+        if self.source == "synthetic":
+            found += self.unused("source synthetic", "data", "root")
+            if self.classes is None:
+                found.append("data.classes: source synthetic needs the number of classes")
+        elif self.root is None:
+            found.append(f"data.root: source {self.source} needs a folder; add data.root=DIR")
+        fixed = CLASSES.get(self.source)
+        if fixed is not None and self.classes not in (None, fixed):
+            found.append(
+                f"data.classes: the {self.source} have {fixed} classes, got {self.classes}"
+            )
+        if self.source in IN_MEMORY and self.loader == "dali":
+            found.append(
+                f"data.loader: dali reads files and source {self.source} has none; use auto"
+            )
+        return found
+
+    def _crop_problems(self) -> list[str]:
+        found = []
+        for name, (low, high) in (("scale", self.scale), ("ratio", self.ratio)):
+            if not 0 < low <= high:
+                found.append(f"data.{name}: need 0 < low <= high, got [{low}, {high}]")
+        if self.scale[1] > 1:
+            found.append(f"data.scale: a share of the image, at most 1, got {self.scale[1]}")
+        if self.eval_resize is not None and self.eval_resize < self.size:
+            found.append(
+                f"data.eval_resize: {self.eval_resize} is below data.size {self.size}, the centre "
+                "crop would leave the image; raise it or set null"
+            )
+        if self.augment != "random_resized_crop":
+            found += self.unused(f"augment {self.augment}", "data", "scale", "ratio")
+        if self.augment != "pad_crop":
+            found += self.unused(f"augment {self.augment}", "data", "padding")
+        return found

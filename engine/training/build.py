@@ -1,0 +1,96 @@
+"""From a recipe to its networks, with their weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ..data.loaders.ondevice import Normalise
+from ..models import create
+from ..recipe.load import Recipe
+from ..recipe.schema import Network, Normalize
+from ..run.past import checkpoints_of, recipe_of
+from .learner import Learner
+from .networks import MAIN, Distiller, role
+
+
+def build(
+    recipe: Recipe, classes: int, device: torch.device, labels: Tensor | None = None
+) -> Distiller:
+    """The networks that a recipe needs, on `device`; the caller seeds their random weights first.
+
+    An SL-T is the teacher's architecture with random weights unless the recipe says otherwise.
+    `labels` are the training set's (images,); None to evaluate. Each learner's random weights are
+    those that it would have alone. Raises ValueError and FileNotFoundError as `create` does.
+    """
+    seed = torch.random.get_rng_state()
+    data, run, ema = recipe.data, recipe.run, recipe.optim.ema
+    layout = torch.channels_last if run.channels_last else torch.contiguous_format
+    found: dict[str, Network] = {}
+
+    def make(name: str, network: Network | None) -> nn.Module:
+        assert network is not None  # a recipe has the networks that its method needs
+        if network.kept is not None:
+            made, normalize = deployed_by(network.kept, classes)
+            network = network.model_copy(update={"normalize": network.normalize or normalize})
+        else:
+            made = create(network.name, classes, network.checkpoint)
+        found[name] = network
+        return made.to(device).to(memory_format=layout)
+
+    drawn: dict[str, tuple[nn.Module, list[nn.Module], Tensor]] = {}
+    parts = recipe.learners(MAIN)
+    for name, part in parts.items():
+        torch.random.set_rng_state(seed)
+        slt = part.slt
+        if slt is None and recipe.teacher is not None:
+            slt = recipe.teacher.model_copy(update={"checkpoint": None})
+        student = make(role(name, "student"), part.student)
+        slts = [make(role(name, "slts"), slt) for _ in range(part.method.slt_count)]
+        drawn[name] = student, slts, torch.random.get_rng_state()
+    # What is only evaluated needs a teacher where a part of it is kept.
+    teachers: list[nn.Module] = []
+    torch.random.set_rng_state(drawn[MAIN][2])
+    reused = any(part.method.deploys_head for part in parts.values())
+    if recipe.teacher and (labels is not None or reused):
+        teachers.append(make("teacher", recipe.teacher).eval().requires_grad_(False))
+    learners = {}
+    for name, part in parts.items():
+        student, slts, state = drawn[name]
+        torch.random.set_rng_state(state)
+        teacher = teachers[0] if teachers and part.method.uses_teacher else None
+        learners[name] = Learner(part.method, student, slts, teacher, classes, data.size, labels)
+    if labels is not None:
+        for i, assistant in enumerate(recipe.assistants):
+            teachers.append(make(f"assistant{i}", assistant))
+    norms = {name: network.normalize or data.normalize for name, network in found.items()}
+    inputs = {norm: Normalise(norm, run.channels_last) for norm in norms.values()}
+    distiller = Distiller(
+        learners,
+        teachers,
+        {name: inputs[norm] for name, norm in norms.items()},
+        amp=run.amp == "bf16",
+    )
+    distiller.to(device).to(memory_format=layout)
+    if ema is not None:
+        for learner in learners.values():
+            learner.follow(ema)
+    return distiller
+
+
+def deployed_by(run: Path, classes: int) -> tuple[nn.Module, Normalize]:
+    """What a run keeps as its best, on the CPU: the whole deployed network, and its input's
+    statistics.
+
+    Raises FileNotFoundError, ValueError or CheckpointError when it cannot be had.
+    """
+    recipe = recipe_of(run)
+    main = build(recipe, classes, torch.device("cpu")).main
+    held = checkpoints_of(run)
+    try:
+        main.load((held.get("best") or held["last"])[0])
+    except RuntimeError as error:
+        raise ValueError(f"run:{run}: not of {classes} classes, or damaged: {error}") from error
+    return main.deployed, recipe.student.normalize or recipe.data.normalize

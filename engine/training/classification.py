@@ -1,0 +1,148 @@
+"""Classification as a task of the loop: students under the recipe's method, scored by top-1."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, closing
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..data.batch import Batch
+from ..data.loaders import make_loader
+from ..data.loaders.ondevice import Mixing
+from ..data.manifest import Manifest
+from ..data.sources import open_source
+from ..methods import Terms
+from ..recipe.load import Recipe
+from . import process
+from .build import build
+from .evaluate import accuracy, measure
+from .networks import Distiller
+from .optim import build_optimizers
+from .ranks import Group
+from .state import State
+from .step import Step
+
+
+class Classification:
+    """A recipe's images, networks and step; see Task."""
+
+    results: tuple[str, ...] = ("top1", "top5")
+
+    def __init__(self, recipe: Recipe, group: Group) -> None:
+        """Raises ValueError and FileNotFoundError for data and networks that do not fit."""
+        self.recipe, self.group = recipe, group
+        run, data = recipe.run, recipe.data
+        train_set, val_set = open_splits(recipe, group)
+        batch = group.share(run.batch, "run.batch")
+        eval_batch = group.share(run.eval_batch, "run.eval_batch")
+        make = partial(
+            make_loader, seed=run.seed, rank=group.rank, world=group.world, device=group.device
+        )
+        with ExitStack() as opened:
+            self.loader = opened.enter_context(closing(make(train_set, data, batch, train=True)))
+            self.val = opened.enter_context(closing(make(val_set, data, eval_batch, train=False)))
+            if group.first:
+                print(
+                    f"{len(train_set.target)} training and {len(val_set.target)} validation images "
+                    f"of {len(train_set.classes)} classes, loader {self.loader.name}",
+                    flush=True,
+                )
+            sources = {
+                "training images": train_set.digest,
+                "validation images": val_set.digest,
+                "loader": self.loader.name,  # what "auto" stands for may change
+            }
+            self.networks, self.state = begin(
+                recipe, group, len(train_set.classes), torch.from_numpy(train_set.target), sources
+            )
+            self._opened = opened.pop_all()
+        self.steps = self.loader.steps
+        self.facts: dict[str, Any] = {"loader": self.loader.name}
+        self.mixing = Mixing(data, self.state.classes, run.seed)
+        self._step = step_of(self.networks, self.state)
+
+    def close(self) -> None:
+        """Ends the loaders."""
+        self._opened.close()
+
+    def check_teachers(self) -> dict[str, float]:
+        """Evaluate the frozen teachers and print how good they are; ValueError at chance level."""
+        specs = {f"assistants.{i}": network for i, network in enumerate(self.recipe.assistants)}
+        if self.recipe.teacher is not None:
+            specs = {"teacher": self.recipe.teacher, **specs}
+        frozen = self.networks.frozen()
+        measured: dict[str, dict[str, float]] = {}
+        if frozen:
+            measured = accuracy(self.networks, frozen, self.val.epoch(0), self.group)
+        for (where, spec), found in zip(specs.items(), measured.values(), strict=True):
+            text = f"{where} {spec.name}: top-1 {found['top1']:.2f}, top-5 {found['top5']:.2f}"
+            if self.group.first:
+                print(text, flush=True)
+            chance = 100 / self.state.classes
+            at_chance = found["top1"] <= chance + min(chance / 2, 5)
+            if at_chance and self.recipe.run.teacher_at_chance == "refuse":
+                raise ValueError(
+                    f"{text}; chance is {chance:.2f}, so it has nothing to teach. Check "
+                    f"{where}.checkpoint = {spec.checkpoint} and {where}.normalize, or set "
+                    "run.teacher_at_chance=allow"
+                )
+        return {f"teacher_{k}": value for k, value in measured.get("teacher", {}).items()}
+
+    def epoch(self, epoch: int, start: int) -> Iterator[Batch]:
+        """The batches of an epoch from step `start`; the networks are in training mode."""
+        self.networks.train()
+        return self.loader.epoch(epoch, start)
+
+    def step(self, batch: Batch, epoch: int, number: int) -> Terms:
+        """Train on a batch, step `number` of `epoch`, both 0-based: its detached 0-dim terms."""
+        images, target, index = (
+            part.to(self.group.device, non_blocking=True)
+            for part in (batch.images, batch.target, batch.index)
+        )
+        images, target = self.mixing(images, target, epoch, number)
+        return self._step(images, target, index, self.state.done / self.steps)
+
+    def evaluate(self) -> dict[str, float]:
+        """Percent: top1 and top5 of the student; slt0_top1, ema_top1 and so on of the others."""
+        self.state.average_batchnorm()
+        return measure(self.networks, self.val.epoch(0), self.group)
+
+
+def begin(
+    recipe: Recipe, group: Group, classes: int, labels: Tensor, sources: dict[str, str]
+) -> tuple[Distiller, State]:
+    """The networks of a recipe as they are before the first step, and the state of their run.
+
+    `labels` are the training set's (images,).
+    """
+    process.seed_weights(recipe.run.seed)
+    networks = build(recipe, classes, group.device, labels)
+    networks.prepare(recipe.run.compile)
+    optimizers = build_optimizers(recipe.optim, networks.trained())
+    state = State(recipe, group, networks, optimizers, classes, sources)
+    process.seed_training(recipe.run.seed, group.rank)
+    return networks, state
+
+
+def step_of(networks: Distiller, state: State) -> Step:
+    """The step that trains a state's networks, with those of all processes."""
+    return Step(
+        state.group.wrap(networks),
+        list(state.optimizers.values()),
+        networks.update_averages,
+        state.recipe.optim.clip,
+    )
+
+
+def open_splits(recipe: Recipe, group: Group) -> tuple[Manifest, Manifest]:
+    """The training and the validation set; the first process goes first, it may write files."""
+    if not group.first:
+        group.wait()
+    found = open_source(recipe.data, "train"), open_source(recipe.data, "val")
+    if group.first:
+        group.wait()
+    return found

@@ -1,0 +1,44 @@
+"""The exponential moving average of a network's weights."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class EMA:
+    """A copy of a network, `module`, whose parameters are an exponential moving average.
+
+    The n-th update (from 0) keeps min(decay, (1 + n) / (10 + n)) of the average, so that the
+    random start is soon forgotten. Buffers, the integer ones too, are copied. `module` is in eval
+    mode, has no gradients, is not compiled, and is evaluated like any network.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.updates = 0
+        self.module = copy.deepcopy(model).eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        """Take in the weights of `model`, which has the structure of the one at the start."""
+        keep = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        average: list[Tensor] = list(self.module.parameters())
+        current: list[Tensor] = list(model.parameters())
+        torch._foreach_lerp_(average, current, 1 - keep)
+        buffers = list(self.module.buffers())
+        if buffers:
+            torch._foreach_copy_(buffers, list(model.buffers()))
+        self.updates += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        """The averaged weights ("module") and the number of updates ("updates")."""
+        return {"module": self.module.state_dict(), "updates": self.updates}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a `state_dict()`. Raises RuntimeError when the networks differ."""
+        self.module.load_state_dict(state["module"])
+        self.updates = state["updates"]

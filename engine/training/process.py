@@ -1,0 +1,92 @@
+"""What a run sets in its process: threads, determinism, and the random number generators."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..data.plan import RANK, key
+from ..recipe.schema import Run
+
+
+@contextmanager
+def settings(run: Run) -> Iterator[None]:
+    """Threads and determinism of the process as the run wants them, and as they were afterwards."""
+    # Read when cuBLAS starts; without it, deterministic matrix products are refused.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    threads, cudnn = torch.get_num_threads(), torch.backends.cudnn
+    deterministic, benchmark = torch.are_deterministic_algorithms_enabled(), cudnn.benchmark
+    memory: Any = torch.utils.deterministic
+    fill = memory.fill_uninitialized_memory
+    if run.threads is not None:
+        torch.set_num_threads(run.threads)
+    torch.use_deterministic_algorithms(run.deterministic)
+    cudnn.benchmark = not run.deterministic
+    # It would write each new tensor once more than needed, to find reads of what nobody wrote.
+    memory.fill_uninitialized_memory = False
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        torch.use_deterministic_algorithms(deterministic)
+        cudnn.benchmark = benchmark
+        memory.fill_uninitialized_memory = fill
+
+
+def seed_weights(seed: int) -> None:
+    """Start every generator for the random weights, the same in every process of a run."""
+    _seed(seed)
+
+
+def seed_training(seed: int, rank: int) -> None:
+    """Start every generator for what is drawn in training (dropout, negatives).
+
+    Runs and processes draw apart: the seed of one run is not that of the next one's next process.
+    """
+    _seed(key(seed, rank, RANK))
+
+
+def capture() -> dict[str, Any]:
+    """The state of Python's, NumPy's and torch's generators; CUDA's for the current device.
+
+    Tensors and plain values, for a checkpoint.
+    """
+    version, words, gauss = random.getstate()
+    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    state: dict[str, Any] = {
+        "python": [version, list(words), gauss],
+        "numpy": [
+            str(name),
+            torch.from_numpy(np.asarray(keys).astype(np.int64)),
+            int(position),
+            int(has_gauss),
+            float(cached),
+        ],
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def restore(state: dict[str, Any]) -> None:
+    """Go on from a `capture()`; CUDA's state is used where both ends have a CUDA device."""
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(words), gauss))
+    name, keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
+    torch.set_rng_state(state["torch"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+def _seed(value: int) -> None:
+    random.seed(value)
+    np.random.seed(value % 2**32)
+    torch.manual_seed(value)

@@ -1,0 +1,34 @@
+"""What the loop asks of whatever is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+from ..methods import Terms
+from .state import State
+
+
+class Task(Protocol):
+    """A recipe's data and networks, ready to be trained: classification, detection."""
+
+    state: State
+    steps: int  # of an epoch
+    facts: dict[str, Any]  # for the first record of the log
+    results: tuple[str, ...]  # kept of the last and of the best evaluation; the first decides
+
+    def check_teachers(self) -> dict[str, float]:
+        """Before the first step: measure the frozen teachers, for the log; ValueError for one
+        that has nothing to teach."""
+
+    def epoch(self, epoch: int, start: int) -> Iterator[Any]:
+        """The batches of an epoch from step `start`; the networks are in training mode."""
+
+    def step(self, batch: Any, epoch: int, number: int) -> Terms:
+        """Train on a batch, step `number` of `epoch`, both 0-based: its detached 0-dim terms."""
+
+    def evaluate(self) -> dict[str, float]:
+        """Percent, by name, of all networks that are evaluated; {} where there is no set for it."""
+
+    def close(self) -> None:
+        """Ends the loaders."""
