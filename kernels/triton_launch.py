@@ -18,8 +18,7 @@ DIRECT = (3, 6) <= VERSION <= (3, 9) and torch.version.hip is None
 OPTIONS = {"enable_fp_fusion": False, "debug": True, "sanitize_overflow": False, "num_stages": 2}
 
 # Rows of one block, by the power of 2 that holds C: warps, so that a thread has 8 classes (16 bytes
-# of bfloat16) at a time. Derived from compiled code (no spills, tests/test_triton_build.py), not
-# measured.
+# of bfloat16) at a time. Derived from compiled code (no spills: test_triton_build.py), not measured.
 ONE_BLOCK = {128: 1, 256: 1, 512: 2, 1024: 4, 2048: 8, 4096: 16}
 # More numbers than this in all inputs of a row do not stay in registers; one of float64 is four.
 HELD = 16384

@@ -14,9 +14,8 @@ from torch import Tensor, nn
 
 from ..data.loaders.ondevice import Normalise
 from ..models import fold_dirac
-from ..recipe.load import DetectionRecipe, Recipe, load
-from ..run.folder import RECIPE
-from ..run.past import checkpoints_of, recipe_of
+from ..recipe.load import DetectionRecipe, Recipe
+from ..run.past import any_recipe_of, checkpoints_of
 from ..training.build import build
 from ..training.networks import Distiller
 
@@ -52,7 +51,7 @@ def export(run: str | Path, out: str | Path, which: str = "best", network: str =
         raise ValueError(f"out = {out}: write one of {', '.join(SUFFIXES)}")
     if which not in ("best", "last"):
         raise ValueError(f"which = {which!r}: best or last")
-    recipe = load(run / RECIPE) if (run / RECIPE).is_file() else recipe_of(run)
+    recipe = any_recipe_of(run)
     held = checkpoints_of(run)
     if which not in held:
         raise ValueError(f"which = {which!r}: {run} was not evaluated yet; take last")
@@ -62,7 +61,7 @@ def export(run: str | Path, out: str | Path, which: str = "best", network: str =
 
         write(recipe, weights, facts, network, out)
     else:
-        _export_classifier(recipe_of(run), weights, facts, network, out)
+        _export_classifier(recipe.without_files(), weights, facts, network, out)
     return out
 
 

@@ -61,17 +61,18 @@ def evaluate(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="folder of a run")],
 ) -> None:
     """Evaluate the networks of a run on its validation set."""
-    from ..recipe.load import DetectionRecipe, load
-    from ..run.folder import RECIPE
-    from ..training.evaluate import evaluate as measure
+    from ..recipe.load import DetectionRecipe
+    from ..run.past import any_recipe_of
 
-    recipe = load(run / RECIPE) if (run / RECIPE).is_file() else None
+    recipe = any_recipe_of(run)
     # Both say what they find.
     if isinstance(recipe, DetectionRecipe):
         from ..detection.evaluate import evaluate as detect
 
         detect(run, recipe)
     else:
+        from ..training.evaluate import evaluate as measure
+
         measure(run)
     print_published(run)
 

@@ -12,6 +12,8 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from ..recipe.load import AnyRecipe
     from ..recipe.schema import Expect
 
@@ -104,7 +106,7 @@ def wide(table: Table) -> None:
     console.print(table)
 
 
-def _filtered(recipes: list[AnyRecipe], wanted: dict[str, str]) -> list[AnyRecipe]:
+def _filtered(recipes: Sequence[AnyRecipe], wanted: dict[str, str]) -> list[AnyRecipe]:
     """The recipes that meet every wish. ValueError for a name that none of them has."""
     for what, name in wanted.items():
         known = sorted({one for recipe in recipes for one in _names(recipe)[what]})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 import rich.table
@@ -58,9 +59,10 @@ class Table:
         return list(dict.fromkeys(entry.cell.source for entry in self.entries.values()))
 
 
-def shipped() -> list[AnyRecipe]:
-    """All recipes that come with the package."""
-    return [load(name) for name in recipes()]
+@cache
+def shipped() -> tuple[AnyRecipe, ...]:
+    """All recipes that come with the package; read once, since checking them takes seconds."""
+    return tuple(load(name) for name in recipes())
 
 
 def tables() -> list[str]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..recipe import yamlfile
-from ..recipe.load import Recipe
+from ..recipe.load import AnyRecipe, Recipe, load
 from . import checkpoint, log
 from .folder import ENVIRONMENT, RECIPE
 
@@ -134,17 +134,21 @@ def read_run(path: Path) -> PastRun:
     )
 
 
-def recipe_of(path: Path) -> Recipe:
-    """The recipe of a run directory, for its checkpoints: no files, nothing compiled.
-
-    Raises FileNotFoundError for a folder that is none, ValueError for a detector's.
-    """
+def any_recipe_of(path: Path) -> AnyRecipe:
+    """The recipe of a run's folder. Raises FileNotFoundError for a folder that is no run."""
     _check_is_run(path)
-    loaded = Recipe.load(path / RECIPE)
+    return load(path / RECIPE)
+
+
+def recipe_of(path: Path) -> Recipe:
+    """The recipe of a classifier's run for its checkpoints, without files of weights.
+
+    Raises FileNotFoundError for a folder that is no run, ValueError for a detector's.
+    """
+    loaded = any_recipe_of(path)
     if not isinstance(loaded, Recipe):
         raise ValueError(f"{path} is a run of a detector; its weights are in checkpoints/")
-    recipe = loaded.without_files()
-    return recipe.model_copy(update={"run": recipe.run.model_copy(update={"compile": False})})
+    return loaded.without_files()
 
 
 def checkpoints_of(path: Path) -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:

@@ -14,16 +14,19 @@ import torch
 from ..data.plan import RANK, key
 from ..recipe.schema import Run
 
+WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
+
 
 @contextmanager
 def settings(run: Run) -> Iterator[None]:
     """Threads and determinism of the process as the run wants them, and as they were afterwards."""
-    # Read when cuBLAS starts; without it, deterministic matrix products are refused.
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    workspace = os.environ.get(WORKSPACE)
     threads, cudnn = torch.get_num_threads(), torch.backends.cudnn
     deterministic, benchmark = torch.are_deterministic_algorithms_enabled(), cudnn.benchmark
     memory: Any = torch.utils.deterministic
     fill = memory.fill_uninitialized_memory
+    # Read when cuBLAS starts; without it, deterministic matrix products are refused.
+    os.environ.setdefault(WORKSPACE, ":4096:8")
     if run.threads is not None:
         torch.set_num_threads(run.threads)
     torch.use_deterministic_algorithms(run.deterministic)
@@ -33,6 +36,8 @@ def settings(run: Run) -> Iterator[None]:
     try:
         yield
     finally:
+        if workspace is None:
+            os.environ.pop(WORKSPACE, None)
         torch.set_num_threads(threads)
         torch.use_deterministic_algorithms(deterministic)
         cudnn.benchmark = benchmark

@@ -17,6 +17,7 @@ from kdfuse.engine.cli import recipes as cli_recipes
 from kdfuse.engine.cli import train as cli_train
 from kdfuse.engine.recipe import load as recipe_module
 from kdfuse.engine.recipe.load import Recipe, recipes
+from kdfuse.engine.report import tables
 from kdfuse.engine.run import log
 
 CE = "digits/ce:resnet8"
@@ -140,7 +141,7 @@ def test_recipes_are_filtered(kd) -> None:
         assert done.code == 2 and error in done.err
 
 
-def test_a_published_table_with_own_runs(kd, tmp_path: Path, monkeypatch) -> None:
+def test_a_published_table_with_own_runs(kd, tmp_path: Path, monkeypatch, request) -> None:
     (tmp_path / "shipped" / "set").mkdir(parents=True)
     text = (
         "method: {name: ce}\nstudent: {name: resnet8}\noptim: {lr: 0.05}\n"
@@ -153,6 +154,8 @@ def test_a_published_table_with_own_runs(kd, tmp_path: Path, monkeypatch) -> Non
     )
     (tmp_path / "shipped" / "set" / "ce.yaml").write_text(text)
     monkeypatch.setattr(recipe_module, "SHIPPED", tmp_path / "shipped")
+    tables.shipped.cache_clear()
+    request.addfinalizer(tables.shipped.cache_clear)
     assert [line.split() for line in kd("recipes", "table").out.splitlines()] == [
         ["table", "cells", "source"],
         ["paper/1", "2", "Paper,", "table", "1"],

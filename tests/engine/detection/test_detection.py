@@ -91,7 +91,7 @@ SMALL = {"name": RESNET18, "hidden": 32}
 STUDENT = Student(**SMALL, trained_stages=5, proposals=64, rois=24)
 
 
-def recipe_of(data: CocoData, method: str = "nkd", **run) -> DetectionRecipe:
+def recipe_of(data: CocoData, method: str = "nkd", *, optim=None, **run) -> DetectionRecipe:
     """Two epochs of four steps of two images."""
     settings = {"epochs": 2, "batch": 2, "device": "cpu", "threads": 1, "log_every": 1}
     settings |= {"eval_batch": 2, "teacher_at_chance": "allow", **run}
@@ -102,7 +102,7 @@ def recipe_of(data: CocoData, method: str = "nkd", **run) -> DetectionRecipe:
             "data": data.model_dump(),
             "student": STUDENT.model_dump(),
             "teacher": None if method == "baseline" else SMALL,
-            "optim": {"lr": 0.01, "schedule": "constant", "weight_decay": 1e-4},
+            "optim": {"lr": 0.01, "schedule": "constant", "weight_decay": 1e-4, **(optim or {})},
             "run": settings,
         }
     )
@@ -403,7 +403,7 @@ def child(recipe, out):
 
 
 def test_killed_and_resumed_it_ends_with_the_same_bytes(data, tmp_path, capsys):
-    recipe = recipe_of(data, checkpoint_every=3, keep=9)
+    recipe = recipe_of(data, optim={"ema": 0.9, "clip": 1.0}, checkpoint_every=3, keep=9)
     whole, out = tmp_path / "whole", tmp_path / "killed"
     train(recipe, whole)
     process = CHILDREN.Process(target=child, args=(recipe, out))
@@ -429,12 +429,12 @@ def test_killed_and_resumed_it_ends_with_the_same_bytes(data, tmp_path, capsys):
     ]
     assert kept[0] == kept[1] and len(kept[0]) == 8
 
-    moved = data.model_copy(update={"flip": False})
+    other = recipe.model_copy(update={"data": data.model_copy(update={"flip": False})})
     with pytest.raises(ValueError, match="data.flip: True -> False"):
-        train(recipe_of(moved, checkpoint_every=3, keep=9), out, resume=True)
+        train(other, out, resume=True)
     (out / "recipe.yaml").unlink()  # the checkpoint still says whose it is
     with pytest.raises(ValueError, match="by another recipe.*\n.*data.flip: True -> False"):
-        train(recipe_of(moved, checkpoint_every=3, keep=9), out, resume=True)
+        train(other, out, resume=True)
     shutil.rmtree(whole / "checkpoints")
     with pytest.raises(ValueError, match="finished and its checkpoints are gone"):
         train(recipe, whole, resume=True)
