@@ -14,7 +14,7 @@ import sys
 import numpy as np
 import pytest
 
-# Variables that pytest sets for each test, PyTorch when it first compiles, and scikit-learn.
+# Variables that pytest sets for each test; and once, PyTorch where it compiles and scikit-learn.
 ELSEWHERE = ("PYTEST_", "TORCHINDUCTOR_", "_TORCHINDUCTOR_", "TRITON_", "KMP_")
 
 

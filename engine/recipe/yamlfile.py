@@ -76,5 +76,5 @@ def read(path: Path) -> dict[str, Any]:
     return copy.deepcopy(value)
 
 
-# A file with many rows is read again for each of them.
-_parsed = lru_cache(maxsize=64)(parse)
+# A file with many rows is read again for each of them; more files than come with the package.
+_parsed = lru_cache(maxsize=256)(parse)

@@ -14,7 +14,8 @@ from kdfuse.kernels import run as front
 from kdfuse.kernels.table import OPS
 
 SOURCE = Path(__file__).with_name("host_rows.cpp")
-FLAGS = ["-std=c++17", "-O1", "-ffp-contract=off", "-Wno-unknown-pragmas", "-shared", "-fPIC"]
+FLAGS = ["-std=c++17", "-O1", "-ffp-contract=off", "-shared", "-fPIC", "-pthread"]
+FLAGS += ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
 NAMES = ("kd", "dkd", "nkd", "tf_nkd", "uskd", "slkd")
 # Which rows of the kernels: their number in host_rows.cpp, and whether rows read twice are held.
 PATHS = {"general": (0, 0), "resident": (1, 0), "streamed": (2, 0), "held": (2, 1)}
@@ -44,11 +45,12 @@ def given(x: Tensor) -> Given:
     return Given(x.data_ptr(), x.stride(0) if x.dim() else 0, TYPES[x.dtype])
 
 
-def build(folder: Path, *flags: str) -> ctypes.CDLL:
+def built(folder: Path) -> ctypes.CDLL:
+    """The library in `folder`, compiled where it is not there yet."""
     library = folder / "host_rows.so"
     compiler = shutil.which("g++") or shutil.which("c++")
-    command = [compiler, *FLAGS, *flags, "-pthread", str(SOURCE), "-o", str(library)]
-    subprocess.run(command, check=True)
+    if not library.exists():
+        subprocess.run([compiler, *FLAGS, str(SOURCE), "-o", str(library)], check=True)
     return ctypes.CDLL(str(library))
 
 

@@ -20,11 +20,6 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(scope="module")
-def library(tmp_path_factory):
-    return host_rows.build(tmp_path_factory.mktemp("fast_rows"))
-
-
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 @pytest.mark.parametrize("c", (3, 8, 9, 31, 100, 1000, 1001))
 @pytest.mark.parametrize("name, way", PAIRS)

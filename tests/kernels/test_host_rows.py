@@ -18,11 +18,6 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(scope="module")
-def library(tmp_path_factory):
-    return host_rows.build(tmp_path_factory.mktemp("host"), "-Wall", "-Wextra", "-Werror")
-
-
 def settings_for(name, c, **more):
     return {**FULL[name], **(PAIR.get(name, {}) if c == 2 else {}), **more}
 

@@ -576,9 +576,8 @@ def test_the_bare_op_counts_what_it_is_given(name):
         dkd(students, teachers[-1:], [index], [mass], *more[:3], params, *more[4:])
 
 
-@pytest.mark.parametrize("stored", (True, False))
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", TAKING)
+@pytest.mark.parametrize("name, stored", [("kd", True), ("nkd", False)])
 def test_compile_is_one_graph(name, backend, stored):
     torch._dynamo.reset()
 
@@ -681,7 +680,7 @@ def memory(key):
     return 1024 * int(re.search(key + r":\\s*(\\d+)", Path("/proc/self/status").read_text())[1])
 
 torch.set_num_threads(2)
-n, c, k = 1024, 21841, 20
+n, c, k = 512, 21841, 20
 z = torch.zeros(n, c).normal_().requires_grad_()
 t = SparseTeacher(torch.zeros(n, k), torch.arange(k).expand(n, k).clone(), torch.full((n,), 0.5))
 small = SparseTeacher(t.values[:8], t.indices[:8], t.mass[:8])

@@ -2,16 +2,13 @@
 collectives of a call counted.
 """
 
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 from calls import FULL, Case, call, cast, make
+from processes import together
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
@@ -194,15 +191,7 @@ def main(folder, *parts):
 
 
 def launched(folder, world, *parts):
-    words = ["--standalone", f"--nproc-per-node={world}", __file__, str(folder), *parts]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", *words],
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
+    together(world, main, folder, *parts)
     return [torch.load(folder / f"{world}-{rank}.pt", weights_only=True) for rank in range(world)]
 
 
@@ -299,7 +288,3 @@ def test_four_processes(tmp_path):
             torch.testing.assert_close(own["loss"], loss)
             torch.testing.assert_close(own["terms"], terms)
             torch.testing.assert_close(own["gradients"][0], gradient)
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), *sys.argv[2:])

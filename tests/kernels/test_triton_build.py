@@ -32,10 +32,13 @@ INPUTS = {"kd": 2, "dkd": 2, "nkd": 2, "tf_nkd": 1, "uskd": 2, "slkd": 4}
 GRADIENTS = {"uskd": 2, "slkd": 3}
 # Of 65536 in a multiprocessor: at 128 threads a block 64 let 8 blocks run beside each other.
 REGISTERS = {"kd": 64, "dkd": 80, "nkd": 80, "tf_nkd": 80, "uskd": 128, "slkd": 192}
-TYPES = (torch.bfloat16, torch.float32)
-SIZES = [(name, c) for name in NAMES for c in (1000, 21841, 32000)]
-SIZES += [("kd", 100), ("slkd", 100), ("uskd", 4096)]
-SIZES = [(name, c) for name, c in SIZES if name != "uskd" or c <= LONGEST]
+# Rows that are held, of each type; rows in tiles, one that 8 classes at a time divide and one that
+# they do not, of a type each.
+HALF, SINGLE = torch.bfloat16, torch.float32
+TILES = ((32000, HALF), (21841, SINGLE))
+ROWS = [(name, *row) for name in NAMES for row in ((1000, HALF), (1000, SINGLE), *TILES)]
+ROWS += [("kd", 100, HALF), ("slkd", 100, HALF), ("uskd", 4096, SINGLE)]
+ROWS = [(name, c, dtype) for name, c, dtype in ROWS if name != "uskd" or c <= LONGEST]
 KERNELS = (count_rows, taught_rows, scores, tf_nkd_rows, uskd_rows, slkd_rows)
 
 
@@ -76,16 +79,16 @@ def compiled(name, c, dtype, arch):
     return [triton_aot.Code(triton_aot.compile_for(arch, *launch)) for launch in launches]
 
 
-@pytest.mark.parametrize("dtype", TYPES, ids=str)
-@pytest.mark.parametrize("name, c", SIZES)
+@pytest.mark.parametrize("name, c, dtype", ROWS, ids=str)
 def test_rows_stay_in_registers(name, c, dtype):
     for code in compiled(name, c, dtype, 90):
         assert code.stack == 0 and code.count("LDL|STL") == 0
         assert code.registers <= REGISTERS[name]
 
 
-@pytest.mark.parametrize("arch", (80, 90, 100))
-@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize(
+    "dtype, arch", [(HALF, 80), (HALF, 90), (SINGLE, 90), (SINGLE, 100)], ids=str
+)
 @pytest.mark.parametrize("name", NAMES)
 def test_1000_classes_move_in_16_bytes(name, dtype, arch):
     """8 classes a thread: one access of bfloat16, two of float32; each exponential is made once."""
@@ -101,11 +104,10 @@ def test_1000_classes_move_in_16_bytes(name, dtype, arch):
         assert code.count(r"MUFU\.EX2") <= 8 * of_row + 8
 
 
-@pytest.mark.parametrize("dtype", TYPES, ids=str)
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "uskd"])
-def test_tiles_move_in_16_bytes(name, dtype):
+def test_tiles_move_in_16_bytes(name):
     """Where 8 divides C and the strides; other rows move an element at a time."""
-    for c in (32000, 21841):
+    for c, dtype in TILES:
         *_, code = compiled(name, c, dtype, 90)
         wide = (1 if dtype == torch.bfloat16 else 2) * (c % 8 == 0)
         assert code.count(r"STG\.E\.(\w+\.)*128") == wide * GRADIENTS.get(name, 1)

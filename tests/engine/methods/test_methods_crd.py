@@ -1,13 +1,9 @@
 """CRD: the contrast against a memory of all images, its negatives, its state, many processes."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 import torch.nn.functional as F
+from processes import together
 from torch import Size, nn
 from twenty_steps import losses, made
 
@@ -217,12 +213,7 @@ def main(folder):
 
 
 def test_two_processes_have_one_memory_and_their_own_negatives(tmp_path):
-    words = ["--standalone", "--nproc-per-node=2", __file__, str(tmp_path)]
-    path = os.pathsep.join(sys.path)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    command = [sys.executable, "-m", "torch.distributed.run", *words]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    together(2, main, tmp_path)
     both = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
 
     held, z = memory(torch.arange(40) % 3), None
@@ -247,7 +238,3 @@ def test_two_processes_have_one_memory_and_their_own_negatives(tmp_path):
     for name, value in held.state_dict().items():
         assert torch.equal(both[0]["state"][name], both[1]["state"][name]), name
         torch.testing.assert_close(both[0]["state"][name], value)
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

@@ -1,13 +1,9 @@
 """DIST over two processes: with `gather` the relations are those of the whole batch."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 import torch.distributed as dist
+from processes import together
 
 from kdfuse.engine.methods import METHODS, Outputs
 from kdfuse.engine.training.ranks import join
@@ -44,16 +40,7 @@ def main(folder):
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("dist")
-    words = ["--standalone", "--nproc-per-node=2", __file__, str(folder)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", *words],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    together(2, main, folder)
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
 
 
@@ -73,7 +60,3 @@ def test_columns_are_each_processs_own_otherwise(ranks):
         torch.testing.assert_close(found[False]["intra"], losses_of(half, False)["intra"])
     whole = losses_of(slice(None), gather=False)
     assert (ranks[0][False]["gradient"] - whole["gradient"]).abs().max() > 1e-3
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

@@ -1,15 +1,11 @@
 """SP, PKT and RKD against float64 formulas, and over two processes."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from features import TARGET, check, check_compiled, check_learns, largest, normal, outputs
+from processes import together
 
 from kdfuse.engine.methods import METHODS, Outputs, rkd
 from kdfuse.engine.methods.parts.gather import gathered
@@ -253,15 +249,7 @@ def main(folder):
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("gathered")
-    words = ["--standalone", "--nproc-per-node=2", __file__, str(folder)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", *words],
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
+    together(2, main, folder)
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
 
 
@@ -281,7 +269,3 @@ def test_gathered_losses_and_gradients_are_those_of_one_process(ranks, name):
             torch.testing.assert_close(own["gradient"], alone["gradient"], rtol=1e-4, atol=1e-6)
         own = found[f"{name} own"]
         assert not any(torch.allclose(own["losses"][k], v) for k, v in alone["losses"].items())
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

@@ -194,8 +194,12 @@ def test_every_shipped_cell_is_in_its_table() -> None:
     shipped = tables.shipped()
     assert [recipe.name for recipe in shipped] == recipes()
     cells = [cell for recipe in shipped if recipe.expect for cell in recipe.expect.cells]
-    found = [e.cell for name in tables.tables() for e in tables.table(name).entries.values()]
+    published = tables.published(shipped)
+    found = [entry.cell for table in published.values() for entry in table.entries.values()]
     assert sorted(map(repr, found)) == sorted(map(repr, cells))
+    assert tables.tables() == list(published)
+    for name in list(published)[:2]:
+        assert tables.table(name).entries.keys() == published[name].entries.keys()
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,58 @@
+"""Several processes of one group, as torchrun would start them, for what they do together.
+
+They come from a server that has imported PyTorch, which takes longer than what most of them do.
+"""
+
+import multiprocessing
+import multiprocessing.connection
+import os
+import socket
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+CHILDREN = multiprocessing.get_context("forkserver")
+CHILDREN.set_forkserver_preload(["kdfuse.engine.training.loop", "torch._dynamo"])
+
+
+def together(world: int, run: Callable[..., Any], *arguments: Any) -> None:
+    """Calls run(*arguments), a function of a module, in `world` processes with a thread each.
+
+    Ends all of them as soon as one fails, and raises what it said.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    failures = CHILDREN.SimpleQueue()
+    started = []
+    for rank in range(world):
+        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
+        place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        environment = {**os.environ, **{key: str(value) for key, value in place.items()}}
+        child = CHILDREN.Process(target=_child, args=(failures, environment, run, arguments))
+        child.start()
+        started.append(child)
+    running = list(started)
+    while running:
+        multiprocessing.connection.wait([child.sentinel for child in running])
+        if any(child.exitcode for child in started):
+            for child in running:
+                child.kill()
+        running = [child for child in running if child.exitcode is None]
+    said = "" if failures.empty() else failures.get()
+    assert not any(child.exitcode for child in started), said
+
+
+def _child(
+    failures: Any, environment: dict[str, str], run: Callable[..., Any], given: tuple
+) -> None:
+    import torch
+
+    os.environ.clear()  # it came from the server
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    try:
+        run(*given)
+    except BaseException:
+        failures.put(traceback.format_exc())
+        raise
