@@ -168,7 +168,7 @@ def test_what_is_evaluated_is_projector_and_reused_classifier():
     _, distiller = made()
     distiller.eval()
     images = batch()[0]
-    network, inputs = distiller.networks()["student"]
+    network, inputs = distiller.evaluated()["student"]
     found = distiller.predict(network, inputs, images)
     out = distiller.outputs(*batch())["main"]
     torch.testing.assert_close(found, out.head["logits"])
