@@ -5,7 +5,7 @@ INSTALLED := .venv/.kdfuse-installed
 SOURCES := $(wildcard csrc/* csrc/losses/*)
 PACKAGES := kernels engine kdfuse tests setup.py
 
-.PHONY: demo test lint format bench gpu clean install
+.PHONY: demo test test-variants lint format bench gpu clean install
 
 install: $(INSTALLED)
 
@@ -32,7 +32,12 @@ demo: install
 	$(BIN)/kdfuse demo demo
 
 test: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+# The tests that compute numbers, once for each kind of machine that this one can be; ONLY=order runs
+# the variants whose name has that word.
+test-variants: install
+	$(BIN)/python tests/variants.py $(ONLY)
 
 lint: install
 	$(BIN)/ruff check $(PACKAGES)

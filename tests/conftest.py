@@ -2,6 +2,7 @@
 
     --shuffle SEED   files, and the tests of each, in a random order
     --level NAME     the SIMD level of the compiled losses, one of kdfuse.kernels._C.levels()
+    --sees FACT=X    fail unless this process finds X (see `facts`)
 
 Without --shuffle, files marked `slow` come last, those that take longest first, so that two
 workers that share out files (--dist loadfile) end together.
@@ -9,6 +10,8 @@ workers that share out files (--dist loadfile) end together.
 
 import os
 import random
+import re
+import subprocess
 import sys
 
 import numpy as np
@@ -21,6 +24,7 @@ ELSEWHERE = ("PYTEST_", "TORCHINDUCTOR_", "_TORCHINDUCTOR_", "TRITON_", "KMP_")
 def pytest_addoption(parser):
     parser.addoption("--shuffle", type=int, metavar="SEED", help="run in a random order")
     parser.addoption("--level", help="SIMD level of the compiled losses")
+    parser.addoption("--sees", metavar="FACT=X", help="fail unless this process finds X")
 
 
 @pytest.hookimpl(trylast=True)
@@ -55,12 +59,40 @@ def a_cache_of_ones_own(tmp_path_factory):
 
 
 @pytest.fixture(scope="session", autouse=True)
-def level_of_all_calls(request):
-    name = request.config.getoption("level")
-    if name is not None:
+def variant(request):
+    """What the options ask of the whole session."""
+    level, sees = (request.config.getoption(name) for name in ("level", "sees"))
+    if level is not None:
         from kdfuse.kernels import _C
 
-        _C.set_level(name)
+        _C.set_level(level)
+    if sees is not None:
+        fact, wanted = sees.split("=")
+        assert facts()[fact]() == wanted, f"--sees {sees}, but it is {facts()[fact]()}"
+
+
+def facts():
+    """What may vary between machines, each as text."""
+    import torch
+
+    from kdfuse.kernels import _C
+
+    return {
+        "capability": torch.backends.cpu.get_cpu_capability,
+        "onednn": onednn,
+        "level": _C.level,
+        "threads": lambda: str(torch.get_num_threads()),
+    }
+
+
+def onednn():
+    """The instructions that oneDNN takes, which it says itself when it is first used."""
+    code = "import torch; torch.conv2d(torch.zeros(8, 16, 32, 32), torch.zeros(16, 16, 3, 3))"
+    environment = {**os.environ, "ONEDNN_VERBOSE": "1"}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    found = re.search(r"cpu,isa:(?:Intel )?(.+)", done.stdout)
+    return found[1] if found else "none"
 
 
 @pytest.fixture(scope="module", autouse=True)

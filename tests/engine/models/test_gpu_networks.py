@@ -13,7 +13,7 @@ from on_gpu import MARKS
 from kdfuse.engine.models import create
 from kdfuse.engine.models.torchvision_models import DeterministicPool
 from kdfuse.engine.recipe.schema import Run
-from kdfuse.engine.run.environment import settings
+from kdfuse.engine.training.process import settings
 
 pytestmark = MARKS
 RUN = Run(epochs=1, batch=8, device="cuda", deterministic=True)

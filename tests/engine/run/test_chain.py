@@ -4,6 +4,7 @@ import pytest
 import yaml
 from tiny import SECTIONS, tiny
 
+from kdfuse.engine.data.sources.digits import write_digits
 from kdfuse.engine.recipe.load import Recipe
 from kdfuse.engine.run.checkpoint import load
 from kdfuse.engine.run.past import read_run
@@ -12,10 +13,20 @@ from kdfuse.engine.training.start import train
 TRAINED = ["run.epochs=4", "data.subset=64"]  # top-1 63 to 74 at best; 15 is near chance
 
 
+FEW = {"subset": 7}  # one step an epoch
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    root = tmp_path_factory.mktemp("data") / "digits"
+    write_digits(root)
+    return root
+
+
 @pytest.fixture
-def files(tmp_path):
+def files(tmp_path, digits):
     """A teacher's recipe, an assistant's that is taught by it, and one that waits for itself."""
-    data = {**SECTIONS["data"], "root": str(tmp_path / "digits"), "scale": [0.5, 1.0]}
+    data = {**SECTIONS["data"], **FEW, "root": str(digits), "scale": [0.5, 1.0]}
     base = {**SECTIONS, "data": data, "run": {**SECTIONS["run"], "epochs": 1}}
 
     def write(name, **more):
@@ -30,11 +41,13 @@ def files(tmp_path):
     )
     circle = {"name": "resnet8", "trained_by": str(tmp_path / "circle.yaml")}
     write("circle", method={"name": "kd"}, student={"name": "resnet8"}, teacher=circle)
-    return {"teacher": teacher, "assistant": assistant, "circle": circle, "folder": tmp_path}
+    found = {"teacher": teacher, "assistant": assistant, "circle": circle}
+    return {**found, "folder": tmp_path, "digits": digits}
 
 
 def student_of(files, network, **changes):
-    return tiny(files["folder"] / "digits", "kd", teacher=network, run={"epochs": 1}, **changes)
+    run = {"epochs": 1}
+    return tiny(files["digits"], "kd", teacher=network, run=run, data=FEW, **changes)
 
 
 def test_a_teacher_assistant_and_its_teacher_are_trained_first_and_once(files):
@@ -59,7 +72,7 @@ def test_a_finished_teacher_is_used_whatever_it_was_trained_on(files):
     runs = files["folder"] / "runs"
     train(student_of(files, by_teacher), runs / "first")
     slow = tiny(
-        files["folder"] / "digits", "kd", teacher=by_teacher, run={"epochs": 1, "threads": 2}
+        files["digits"], "kd", teacher=by_teacher, data=FEW, run={"epochs": 1, "threads": 2}
     )
     log = next(runs.glob("*teacher*")) / "log.jsonl"
     before = log.read_bytes()
@@ -69,9 +82,11 @@ def test_a_finished_teacher_is_used_whatever_it_was_trained_on(files):
 
 def test_a_teacher_is_trained_as_its_student_is_and_stays_as_it_was_begun(files):
     by_teacher = {"name": "resnet14", "trained_by": files["teacher"]}
-    runs, root = files["folder"] / "runs", files["folder"] / "digits"
+    runs, root = files["folder"] / "runs", files["digits"]
     run = {"epochs": 1, "channels_last": False, "deterministic": False, "amp": "bf16"}
-    train(tiny(root, "kd", teacher=by_teacher, run=run, data={"prefetch": 1}), runs / "first")
+    train(
+        tiny(root, "kd", teacher=by_teacher, run=run, data={**FEW, "prefetch": 1}), runs / "first"
+    )
     (folder,) = runs.glob("*teacher*")
     taught = Recipe.load(folder / "recipe.yaml")
     assert (taught.run.amp, taught.run.channels_last, taught.run.deterministic) == (
@@ -81,7 +96,7 @@ def test_a_teacher_is_trained_as_its_student_is_and_stays_as_it_was_begun(files)
     )
     assert taught.data.prefetch == 1
     before = (folder / "log.jsonl").read_bytes()
-    train(tiny(root, "kd", teacher=by_teacher, run={"epochs": 1}), runs / "second")
+    train(tiny(root, "kd", teacher=by_teacher, run={"epochs": 1}, data=FEW), runs / "second")
     assert (folder / "log.jsonl").read_bytes() == before
 
 
@@ -93,7 +108,7 @@ def test_what_a_run_keeps_is_trained_by_nobody_and_has_no_other_weights(files):
     with pytest.raises(ValueError, match="checkpoint: x.pt has no effect with name run:somewhere"):
         student_of(files, {"name": "run:somewhere", "checkpoint": "x.pt"})
     with pytest.raises(ValueError, match="slt: null stands for the teacher's network with random"):
-        tiny(files["folder"] / "digits", "slkd", teacher={"name": "run:somewhere"})
+        tiny(files["digits"], "slkd", teacher={"name": "run:somewhere"})
 
 
 def test_options_that_do_not_fit_the_assistants_are_refused_before_anything_runs(files):
@@ -102,12 +117,12 @@ def test_options_that_do_not_fit_the_assistants_are_refused_before_anything_runs
         ({"name": "slkd_sequential", "fusion": [0.5, 0.5]}, "2 weights for 1 assistants"),
     ):
         with pytest.raises(ValueError, match=words):
-            tiny(files["folder"] / "digits", method, assistants=[{"name": "resnet8"}])
+            tiny(files["digits"], method, assistants=[{"name": "resnet8"}])
 
 
 def test_assistants_are_measured_as_the_teacher_is(files):
     recipe = tiny(
-        files["folder"] / "digits",
+        files["digits"],
         "slkd_sequential",
         teacher={"name": "resnet14", "trained_by": files["teacher"], "trained_with": TRAINED},
         assistants=[{"name": "resnet8"}],
@@ -129,7 +144,8 @@ def test_circles_and_other_networks_are_refused(files):
 
 def test_a_data_folder_of_any_name_is_handed_on(files):
     root = files["folder"] / "my #1 set: true"
-    recipe = tiny(root, "kd", teacher={"name": "resnet8", "trained_by": files["assistant"]})
+    teacher = {"name": "resnet8", "trained_by": files["assistant"]}
+    recipe = tiny(root, "kd", teacher=teacher, data=FEW)
     plain = {**recipe.model_dump(), "run": {**recipe.run.model_dump(), "epochs": 1}}
     run = train(Recipe.model_validate(plain), files["folder"] / "runs" / "student")
     teacher = Recipe.load(Recipe.load(run / "recipe.yaml").teacher.checkpoint / "recipe.yaml")
@@ -138,8 +154,9 @@ def test_a_data_folder_of_any_name_is_handed_on(files):
 
 def test_an_early_stop_keeps_the_schedule(files):
     recipe = tiny(
-        files["folder"] / "digits",
+        files["digits"],
         "ce",
+        data=FEW,
         run={"epochs": 4, "stop_epoch": 2},
         optim={"lr": 0.05, "schedule": "cosine"},
     )
