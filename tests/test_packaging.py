@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow(40)
+
 ROOT = Path(__file__).resolve().parent.parent
 PARTS = ["kdfuse", "kernels", "engine", "recipes", "csrc"]
 FILES = ["setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "CHANGELOG.md"]

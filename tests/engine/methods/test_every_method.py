@@ -18,6 +18,8 @@ from kdfuse.engine.training.classification import begin, step_of
 from kdfuse.engine.training.ranks import join
 from kdfuse.engine.training.start import train
 
+pytestmark = pytest.mark.slow(90)
+
 DATA = {"size": 16, "subset": 5, "augment": "none"}
 DATA |= {"scale": (0.08, 1.0)}  # what augment none wants: the default
 # Networks of 512 channels: fewer and smaller images.
