@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+pytestmark = pytest.mark.slow(4)
+
 SCRIPT = Path(__file__).parent / "gpu" / "run.py"
 
 

@@ -14,6 +14,8 @@ from kdfuse.kernels import bench, gauges, plots, providers, report, timing
 from kdfuse.kernels.peers import CASES
 from kdfuse.kernels.plan import Budget, Item, items
 
+pytestmark = pytest.mark.slow(20)
+
 ROOT = Path(__file__).resolve().parents[2]
 RECORDED = ROOT / "docs/results/cpu/losses.jsonl"
 TINY = ["--sizes", "6x12", "--dtypes", "float32", "--seconds", "0"]

@@ -18,6 +18,8 @@ from sass import Kernel
 
 from kdfuse.kernels import backends
 
+pytestmark = pytest.mark.slow(45)
+
 ROOT = Path(__file__).resolve().parents[2]
 MODULE = backends.compiled()[0]
 ARCHS = MODULE.cuda_archs if MODULE else []

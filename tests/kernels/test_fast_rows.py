@@ -15,9 +15,12 @@ NAMES = ("kd", "dkd", "nkd", "tf_nkd", "slkd")
 WAYS = ("resident", "streamed", "held")
 PAIRS = [(name, way) for name in NAMES for way in (WAYS if name != "slkd" else ("resident",))]
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
-pytestmark = pytest.mark.skipif(
-    shutil.which("g++") is None and shutil.which("c++") is None, reason="no C++ compiler"
-)
+pytestmark = [
+    pytest.mark.slow(20),
+    pytest.mark.skipif(
+        shutil.which("g++") is None and shutil.which("c++") is None, reason="no C++ compiler"
+    ),
+]
 
 
 @pytest.mark.parametrize("dtype", TYPES, ids=str)

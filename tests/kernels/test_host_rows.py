@@ -13,9 +13,13 @@ import kdfuse
 from kdfuse.kernels import backends
 
 INF = float("inf")
-pytestmark = pytest.mark.skipif(
-    backends.compiled()[0] is None, reason=f"no CPU ops to compare with: {backends.compiled()[1]}"
-)
+pytestmark = [
+    pytest.mark.slow(20),
+    pytest.mark.skipif(
+        backends.compiled()[0] is None,
+        reason=f"no CPU ops to compare with: {backends.compiled()[1]}",
+    ),
+]
 
 
 def settings_for(name, c, **more):

@@ -52,6 +52,7 @@ BUDGETS = {
 }
 
 pytestmark = [
+    pytest.mark.slow(25),
     pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc"),
     pytest.mark.skipif(sass.tool("nvdisasm") is None, reason="no nvdisasm"),
 ]

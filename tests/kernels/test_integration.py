@@ -12,7 +12,10 @@ from kdfuse.kernels import backends
 from kdfuse.kernels.op import REDUCTIONS
 
 BACKENDS = [name for name in ("reference", "cpu") if not backends.backends()[name]]
-pytestmark = pytest.mark.skipif("cpu" not in BACKENDS, reason="no compiled module")
+pytestmark = [
+    pytest.mark.slow(25),
+    pytest.mark.skipif("cpu" not in BACKENDS, reason="no compiled module"),
+]
 
 # What the public functions hand to the compiled ops: see kernels/<op>.py.
 PARAMS = {

@@ -20,6 +20,8 @@ from kdfuse import SparseTeacher
 from kdfuse.kernels import backends
 from kdfuse.kernels.op import REDUCTIONS
 
+pytestmark = pytest.mark.slow(25)
+
 BACKENDS = [name for name in ("reference", "cpu") if not backends.backends()[name]]
 LEVELS = backends.compiled()[0].levels() if "cpu" in BACKENDS else []
 TAKING = ("kd", "nkd")

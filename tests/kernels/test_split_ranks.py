@@ -15,6 +15,8 @@ from torch.distributed.tensor.debug import CommDebugMode
 
 import kdfuse
 
+pytestmark = pytest.mark.slow(25)
+
 SPLIT = ("kd", "dkd", "nkd", "tf_nkd", "slkd")
 TYPES = (torch.float32, torch.bfloat16, torch.float64)
 SETTINGS = {

@@ -16,6 +16,8 @@ import torch
 
 from kdfuse.kernels import backends, triton_lang
 
+pytestmark = pytest.mark.slow(80)
+
 HERE = Path(__file__).parent
 KERNELS = HERE.parents[1] / "kernels"
 needs_triton = pytest.mark.skipif(bool(triton_lang.MISSING), reason=triton_lang.MISSING)

@@ -28,6 +28,8 @@ from kdfuse.kernels.triton_taught import taught_rows
 from kdfuse.kernels.triton_tf_nkd import tf_nkd_rows
 from kdfuse.kernels.triton_uskd import LONGEST, uskd_rows
 
+pytestmark = pytest.mark.slow(100)
+
 INPUTS = {"kd": 2, "dkd": 2, "nkd": 2, "tf_nkd": 1, "uskd": 2, "slkd": 4}
 GRADIENTS = {"uskd": 2, "slkd": 3}
 # Of 65536 in a multiprocessor: at 128 threads a block 64 let 8 blocks run beside each other.

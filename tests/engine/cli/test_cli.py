@@ -20,6 +20,8 @@ from kdfuse.engine.recipe.load import Recipe, recipes
 from kdfuse.engine.report import tables
 from kdfuse.engine.run import log
 
+pytestmark = pytest.mark.slow(15)
+
 CE = "digits/ce:resnet8"
 SMALL = [
     "run.epochs=1", "run.batch=16", "run.log_every=1", "run.device=cpu", "run.threads=1",

@@ -13,6 +13,8 @@ from kdfuse.engine.run.past import checkpoints_of, recipe_of
 from kdfuse.engine.training.build import build
 from kdfuse.engine.training.start import train
 
+pytestmark = pytest.mark.slow(15)
+
 CPU = torch.device("cpu")
 
 

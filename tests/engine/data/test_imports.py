@@ -5,9 +5,13 @@ import sys
 from pathlib import Path
 from typing import get_args
 
+import pytest
+
 from kdfuse.engine.data.loaders import LOADERS
 from kdfuse.engine.data.sources import SOURCES
 from kdfuse.engine.recipe.data import Data, Source
+
+pytestmark = pytest.mark.slow(10)
 
 ROOT = Path(__file__).parents[3]
 

@@ -20,6 +20,8 @@ from kdfuse.engine.data.schedule import Schedule
 from kdfuse.engine.data.sources import open_source
 from kdfuse.engine.recipe.data import Data
 
+pytestmark = pytest.mark.slow(10)
+
 DALI = pytest.param(
     "dali", marks=pytest.mark.skipif(find_spec("nvidia.dali") is None, reason="needs NVIDIA DALI")
 )

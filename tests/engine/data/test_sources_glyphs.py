@@ -16,6 +16,8 @@ from kdfuse.engine.data.sources import glyphs, open_source
 from kdfuse.engine.data.sources.glyphs import write_glyphs
 from kdfuse.engine.recipe.data import Data
 
+pytestmark = pytest.mark.slow(10)
+
 PINNED = [0.128743, 0.277559, 0.515293]  # draws of the first training image: font, turn, slant
 
 

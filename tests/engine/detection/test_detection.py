@@ -34,6 +34,8 @@ from kdfuse.engine.training.networks import digest
 from kdfuse.engine.training.ranks import Group
 from kdfuse.engine.training.start import train
 
+pytestmark = pytest.mark.slow(40)
+
 RESNET18 = "torchvision:fasterrcnn_resnet18_fpn"
 SIDE = 64
 RED, BLUE = 3, 7  # ids of categories; with a gap, as COCO's have

@@ -31,6 +31,8 @@ from kdfuse.engine.run.checkpoint import load
 from kdfuse.engine.run.log import read
 from kdfuse.engine.training.start import train
 
+pytestmark = pytest.mark.slow(35)
+
 
 @pytest.fixture(scope="module")
 def run(coco_root, tmp_path_factory):  # noqa: F811

@@ -1,5 +1,6 @@
 """Every method in two processes: nothing hangs or is left without a gradient, and both agree."""
 
+import pytest
 import torch
 from processes import together
 from test_every_method import images, recipe_for
@@ -7,6 +8,8 @@ from test_every_method import images, recipe_for
 from kdfuse.engine.methods import METHODS
 from kdfuse.engine.training.classification import begin, step_of
 from kdfuse.engine.training.ranks import join
+
+pytestmark = pytest.mark.slow(25)
 
 
 def two_steps(name, group, folder):

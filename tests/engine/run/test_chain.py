@@ -10,6 +10,8 @@ from kdfuse.engine.run.checkpoint import load
 from kdfuse.engine.run.past import read_run
 from kdfuse.engine.training.start import train
 
+pytestmark = pytest.mark.slow(25)
+
 TRAINED = ["run.epochs=4", "data.subset=64"]  # top-1 63 to 74 at best; 15 is near chance
 
 

@@ -19,6 +19,8 @@ import torch
 from kdfuse.engine.run.checkpoint import CheckpointError, latest, load, save, step_name
 from kdfuse.engine.training import process
 
+pytestmark = pytest.mark.slow(10)
+
 ROOT = Path(__file__).parents[3]
 
 

@@ -18,6 +18,8 @@ from kdfuse.engine.run import log
 from kdfuse.engine.run.past import read_run
 from kdfuse.engine.run.set import default_base, expand, members, train_set
 
+pytestmark = pytest.mark.slow(8)
+
 ROWS: dict[str, Any] = {
     "a": {"expect": {"table": "paper/1", "row": "CE", "column": "A", "top1": 90.0, "source": "P"}},
     "b": {"optim": {"lr": 0.02}},

@@ -9,6 +9,8 @@ from torch._dynamo.utils import counters
 
 from kdfuse.engine.training.compiled import compile_all, compiling
 
+pytestmark = pytest.mark.slow(8)
+
 
 class Layer(nn.Module):
     """Networks of one class, each of its own shape, as resnet8 to resnet110 are."""

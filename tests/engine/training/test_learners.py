@@ -13,6 +13,8 @@ from kdfuse.engine.run.past import read_run
 from kdfuse.engine.training.evaluate import evaluate
 from kdfuse.engine.training.start import train
 
+pytestmark = pytest.mark.slow(14)
+
 
 def alone(folder, method, student):
     recipe = tiny(folder / "digits", method, student={"name": student})

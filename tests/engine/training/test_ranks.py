@@ -21,6 +21,8 @@ from kdfuse.engine.training.ranks import Group, join
 from kdfuse.engine.training.start import train
 from kdfuse.engine.training.step import Step
 
+pytestmark = pytest.mark.slow(35)
+
 CLOCK = ("time", "images_per_s", "data_wait")
 
 

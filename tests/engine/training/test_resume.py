@@ -18,6 +18,8 @@ from kdfuse.engine.run.checkpoint import load, save
 from kdfuse.engine.run.log import read
 from kdfuse.engine.training.start import train
 
+pytestmark = pytest.mark.slow(25)
+
 STEPS = 30
 CLOCK = ("time", "images_per_s", "data_wait")
 CHILDREN = multiprocessing.get_context("forkserver")  # imports once, not in every child

@@ -27,6 +27,8 @@ from kdfuse.engine.training.process import settings
 from kdfuse.engine.training.ranks import join
 from kdfuse.engine.training.start import train
 
+pytestmark = pytest.mark.slow(35)
+
 LAST = "step-00000010"
 
 
