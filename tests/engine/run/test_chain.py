@@ -6,7 +6,9 @@ from tiny import SECTIONS, tiny
 
 from kdfuse.engine.data.sources.digits import write_digits
 from kdfuse.engine.recipe.load import Recipe
+from kdfuse.engine.run.chain import trained
 from kdfuse.engine.run.checkpoint import load
+from kdfuse.engine.run.folder import create_folder
 from kdfuse.engine.run.past import read_run
 from kdfuse.engine.training.start import train
 
@@ -82,24 +84,31 @@ def test_a_finished_teacher_is_used_whatever_it_was_trained_on(files):
     assert log.read_bytes() == before
 
 
-def test_a_teacher_is_trained_as_its_student_is_and_stays_as_it_was_begun(files):
+def test_a_teacher_is_computed_as_its_student_is_and_stays_as_it_was_begun(files):
     by_teacher = {"name": "resnet14", "trained_by": files["teacher"]}
-    runs, root = files["folder"] / "runs", files["digits"]
+    root, runs = files["folder"] / "digits", files["folder"] / "runs"
+    seen = []
+
+    def begin(recipe, folder, resume):
+        seen.append((recipe, resume))
+        if not resume:
+            create_folder(folder, recipe, world=1)
+        return folder
+
     run = {"epochs": 1, "channels_last": False, "deterministic": False, "amp": "bf16"}
-    train(
-        tiny(root, "kd", teacher=by_teacher, run=run, data={**FEW, "prefetch": 1}), runs / "first"
-    )
-    (folder,) = runs.glob("*teacher*")
-    taught = Recipe.load(folder / "recipe.yaml")
-    assert (taught.run.amp, taught.run.channels_last, taught.run.deterministic) == (
-        "bf16",
-        False,
-        False,
-    )
-    assert taught.data.prefetch == 1
-    before = (folder / "log.jsonl").read_bytes()
-    train(tiny(root, "kd", teacher=by_teacher, run={"epochs": 1}, data=FEW), runs / "second")
-    assert (folder / "log.jsonl").read_bytes() == before
+    first = tiny(root, "kd", teacher=by_teacher, run=run, data={"prefetch": 1})
+    trained(first, runs, begin)
+    trained(tiny(root, "kd", teacher=by_teacher, run={"epochs": 1}), runs, begin)
+    (fresh, begun), (again, resumed) = seen
+    assert (begun, resumed) == (False, True)
+    for recipe in (fresh, again):
+        settings = recipe.run
+        assert (settings.amp, settings.channels_last, settings.deterministic) == (
+            "bf16",
+            False,
+            False,
+        )
+    assert (fresh.data.prefetch, again.data.prefetch) == (1, first.data.prefetch + 1)
 
 
 def test_what_a_run_keeps_is_trained_by_nobody_and_has_no_other_weights(files):
