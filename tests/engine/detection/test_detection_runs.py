@@ -1,15 +1,13 @@
 """Runs of detectors have what runs have: bf16, an average, clipping, a page, export, ranks."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from processes import together
 from test_detection import (
     NEEDS_COCO,
     SIDE,
@@ -115,15 +113,7 @@ def test_bfloat16_gives_the_loss_of_float32_to_its_digits(coco_root):  # noqa: F
 def test_two_processes_agree_and_go_on_with_the_same_bytes(tmp_path):
     draw(tmp_path / "coco", "train", 9, seed=0)
     draw(tmp_path / "coco", "val", 3, seed=1)  # one process has an image more than the other
-    words = ["--standalone", "--nproc-per-node=2", __file__, str(tmp_path)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", *words],
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    together(2, main, tmp_path)
     final = "checkpoints/step-00000002/state.pt"
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert (whole / final).read_bytes() == (cut / final).read_bytes()
@@ -152,7 +142,3 @@ def main(folder: Path) -> None:
                 shutil.rmtree(checkpoint)
     group.wait()
     train(of_ranks(folder), folder / "cut", resume=True)
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
