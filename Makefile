@@ -31,8 +31,9 @@ $(INSTALLED): pyproject.toml setup.py $(SOURCES)
 demo: install
 	$(BIN)/kdfuse demo demo
 
+# WORDS are more words for pytest: make test WORDS="--durations=20"
 test: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(WORDS)
 
 # The tests that compute numbers, once for each kind of machine that this one can be; ONLY=order runs
 # the variants whose name has that word.
