@@ -8,6 +8,7 @@ Environment:
     KDFUSE_REQUIRE_BUILD=1   any failure is fatal
 """
 
+import importlib.util
 import os
 import platform
 import re
@@ -171,15 +172,17 @@ class Cuda:
 
 
 def _extension() -> Extension | None:
-    try:
-        import pybind11
-        import torch
-    except ImportError as error:
+    # Found, not imported: setup.py runs several times for a wheel, and torch takes seconds.
+    found = {name: importlib.util.find_spec(name) for name in ("torch", "pybind11")}
+    absent = [name for name, spec in found.items() if spec is None or spec.origin is None]
+    if absent:
         if _required():
-            raise
-        print(f"kdfuse: no compiled losses: {error}", file=sys.stderr)
+            raise ImportError(f"building the losses needs {' and '.join(absent)}")
+        print(f"kdfuse: no compiled losses: no module {' and '.join(absent)}", file=sys.stderr)
         return None
-    torch_root = Path(torch.__file__).parent
+    import pybind11
+
+    torch_root = Path(found["torch"].origin).parent
     return Extension(
         "kdfuse.kernels._C",
         ["csrc/ops.cpp", "csrc/ops_split.cpp"],

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 CHILDREN = multiprocessing.get_context("forkserver")
-CHILDREN.set_forkserver_preload(["kdfuse.engine.training.loop", "torch._dynamo"])
+CHILDREN.set_forkserver_preload(["kdfuse.engine.training.start", "torch._dynamo"])
 
 
 def together(world: int, run: Callable[..., Any], *arguments: Any) -> None:

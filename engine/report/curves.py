@@ -5,11 +5,8 @@ from __future__ import annotations
 import io
 import re
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
-
-from matplotlib import rc_context
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
 from ..run.past import AP, PastRun, Seeds
 
@@ -50,7 +47,7 @@ class Chart:
     lines: list[Line]
     wide: bool = False
 
-    @property
+    @cached_property
     def svg(self) -> str:
         return _draw(self) if any(line.x for line in self.lines) else ""
 
@@ -138,6 +135,11 @@ def _points(records: list[dict[str, Any]], key: str) -> tuple[list[float], list[
 
 
 def _draw(chart: Chart) -> str:
+    # Most of a second, which a training that draws at its end need not wait for at its start.
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
     style: dict[Any, Any] = {
         "svg.fonttype": "none",  # text stays text, in the page's font
         "svg.hashsalt": repr(chart),  # one page holds several charts: names must not meet

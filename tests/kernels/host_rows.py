@@ -14,7 +14,7 @@ from kdfuse.kernels import run as front
 from kdfuse.kernels.table import OPS
 
 SOURCE = Path(__file__).with_name("host_rows.cpp")
-FLAGS = ["-std=c++17", "-O1", "-ffp-contract=off", "-shared", "-fPIC", "-pthread"]
+FLAGS = ["-std=c++17", "-O0", "-ffp-contract=off", "-shared", "-fPIC", "-pthread"]
 FLAGS += ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
 NAMES = ("kd", "dkd", "nkd", "tf_nkd", "uskd", "slkd")
 # Which rows of the kernels: their number in host_rows.cpp, and whether rows read twice are held.

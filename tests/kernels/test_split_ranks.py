@@ -18,6 +18,7 @@ import kdfuse
 pytestmark = pytest.mark.slow(25)
 
 SPLIT = ("kd", "dkd", "nkd", "tf_nkd", "slkd")
+COMPILED = ("kd", "tf_nkd", "slkd")  # of the teachers' losses, a batch mean, several students
 TYPES = (torch.float32, torch.bfloat16, torch.float64)
 SETTINGS = {
     "mean": {},
@@ -87,7 +88,7 @@ def of_group(rank, world):
 def compiled(rank, world):
     """Whether torch.compile, in one graph with the collective in it, leaves each loss as it is."""
     same = {}
-    for name in SPLIT:
+    for name in COMPILED:
         part, students = group_case(name, torch.float32, rank, world)
 
         def loss_of(case, name=name):
@@ -199,14 +200,8 @@ def launched(folder, world, *parts):
 
 @pytest.fixture(scope="module", params=[2, 3])
 def ranks(request, tmp_path_factory):
-    return launched(
-        tmp_path_factory.mktemp("ranks"),
-        request.param,
-        "of_group",
-        "of_mesh",
-        "refusals",
-        "compiled",
-    )
+    parts = ("of_group", "of_mesh", "refusals", *(["compiled"] if request.param == 2 else []))
+    return launched(tmp_path_factory.mktemp("ranks"), request.param, *parts)
 
 
 def whole(name, dtype, settings, classes=33):
@@ -243,8 +238,8 @@ def test_one_collective_forward_and_none_backward(ranks):
 
 
 def test_compiled_in_one_graph(ranks):
-    for rank in ranks:
-        assert rank["compiled"] == dict.fromkeys(SPLIT, True)
+    found = [rank["compiled"] for rank in ranks if "compiled" in rank]
+    assert found == [dict.fromkeys(COMPILED, True)] * (2 if len(ranks) == 2 else 0)
 
 
 @pytest.mark.parametrize("way", SETTINGS)

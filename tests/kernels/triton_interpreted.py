@@ -5,6 +5,8 @@ takes some hundredths of a second for a row. It rounds bfloat16 towards zero. Wh
 rather than multiplied: each type, residency and setting comes with the others in turn.
 """
 
+import types
+
 import numpy as np
 import pytest
 import torch
@@ -36,25 +38,16 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 @pytest.fixture(scope="module", autouse=True)
 def language_patched_once():
-    """Triton patches its language again in each function that a kernel calls, which takes two
-    thirds of the time. Here it does so only where what calls the function has not done it yet.
+    """Triton patches its language for each launch and again in each function that a kernel calls,
+    which takes most of the time. Here it does so once.
     """
-    original, held = interpreter._patch_lang, set()
-
-    def patch(function):
-        used = {x.__name__ for x in function.__globals__.values() if x is tl or x is tl.core}
-        if used <= held:
-            return interpreter._LangPatchScope()
-        new = used - held
-        scope = original(function)
-        restore = scope.restore
-        scope.restore = lambda: (restore(), held.difference_update(new))
-        held.update(new)
-        return scope
-
+    scope = interpreter._patch_lang(
+        types.FunctionType(compile("", "", "exec"), {"tl": tl, "core": tl.core})
+    )
     with pytest.MonkeyPatch.context() as context:
-        context.setattr(interpreter, "_patch_lang", patch)
+        context.setattr(interpreter, "_patch_lang", lambda function: interpreter._LangPatchScope())
         yield
+    scope.restore()
 
 
 def in_tiles(monkeypatch):
@@ -125,8 +118,8 @@ def close(got, want, what, rtol, atol):
 @pytest.mark.parametrize("name", NAMES)
 @paired(
     "n, c",
-    *((n, c, "one block") for n, c in ((3, 2), (3, 3), (5, 33), (2, 128), (2, 300), (1, 40))),
-    *((n, c, "tiles") for n, c in ((3, 3), (5, 33), (2, 300))),
+    *((n, c, "one block") for n, c in ((2, 2), (2, 3), (3, 33), (1, 128), (1, 300), (1, 40))),
+    *((n, c, "tiles") for n, c in ((2, 3), (3, 33), (1, 300))),
 )
 def test_shapes(name, residency, n, c):
     near(name, cast(make(name, n, c), torch.float32), **settings_for(name, c))
@@ -143,7 +136,7 @@ def test_shapes(name, residency, n, c):
     (torch.float16, False, "tiles"),
 )
 def test_types(name, residency, dtype, stored):
-    near(name, cast(make(name, 3, 33), dtype), stored_gradient=stored, **FULL[name])
+    near(name, cast(make(name, 2, 33), dtype), stored_gradient=stored, **FULL[name])
 
 
 @pytest.mark.parametrize("name", WITH_TEACHER)
@@ -157,7 +150,7 @@ def test_types(name, residency, dtype, stored):
     ids=str,
 )
 def test_mixed_types(name, student, teacher):
-    near(name, cast(make(name, 3, 33), student, teacher), **FULL[name])
+    near(name, cast(make(name, 2, 33), student, teacher), **FULL[name])
 
 
 @pytest.mark.parametrize("name", WITH_TEACHER)
@@ -172,7 +165,7 @@ def test_mixed_types(name, student, teacher):
 )
 def test_temperatures(name, residency, temperature, squared, dtype):
     settings = {**FULL[name], "temperature": temperature, "t_squared": squared}
-    near(name, cast(make(name, 3, 33), dtype), **settings)
+    near(name, cast(make(name, 2, 33), dtype), **settings)
 
 
 def leading(x):
@@ -211,8 +204,8 @@ HARD += [("uskd", shifted), ("uskd", leading)]  # else the order of equal keys w
 @pytest.mark.parametrize("name, pattern", HARD)
 def test_hard_logits(name, pattern, monkeypatch):
     """Of all inputs in float64 and in float32 in tiles, of the student alone in the latter."""
-    case = make(name, 4, 33)
-    case.target[:] = torch.tensor([0, 32, 5, 19])
+    case = make(name, 2, 33)
+    case.target[:] = torch.tensor([5, 31])
     apart = Case([x.clone() for x in case.students], case.teachers, case.target)
     pattern(apart.students[0])
     whole = Case(case.students, [x.clone() for x in case.teachers], case.target)
@@ -235,11 +228,11 @@ def test_hard_logits(name, pattern, monkeypatch):
 def test_offset_logits_keep_their_precision(name, residency, dtype):
     """What can be told apart at 4096 is told apart: multiples of 1/16 in float32."""
     if dtype == torch.bfloat16:
-        case = cast(make(name, 3, 33), dtype)
+        case = cast(make(name, 2, 33), dtype)
         moved = Case([x.float() + 4096 for x in case.students], case.teachers, case.target)
         case = cast(case, torch.float32, dtype)
     else:
-        case = cast(make(name, 3, 33), dtype)
+        case = cast(make(name, 2, 33), dtype)
         moved = Case(
             [x + 4096 for x in case.students], [x - 4096 for x in case.teachers], case.target
         )
@@ -255,15 +248,15 @@ def test_offset_logits_keep_their_precision(name, residency, dtype):
 @pytest.mark.parametrize("name", WITH_PROBABILITIES)
 def test_class_probabilities(name, dtype_by_residency):
     dtype = dtype_by_residency
-    case = cast(make(name, 3, 33), dtype)
+    case = cast(make(name, 2, 33), dtype)
     for kind in (torch.float64, torch.bfloat16):
-        case.target = probabilities(3, 33).to(kind)
+        case.target = probabilities(2, 33).to(kind)
         near(name, case, **FULL[name])
     # Not only two classes; equal ones, of which the lower is the label.
-    case.target = torch.softmax(torch.arange(3 * 33).reshape(3, 33).double().sin(), 1).to(dtype)
+    case.target = torch.softmax(torch.arange(2 * 33).reshape(2, 33).double().sin(), 1).to(dtype)
     near(name, case, **FULL[name])
-    soft = torch.zeros(3, 33, dtype=dtype)
-    for i in range(3):
+    soft = torch.zeros(2, 33, dtype=dtype)
+    for i in range(2):
         soft[i, [5 * i + 1, 32]] = 0.5
     case.target = soft
     near(name, case, **FULL[name])
@@ -282,7 +275,7 @@ def test_class_probabilities(name, dtype_by_residency):
     ],
 )
 def test_reductions_and_terms(name, monkeypatch, ignored, reduction):
-    case = make(name, 5, 33)
+    case = make(name, 4, 33)
     if ignored == "all":
         case.target[:] = -100
     elif ignored != "none":
@@ -345,7 +338,7 @@ def test_layouts(name, residency):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_rows_have_the_same_bits_in_any_batch(name, residency):
-    n = 3
+    n = 2
     case = cast(make(name, n, 33), torch.float32)
     if name in ("tf_nkd", "uskd"):  # they weigh a row by the batch: only equal rows are singles
         case = Case([x[:1].expand(n, 33) for x in case.students], [], case.target[:1].expand(n))
@@ -370,12 +363,12 @@ def test_rows_have_the_same_bits_in_any_batch(name, residency):
     (torch.float64, 3.7, "tiles"),
 )
 def test_student_equal_to_teacher_is_exactly_zero(name, residency, dtype, temperature):
-    z = cast(make("kd", 4, 47), dtype).students[0] * 1.37 + 40
+    z = cast(make("kd", 2, 47), dtype).students[0] * 1.37 + 40
     z[:, :1] = -INF  # in both: no mass, no gap
     other = torch.float32 if dtype == torch.bfloat16 else dtype
     more = {"alpha": 0.3, "beta": 5.1} if name == "dkd" else {"kd_weight": 0.7}
     for teacher in (z, z.to(other)):
-        case = Case([z], [teacher], torch.arange(4))
+        case = Case([z], [teacher], torch.arange(2))
         loss, (g,) = loss_and_gradients(
             name, case, temperature=temperature, backend="triton", **more
         )
@@ -428,7 +421,7 @@ def test_hits_are_those_of_a_stable_sort(name, dtype_by_residency):
 
 @pytest.mark.parametrize("name", ("kd",))
 def test_several_teachers(name, residency):
-    case = cast(make("kd", 4, 33, teachers=3), torch.float32)
+    case = cast(make("kd", 2, 33, teachers=3), torch.float32)
     near("kd", case, **FULL["kd"])
     case.teachers[1][:] = torch.nan  # without weight, whatever it holds
     weights = [0.25, 0.0, 0.5]

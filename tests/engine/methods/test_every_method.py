@@ -10,7 +10,7 @@ from kdfuse.engine.cli.export import export
 from kdfuse.engine.data.loaders import make_loader
 from kdfuse.engine.data.sources import open_source
 from kdfuse.engine.methods import METHODS
-from kdfuse.engine.models import create
+from kdfuse.engine.models import create, plain
 from kdfuse.engine.run.checkpoint import load
 from kdfuse.engine.run.past import checkpoints_of, recipe_of
 from kdfuse.engine.training.build import build
@@ -22,12 +22,9 @@ pytestmark = pytest.mark.slow(90)
 
 DATA = {"size": 16, "subset": 5, "augment": "none"}
 DATA |= {"scale": (0.08, 1.0)}  # what augment none wants: the default
-# Networks of 512 channels: fewer and smaller images.
 PLAIN = {
     "student": {"name": "plain18_dirac"},
     "optim": {"lr": 0.01, "schedule": "constant"},
-    "data": {"size": 8, "subset": 3},
-    "run": {"batch": 8},
 }
 GUIDE = {"name": "jointrd_resnet18"}
 # What a method needs beside a student resnet8 and, where it has one, a teacher resnet14.
@@ -59,6 +56,13 @@ def recipe_for(name, folder):
 def images(recipe, n, seed=0):
     size, generator = recipe.data.size, torch.Generator().manual_seed(seed)
     return torch.randint(0, 256, (n, 3, size, size), dtype=torch.uint8, generator=generator)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def narrow_plain_networks():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plain, "_WIDTHS", (8, 16, 32, 64))
+        yield
 
 
 @pytest.fixture(scope="module")
