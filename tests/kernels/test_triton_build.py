@@ -37,10 +37,10 @@ REGISTERS = {"kd": 64, "dkd": 80, "nkd": 80, "tf_nkd": 80, "uskd": 128, "slkd": 
 # Rows that are held, of each type; rows in tiles, that 8 classes at a time divide and that they do
 # not, of a type each.
 HALF, SINGLE = torch.bfloat16, torch.float32
-TILES = [(name, 32000, HALF) for name in ("kd", "nkd", "slkd")]
-TILES += [(name, 21841, SINGLE) for name in ("dkd", "tf_nkd", "slkd")]
+TILES = [(name, 32000, HALF) for name in ("kd", "slkd")]
+TILES += [(name, 21841, SINGLE) for name in ("nkd", "tf_nkd")]
 ROWS = [(name, 1000, dtype) for name in NAMES for dtype in (HALF, SINGLE)] + TILES
-ROWS += [("kd", 100, HALF), ("slkd", 100, HALF), ("uskd", LONGEST, SINGLE)]
+ROWS += [("slkd", 100, HALF), ("uskd", LONGEST, SINGLE)]
 # sm_90 for every loss; its neighbours for those of the least and of the most code.
 ARCHS = [(name, dtype, 90) for name in NAMES for dtype in (HALF, SINGLE)]
 ARCHS += [(name, *at) for name in ("kd", "uskd", "slkd") for at in ((HALF, 80), (SINGLE, 100))]

@@ -63,11 +63,11 @@ def as_program(code: str, *words: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_help_names_the_verbs() -> None:
-    done = as_program("main()", "--help")
-    assert done.returncode == 0, done.stderr
+def test_help_names_the_verbs(kd) -> None:
+    done = kd("--help")
+    assert done.code == 0, done.err
     for verb in ("train", "eval", "report", "recipes", "data", "doctor", "bench"):
-        assert re.search(rf"\b{verb}\b", done.stdout)
+        assert re.search(rf"\b{verb}\b", done.out)
 
 
 @pytest.mark.parametrize("module", [cli, cli_data, cli_recipes, cli_train])
