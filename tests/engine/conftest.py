@@ -1,14 +1,13 @@
-"""What tests of the engine leave out because other tests do it."""
+"""The images that short runs train on."""
 
 import pytest
 
+from kdfuse.engine.data.sources.digits import write_digits
 
-@pytest.fixture(scope="module", autouse=True)
-def charts(request):
-    """The charts of a report take half the time of a short run; tests of reports draw them."""
-    if request.path.parent.name == "report" or request.path.name == "test_cli.py":
-        yield
-        return
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("kdfuse.engine.report.curves._draw", lambda chart: "")
-        yield
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory):
+    """A folder of scikit-learn's digits, which nothing may change."""
+    root = tmp_path_factory.mktemp("data") / "digits"
+    write_digits(root)
+    return root

@@ -27,6 +27,7 @@ PLAIN = {
     "optim": {"lr": 0.01, "schedule": "constant"},
 }
 GUIDE = {"name": "jointrd_resnet18"}
+NARROW = (8, 16, 32, 64)  # channels of the stages of PLAIN and GUIDE, an eighth of what they have
 # What a method needs beside a student resnet8 and, where it has one, a teacher resnet14.
 NEEDS = {
     "slkd": {"slt": {"name": "resnet8"}},
@@ -61,7 +62,7 @@ def images(recipe, n, seed=0):
 @pytest.fixture(scope="module", autouse=True)
 def narrow_plain_networks():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plain, "_WIDTHS", (8, 16, 32, 64))
+        patch.setattr(plain, "_WIDTHS", NARROW)
         yield
 
 

@@ -3,9 +3,10 @@
 import pytest
 import torch
 from processes import together
-from test_every_method import images, recipe_for
+from test_every_method import NARROW, images, recipe_for
 
 from kdfuse.engine.methods import METHODS
+from kdfuse.engine.models import plain
 from kdfuse.engine.training.classification import begin, step_of
 from kdfuse.engine.training.ranks import join
 
@@ -31,6 +32,7 @@ def two_steps(name, group, folder):
 def of_every_method(folder):
     """What each of the two processes does."""
     group = join("cpu")
+    plain._WIDTHS = NARROW  # in a process that does nothing else
     found = {name: two_steps(name, group, folder) for name in METHODS}
     torch.save(found, folder / f"{group.rank}.pt")
 

@@ -4,7 +4,6 @@ import pytest
 import yaml
 from tiny import SECTIONS, tiny
 
-from kdfuse.engine.data.sources.digits import write_digits
 from kdfuse.engine.recipe.load import Recipe
 from kdfuse.engine.run.chain import trained
 from kdfuse.engine.run.checkpoint import load
@@ -18,13 +17,6 @@ TRAINED = ["run.epochs=4", "data.subset=64"]  # top-1 63 to 74 at best; 15 is ne
 
 
 FEW = {"subset": 7}  # one step an epoch
-
-
-@pytest.fixture(scope="module")
-def digits(tmp_path_factory):
-    root = tmp_path_factory.mktemp("data") / "digits"
-    write_digits(root)
-    return root
 
 
 @pytest.fixture

@@ -11,7 +11,6 @@ import yaml
 from tiny import SECTIONS
 
 from kdfuse.engine.cli import main as cli
-from kdfuse.engine.data.sources.digits import write_digits
 from kdfuse.engine.recipe.load import AnyRecipe, DetectionRecipe, Recipe, recipes
 from kdfuse.engine.recipe.schema import RecipeError
 from kdfuse.engine.run import log
@@ -25,13 +24,6 @@ ROWS: dict[str, Any] = {
     "b": {"optim": {"lr": 0.02}},
     "bad": {"student": {"name": "resnet8", "checkpoint": "missing.pt"}},
 }
-
-
-@pytest.fixture(scope="module")
-def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("data") / "digits"
-    write_digits(root)
-    return root
 
 
 @pytest.fixture

@@ -12,7 +12,6 @@ import torch
 from processes import CHILDREN
 from tiny import tiny
 
-from kdfuse.engine.data.sources.digits import write_digits
 from kdfuse.engine.models import create
 from kdfuse.engine.run.checkpoint import load, save
 from kdfuse.engine.run.log import read
@@ -23,28 +22,13 @@ pytestmark = pytest.mark.slow(25)
 STEPS = 30
 CLOCK = ("time", "images_per_s", "data_wait")
 # By loader, the lines after which a run is killed, again and again.
-KILLS = {"torchvision": (0, 1, 3, 6, 5), "dali": (1, 6, 5)}
+KILLS = {"torchvision": (0, 1, 4, 6), "dali": (3, 6)}
 LOADERS = [
     "torchvision",
     pytest.param(
         "dali", marks=pytest.mark.skipif(find_spec("nvidia.dali") is None, reason="needs DALI")
     ),
 ]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
-        patch.setenv("OMP_NUM_THREADS", "1")
-        yield
-
-
-@pytest.fixture(scope="module")
-def digits(tmp_path_factory):
-    root = tmp_path_factory.mktemp("data") / "digits"
-    write_digits(root)
-    return root
 
 
 def recipe_of(root, loader, **changes):

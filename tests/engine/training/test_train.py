@@ -14,7 +14,6 @@ from tiny import tiny
 import kdfuse.engine
 from kdfuse.engine.data.loaders import make_loader
 from kdfuse.engine.data.sources import open_source
-from kdfuse.engine.data.sources.digits import write_digits
 from kdfuse.engine.run import environment
 from kdfuse.engine.run.checkpoint import load, save
 from kdfuse.engine.run.folder import held
@@ -30,20 +29,6 @@ from kdfuse.engine.training.start import train
 pytestmark = pytest.mark.slow(35)
 
 LAST = "step-00000010"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
-        yield
-
-
-@pytest.fixture(scope="module")
-def digits(tmp_path_factory):
-    root = tmp_path_factory.mktemp("data") / "digits"
-    write_digits(root)
-    return root
 
 
 @pytest.fixture(scope="module")
