@@ -75,7 +75,9 @@ def run(variant: Variant, report: Path) -> tuple[int, int, int, int]:
     command += ["-n", str(variant.workers), "--dist", "loadfile", "--no-loadscope-reorder"]
     if variant.sees:
         command += ["--sees", variant.sees]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", **variant.environment}
+    # Inductor's cache does not know what its vector code was made for.
+    cache = {"TORCHINDUCTOR_CACHE_DIR": str(report.with_suffix(".inductor"))}
+    environment = {**os.environ, **cache, "OMP_NUM_THREADS": "1", **variant.environment}
     status = subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode
     if not report.exists():
         return 0, 0, 0, status
