@@ -49,6 +49,8 @@ def export(run: str | Path, out: str | Path, which: str = "best", network: str =
     run, out = Path(run), Path(out)
     if out.suffix not in SUFFIXES:
         raise ValueError(f"out = {out}: write one of {', '.join(SUFFIXES)}")
+    if not out.parent.is_dir():
+        raise FileNotFoundError(f"out = {out}: there is no folder {out.parent}; make it first")
     if which not in ("best", "last"):
         raise ValueError(f"which = {which!r}: best or last")
     recipe = any_recipe_of(run)

@@ -147,8 +147,8 @@ def _draw(chart: Chart) -> str:
     }
     with rc_context(style):
         width, height = 9.6 if chart.wide else 4.6, 3.0
-        # Matplotlib's own layout takes longer than all else. Room for "0.04975" on the left, for
-        # "1e-5" above, for a line of numbers and one of words below.
+        # Matplotlib's own layout takes longer than all else. Room for seven characters on the left,
+        # for "1e-5" above, for a line of numbers and one of words below.
         left, right, below, above = 0.63 / width, 1 - 0.1 / width, 0.5 / height, 1 - 0.2 / height
         figure = Figure(figsize=(width, height))
         axes = figure.add_axes((left, below, right - left, above - below))
@@ -170,6 +170,7 @@ def _draw(chart: Chart) -> str:
         axes.spines["bottom"].set_color(_GRID)
         axes.tick_params(colors=_INK, length=0, pad=5)
         axes.set_xlabel("epochs", color=_INK)
+        axes.ticklabel_format(axis="y", style="sci", scilimits=(-3, 5))
         if max(x for line in chart.lines for x in line.x) >= 2:
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         figure.patch.set_alpha(0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
+from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -168,11 +169,17 @@ def checkpoints_of(path: Path) -> dict[str, tuple[dict[str, Any], dict[str, Any]
 
 
 def across_seeds(runs: list[PastRun]) -> list[Seeds]:
-    """The runs, those together that differ only in run.seed, in the order in which they come."""
+    """The runs, those together that differ only in run.seed, in the order in which they come.
+
+    Of two runs with the same seed, each is of another group: they are no sample of two.
+    """
     groups: dict[str, list[PastRun]] = {}
+    times: Counter[str] = Counter()
     for run in runs:
-        recipe = {**run.recipe, "run": {**run.recipe.get("run", {}), "seed": None}}
-        groups.setdefault(json.dumps(recipe, sort_keys=True), []).append(run)
+        settings = run.recipe.get("run", {})
+        same = json.dumps({**run.recipe, "run": {**settings, "seed": None}}, sort_keys=True)
+        times[again := f"{same} {settings.get('seed')}"] += 1
+        groups.setdefault(f"{same} {times[again]}", []).append(run)
     return [Seeds(members) for members in groups.values()]
 
 
@@ -193,5 +200,6 @@ def mean_and_spread(values: list[float]) -> str | None:
 
 def _check_is_run(path: Path) -> None:
     if not (path / RECIPE).is_file():
-        what = f"has no {RECIPE}" if path.is_dir() else "does not exist"
+        other = "is a file" if path.exists() else "does not exist"
+        what = f"has no {RECIPE}" if path.is_dir() else other
         raise FileNotFoundError(f"{path} is not a run directory: it {what}")

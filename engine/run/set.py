@@ -92,8 +92,9 @@ def train_set(runs: list[Member], folder: Path, resume: bool, train: Train) -> l
     `train(recipe, folder, resume)` trains one. A run that fails does not stop the next; under
     torchrun it does, because the other processes may be waiting for this one in the middle of a
     step: its error is raised. With `resume`, finished runs are left alone, unfinished ones go on,
-    and runs that were not there start. Raises ValueError for a folder with something in it and no
-    `resume`, or that is a single run.
+    and runs that were not there start. Raises ValueError, before anything is trained, for a folder
+    with something in it and no `resume`, for one that is a single run, and where runs in it were
+    trained by another recipe.
     """
     if occupied(folder):
         if (folder / RECIPE).exists():
@@ -103,6 +104,9 @@ def train_set(runs: list[Member], folder: Path, resume: bool, train: Train) -> l
                 f"out = {folder}: not empty; choose another folder, or resume=true to go on with "
                 "the set"
             )
+    others = [line for run in runs if (line := _of_another_recipe(folder / run.folder, run.recipe))]
+    if others:
+        raise ValueError("\n".join(others))
     done = [_finished(folder / run.folder) for run in runs]  # before any process writes
     failures = []
     for number, (run, finished) in enumerate(zip(runs, done, strict=True), 1):
@@ -111,9 +115,7 @@ def train_set(runs: list[Member], folder: Path, resume: bool, train: Train) -> l
             state = ": finished before" if finished else ""
             print(f"\n[{number}/{len(runs)}] {out}{state}", flush=True)
         try:
-            if finished:
-                check_folder(out, run.recipe, resume=True)
-            else:
+            if not finished:
                 train(run.recipe, out, resume)
         except Exception as error:
             if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -130,6 +132,16 @@ def _written(name: str, loaded: AnyRecipe) -> AnyRecipe:
         return load(name)
     except RecipeError:  # the words give what the file leaves out
         return loaded
+
+
+def _of_another_recipe(run: Path, recipe: AnyRecipe) -> str:
+    if not (run / RECIPE).exists():
+        return ""
+    try:
+        check_folder(run, recipe, resume=True)
+    except ValueError as error:
+        return f"{run}: {error}"
+    return ""
 
 
 def _finished(run: Path) -> bool:

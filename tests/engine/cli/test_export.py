@@ -7,7 +7,7 @@ import pytest
 import torch
 from tiny import tiny
 
-from kdfuse.engine.cli.export import export
+from kdfuse.engine.cli.export import SUFFIXES, export
 from kdfuse.engine.models import create
 from kdfuse.engine.run.past import checkpoints_of, recipe_of
 from kdfuse.engine.training.build import build
@@ -123,6 +123,12 @@ def test_refusals_name_what_there_is(runs, tmp_path, words, message):
     with pytest.raises(ValueError, match=message):
         export(runs["ce"], tmp_path / given.pop("out"), **given)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_missing_folder_is_named(runs, tmp_path):
+    for suffix in SUFFIXES:
+        with pytest.raises(FileNotFoundError, match="there is no folder .*nowhere; make it first"):
+            export(runs["ce"], tmp_path / "nowhere" / f"model{suffix}")
 
 
 def test_a_folder_that_is_no_run_is_named(tmp_path):

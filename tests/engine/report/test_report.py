@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from kdfuse.engine.recipe.load import Recipe
+from kdfuse.engine.report.curves import Chart, Line
 from kdfuse.engine.report.page import report
 from kdfuse.engine.run.log import RunLog
 from kdfuse.engine.run.past import across_seeds, read_run
@@ -131,6 +132,25 @@ def test_seeds_are_one_row_with_mean_and_spread(make: Maker, tmp_path: Path) -> 
     assert "76.00 \u00b1 1.00 77.00 \u00b1 1.00 76.85" in seen
     assert "killed seed 3, unfinished, step 10 of 30" in seen
     assert "What differs" in seen and "method.name slkd kd" in seen
+
+
+def test_two_runs_of_a_seed_are_no_sample(make: Maker, tmp_path: Path) -> None:
+    runs = [make("one", top1=(70, 76)), make("again", top1=(70, 76))]
+    runs.append(make("s1", top1=(70, 78), words=("run.seed=1",)))
+    past = [read_run(run) for run in runs]
+    assert [[run.path.name for run in group.runs] for group in across_seeds(past)] == [
+        ["one", "s1"],
+        ["again"],
+    ]
+
+
+@pytest.mark.parametrize(
+    "values",
+    [(2e-4,), (1e-4,), (-1e-4, 2e-4), (1e-7,), (5e-4,), (0.05,), (0.0995, 0.1), (93.1, 93.14)],
+)
+def test_the_numbers_of_an_axis_fit_beside_it(values: tuple[float, ...]) -> None:
+    svg = Chart("any", [Line("line", [1, 2], [values[0], values[-1]])]).svg
+    assert max(len(text) for text in re.findall(r"<text[^>]*>([^<]*)</text>", svg)) <= 7
 
 
 def test_a_detector_is_judged_by_its_box_ap(detect: Maker, tmp_path: Path) -> None:

@@ -141,11 +141,12 @@ def test_a_set_is_trained_resumed_and_told(file: str, kd, tmp_path: Path) -> Non
     records = log.read(cut)
     assert records[-1]["kind"] == "end" and [r["kind"] for r in records].count("epoch") == 1
 
-    # Other settings do not go on in it, and the other runs do not suffer.
+    # With other settings nothing goes on in it, nor is anything added.
     code, out, err = kd(
-        "train", f"{file}:a", "seeds=3", "run.epochs=2", "--out", "set", "resume=true"
+        "train", f"{file}:a", "seeds=4", "run.epochs=2", "--out", "set", "resume=true"
     )
-    assert code == 1 and err.count("run.epochs: 1 -> 2") == 6
+    assert code == 2 and err.count("run.epochs: 1 -> 2") == 3
+    assert not Path("set/mine-a-seed3").exists()
 
 
 def test_default_folders_are_numbered(file: str, kd) -> None:
