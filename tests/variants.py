@@ -2,8 +2,8 @@
 
 One thing at a time differs from the machine as it is: PyTorch's vector code, oneDNN's, the SIMD
 level of the losses, the number of threads, the order of the tests. Every run checks that it sees
-what it is for (--sees, see conftest.py), and what the machine is anyway is not run again. Left out
-are files that compile, disassemble, interpret or measure: what they say is of code, not of numbers.
+what it is for (--sees, see conftest.py), and what the machine is anyway is not run again. Left
+out are files about code, times, GPUs and resumed runs: what they say is not of numbers.
 
     python tests/variants.py [PART OF A NAME ...]     only the variants with such a name
 """
