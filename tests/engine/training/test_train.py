@@ -121,7 +121,7 @@ def test_a_method_trains(digits, teacher, name, tmp_path):
 
 def test_the_same_seed_gives_the_same_bytes(digits, tmp_path):
     def weights(name, seed):
-        run = train(tiny(digits, "slkd", run={"seed": seed, "epochs": 1}), tmp_path / name)
+        run = train(tiny(digits, "kd", run={"seed": seed, "epochs": 1}), tmp_path / name)
         return load(run / "checkpoints" / "step-00000005")[0]["student"]
 
     one, same, other = weights("a", 1), weights("b", 1), weights("c", 2)
