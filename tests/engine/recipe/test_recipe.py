@@ -147,6 +147,7 @@ def test_a_methods_options_are_not_anothers() -> None:
         ("cifar10/kd:resnet56-resnet20", "did you mean cifar100/kd:resnet56-resnet20?"),
         ("cifar100/kd:resnet56-resnet21", "did you mean resnet56-resnet20?"),
         ("../recipes/digits/kd", "no recipe ../recipes/digits/kd"),
+        ("optim.lr", "no recipe optim.lr; a setting is given its value as optim.lr=VALUE"),
     ],
 )
 def test_unknown_names(name: str, words: str) -> None:
