@@ -154,9 +154,9 @@ def _locate(text: str) -> tuple[Path, str, str]:
     if head.endswith((".yaml", ".yml")):
         return Path(head), Path(head).stem, row
     shipped = _shipped()
-    if text.partition(".")[0] in Recipe.model_fields and "." in text:
-        raise RecipeError(f"no recipe {text}; a setting is given its value as {text}=VALUE")
     if head not in shipped:
+        if "." in text and text.partition(".")[0] in Recipe.model_fields:
+            raise RecipeError(f"no recipe {text}; a setting is given its value as {text}=VALUE")
         hint = problems.nearest(text, [*shipped, *recipes()])
         raise RecipeError(f"no recipe {text}{hint} (files: {', '.join(shipped)}, or a path.yaml)")
     return shipped[head], head, row

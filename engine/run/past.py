@@ -173,13 +173,13 @@ def across_seeds(runs: list[PastRun]) -> list[Seeds]:
 
     Of two runs with the same seed, each is of another group: they are no sample of two.
     """
-    groups: dict[str, list[PastRun]] = {}
+    groups: dict[tuple[str, int], list[PastRun]] = {}
     times: Counter[str] = Counter()
     for run in runs:
-        settings = run.recipe.get("run", {})
-        same = json.dumps({**run.recipe, "run": {**settings, "seed": None}}, sort_keys=True)
-        times[again := f"{same} {settings.get('seed')}"] += 1
-        groups.setdefault(f"{same} {times[again]}", []).append(run)
+        seedless = {**run.recipe, "run": {**run.recipe.get("run", {}), "seed": None}}
+        whole, same = (json.dumps(x, sort_keys=True) for x in (run.recipe, seedless))
+        times[whole] += 1
+        groups.setdefault((same, times[whole]), []).append(run)
     return [Seeds(members) for members in groups.values()]
 
 

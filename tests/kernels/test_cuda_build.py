@@ -74,10 +74,7 @@ def usage(arch: str) -> dict[Kernel, dict[str, int]]:
 
 
 def code(arch: str) -> dict[Kernel, list[str]]:
-    """All kernels of sm_90; of its neighbours, for the time that it takes, a few of every kind."""
-    rows = (("kd", "bf16", "labelled"), ("slkd", "bf16", "2"), ("kd", "f32", "any"))
-    few = (k for k in the_table() if (k.loss, k.type, k.variant) in rows)
-    return sass.names(MODULE.__file__, arch, () if arch == "sm_90" else tuple(few))
+    return sass.names(MODULE.__file__, arch)
 
 
 @needs_kernels
@@ -90,7 +87,7 @@ def test_module_holds_code_for_every_arch_and_ptx():
 @on_every_arch
 def test_every_kernel_is_there_and_no_other(arch):
     assert set(usage(arch)) == the_table()
-    assert arch != "sm_90" or set(code(arch)) == the_table()
+    assert set(code(arch)) == the_table()
     for kernel, names in code(arch).items():
         # A kernel without code is a return.
         assert (len(names) > 300) == has_code(kernel, arch), f"{kernel}: {len(names)} instructions"
@@ -99,7 +96,7 @@ def test_every_kernel_is_there_and_no_other(arch):
 def spills(arch: str, kernels: set[Kernel]) -> list[str]:
     found = []
     for kernel in sorted(kernels, key=str):
-        used, names = usage(arch)[kernel], code(arch).get(kernel, [])
+        used, names = usage(arch)[kernel], code(arch)[kernel]
         local = [n for n in names if n.startswith(("LDL", "STL"))]
         if used["STACK"] or used["LOCAL"] or local:
             found.append(f"{kernel}: {used['STACK']} bytes of stack, {len(local)} accesses")
@@ -130,8 +127,8 @@ def test_registers_are_those_of_the_launch_bounds(arch):
 def test_fast_rows_move_in_16_bytes(arch, kind):
     for row in (r for r in FAST_ROWS if kind in kinds_of(*r)):
         kernel = Kernel(kind, *row)
-        names = set(code(arch).get(kernel, []))
-        if names and has_code(kernel, arch):
+        names = set(code(arch)[kernel])
+        if has_code(kernel, arch):
             assert {"LDGSTS.E.BYPASS.128", "LDS.128", "STG.E.128"} <= names, str(kernel)
 
 
@@ -142,7 +139,7 @@ def test_longer_and_general_rows_move_in_16_bytes(arch):
     """But for those in double."""
     for kernel in the_table():
         if kernel.kind in ("fast_streams", "general_warps", "general_blocks"):
-            names = code(arch).get(kernel, []) if kernel.type != "f64" else []
+            names = code(arch)[kernel] if kernel.type != "f64" else []
             for move in ("LDG.E.128", "STG.E.128", "LDS.128") if names else ():
                 assert any(n.startswith(move) for n in names), f"{kernel}: no {move}"
 

@@ -18,7 +18,6 @@ import kdfuse
 pytestmark = pytest.mark.slow(25)
 
 SPLIT = ("kd", "dkd", "nkd", "tf_nkd", "slkd")
-COMPILED = ("kd", "tf_nkd", "slkd")  # of the teachers' losses, a batch mean, several students
 TYPES = (torch.float32, torch.bfloat16, torch.float64)
 SETTINGS = {
     "mean": {},
@@ -88,7 +87,7 @@ def of_group(rank, world):
 def compiled(rank, world):
     """Whether torch.compile, in one graph with the collective in it, leaves each loss as it is."""
     same = {}
-    for name in COMPILED:
+    for name in SPLIT:
         part, students = group_case(name, torch.float32, rank, world)
 
         def loss_of(case, name=name):
@@ -239,7 +238,7 @@ def test_one_collective_forward_and_none_backward(ranks):
 
 def test_compiled_in_one_graph(ranks):
     found = [rank["compiled"] for rank in ranks if "compiled" in rank]
-    assert found == [dict.fromkeys(COMPILED, True)] * (2 if len(ranks) == 2 else 0)
+    assert found == [dict.fromkeys(SPLIT, True)] * (2 if len(ranks) == 2 else 0)
 
 
 @pytest.mark.parametrize("way", SETTINGS)

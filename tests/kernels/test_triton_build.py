@@ -37,10 +37,10 @@ REGISTERS = {"kd": 64, "dkd": 80, "nkd": 80, "tf_nkd": 80, "uskd": 128, "slkd": 
 # Rows that are held, of each type; rows in tiles, that 8 classes at a time divide and that they do
 # not, of a type each.
 HALF, SINGLE = torch.bfloat16, torch.float32
-TILES = [(name, 32000, HALF) for name in ("kd", "slkd")]
-TILES += [(name, 21841, SINGLE) for name in ("nkd", "tf_nkd")]
+TILED = [name for name in NAMES if name != "uskd"]
+TILES = [(name, *row) for name in TILED for row in ((32000, HALF), (21841, SINGLE))]
 ROWS = [(name, 1000, dtype) for name in NAMES for dtype in (HALF, SINGLE)] + TILES
-ROWS += [("slkd", 100, HALF), ("uskd", LONGEST, SINGLE)]
+ROWS += [("kd", 100, HALF), ("slkd", 100, HALF), ("uskd", LONGEST, SINGLE)]
 # sm_90 for every loss; its neighbours for those of the least and of the most code.
 ARCHS = [(name, dtype, 90) for name in NAMES for dtype in (HALF, SINGLE)]
 ARCHS += [(name, *at) for name in ("kd", "uskd", "slkd") for at in ((HALF, 80), (SINGLE, 100))]
@@ -114,7 +114,7 @@ def test_tiles_move_in_16_bytes(name, c, dtype):
     assert code.count(r"STG\.E\.(\w+\.)*128") == wide * GRADIENTS.get(name, 1)
 
 
-@pytest.mark.parametrize("name", ("dkd", "tf_nkd", "uskd", "slkd"))
+@pytest.mark.parametrize("name", NAMES)
 def test_float64_compiles_without_spills(name):
     for code in compiled(name, 1000, torch.float64, 90):
         assert code.stack == 0 and code.count("LDL|STL") == 0
@@ -265,7 +265,7 @@ def test_what_code_is_compiled_for_is_in_its_key(monkeypatch, recorded):
     assert run([torch.zeros(4, 80)[:, 16:32]]) == 5
 
 
-@pytest.mark.parametrize("name", ("kd", "tf_nkd"))
+@pytest.mark.parametrize("name", ("kd", "tf_nkd", "slkd"))
 def test_triton_compiles_for_nothing_that_is_not_in_the_key(monkeypatch, recorded, name):
     """Hidden in Triton's own key, a multiple of 16 would be taken for granted in other calls."""
     monkeypatch.setattr(triton_call, "COUNTED_BY_EACH", 4)

@@ -1,4 +1,5 @@
-"""The files of engine/data: the sampler needs no decoder, and DALI is loaded where it is used."""
+"""The files of engine/data: each can be imported first, the sampler needs no decoder, and DALI
+is loaded where it is used."""
 
 import subprocess
 import sys
@@ -11,9 +12,17 @@ from kdfuse.engine.data.loaders import LOADERS
 from kdfuse.engine.data.sources import SOURCES
 from kdfuse.engine.recipe.data import Data, Source
 
-pytestmark = pytest.mark.slow(5)
+pytestmark = pytest.mark.slow(10)
 
 ROOT = Path(__file__).parents[3]
+
+EACH_FIRST = """
+import importlib, sys
+for name in sys.argv[1:]:
+    for loaded in [m for m in sys.modules if m.startswith("kdfuse.engine")]:
+        del sys.modules[loaded]
+    importlib.import_module(name)
+"""
 
 WITHOUT = """
 import sys
@@ -24,10 +33,24 @@ print("nvidia.dali" in sys.modules)
 """
 
 
+def run(code, *words):
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_each_file_can_be_imported_first():
+    files = sorted((ROOT / "engine/data").rglob("*.py"))
+    parts = [path.relative_to(ROOT).with_suffix("").parts for path in files]
+    names = [".".join(("kdfuse", *part)).removesuffix(".__init__") for part in parts]
+    assert len(names) > 20
+    run(EACH_FIRST, *names)
+
+
 def test_plans_and_manifests_import_no_decoder_and_loaders_no_dali():
-    command = [sys.executable, "-c", WITHOUT]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout.split("\n")[:2] == ["[]", "False"]
+    assert run(WITHOUT).split("\n") == ["[]", "False"]
 
 
 def test_every_source_and_loader_of_the_schema_is_there():

@@ -106,10 +106,10 @@ def test_a_method_with_a_teacher_reports_every_network(digits, teacher, tmp_path
         assert again[name] == record[name]
 
 
-@pytest.mark.parametrize("name", ["dkd", "uskd"])
-def test_a_method_trains(digits, teacher, name, tmp_path):
+@pytest.mark.parametrize("name", ["kd", "dkd", "nkd", "tf_nkd", "uskd"])
+def test_every_method_trains(digits, teacher, name, tmp_path):
     given = {"teacher": {"name": "resnet8", "checkpoint": teacher}}
-    needed = given if name == "dkd" else {}
+    needed = given if name in ("kd", "dkd", "nkd") else {}
     method = {"name": "dkd", "beta": 2.0, "warmup": 2} if name == "dkd" else name
     run = {"epochs": 5, "eval_every": 5}
     run = train(tiny(digits, method, run=run, **needed), tmp_path / "run")
@@ -121,7 +121,7 @@ def test_a_method_trains(digits, teacher, name, tmp_path):
 
 def test_the_same_seed_gives_the_same_bytes(digits, tmp_path):
     def weights(name, seed):
-        run = train(tiny(digits, "kd", run={"seed": seed, "epochs": 1}), tmp_path / name)
+        run = train(tiny(digits, "slkd", run={"seed": seed, "epochs": 1}), tmp_path / name)
         return load(run / "checkpoints" / "step-00000005")[0]["student"]
 
     one, same, other = weights("a", 1), weights("b", 1), weights("c", 2)
