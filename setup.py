@@ -103,6 +103,15 @@ def _nvcc() -> str:
     return found
 
 
+def _release(nvcc: str) -> tuple[int, int]:
+    """Major and minor version of nvcc's CUDA."""
+    told = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=False).stdout
+    found = re.search(r"release (\d+)\.(\d+)", told)
+    if not found:
+        raise NoCuda(f"{nvcc} --version names no release")
+    return int(found[1]), int(found[2])
+
+
 def _runtime_folder(nvcc: str) -> str:
     """Where nvcc has the static CUDA runtime."""
     command = [nvcc, "--dryrun", "-x", "cu", os.devnull, "-o", os.devnull]
@@ -125,6 +134,14 @@ class Cuda:
         if not torch.version.cuda:
             raise NoCuda(f"torch {torch.__version__} is built without CUDA")
         archs, self.nvcc = _archs(), _nvcc()
+        release = _release(self.nvcc)
+        if release[0] != int(torch.version.cuda.split(".")[0]):
+            # The runtime that would be linked asks for a newer driver than torch's does, or an older.
+            raise NoCuda(
+                f"{self.nvcc} is of CUDA {release[0]}.{release[1]} and torch of CUDA "
+                f"{torch.version.cuda}; point CUDA_HOME to a toolkit of torch's major version"
+            )
+        self.version = 1000 * release[0] + 10 * release[1]
         self.runtime = _runtime_folder(self.nvcc)
         self.names = " ".join([*(f"sm_{arch}" for arch in archs), f"compute_{archs[-1]}"])
         # Each from its own PTX: clusters and packed comparisons are not in that of 80.
@@ -134,15 +151,14 @@ class Cuda:
         target = Path(folder) / "cuda" / "-".join(archs)
         target.mkdir(parents=True, exist_ok=True)
         # What the kernels do not include would only have them built again.
-        host = ("ahead.h", "simd.h", "order.h", "op_*.h", "row_*.h", "rows_*.h", "split.h")
-        kernels = ("row_cuda.h", "rows_cuda.h", "row_limits.h")
         used = [
             str(p.relative_to(ROOT))
-            for p in sorted((ROOT / "csrc").rglob("*.h"))
-            if p.name in kernels or not any(p.match(name) for name in host)
+            for folder in ("core", "cuda", "losses")
+            for p in sorted((ROOT / "csrc" / folder).glob("*.h"))
+            if not p.match("op_*.h")
         ]
         self.objects, self.stale = [], []
-        for source in sorted((ROOT / "csrc").glob("*.cu")):
+        for source in sorted((ROOT / "csrc/cuda").glob("*.cu")):
             made = target / f"{source.stem}.o"
             self.objects.append(str(made))
             name = str(source.relative_to(ROOT))
@@ -164,9 +180,10 @@ class Cuda:
         failed = [s for s in (r.result() for r in self.running) if s]
         if failed:
             raise NoCuda(f"nvcc failed with exit status {failed[0]}, see above")
-        ext.sources.append("csrc/ops_cuda.cpp")
+        ext.sources.append("csrc/cuda/ops.cpp")
         ext.extra_objects += self.objects
         ext.define_macros.append(("KDFUSE_CUDA_ARCHS", f'"{self.names}"'))
+        ext.define_macros.append(("KDFUSE_CUDA_RUNTIME", str(self.version)))
         ext.library_dirs.append(self.runtime)
         ext.libraries += ["torch_cuda", "cudart_static", "dl", "rt", "pthread"]
 
@@ -185,7 +202,7 @@ def _extension() -> Extension | None:
     torch_root = Path(found["torch"].origin).parent
     return Extension(
         "kdfuse.kernels._C",
-        ["csrc/ops.cpp", "csrc/ops_split.cpp"],
+        ["csrc/cpu/ops.cpp", "csrc/sharded/ops.cpp"],
         depends=[str(p.relative_to(ROOT)) for p in sorted((ROOT / "csrc").rglob("*.[hc]*"))],
         include_dirs=[str(torch_root / "include"), pybind11.get_include()],
         library_dirs=[str(torch_root / "lib")],
@@ -208,7 +225,7 @@ class BuildLevels(build_ext):
         try:
             for level, flags in LEVELS.items():
                 ext.extra_objects += self.compiler.compile(
-                    ["csrc/rows_cpu.cpp"],
+                    ["csrc/cpu/rows.cpp"],
                     output_dir=os.path.join(self.build_temp, level),
                     macros=[("KDFUSE_LEVEL", level)],
                     extra_postargs=FLAGS + flags,
@@ -254,6 +271,7 @@ class BuildLevels(build_ext):
         print(f"kdfuse: no CUDA kernels: {why}", file=sys.stderr)
 
 
+KERNELS = ["", ".bench", ".sharded", ".triton"]
 ENGINE = [
     "",
     ".cli",
@@ -273,7 +291,7 @@ extension = _extension()
 setup(
     packages=[
         "kdfuse",
-        "kdfuse.kernels",
+        *(f"kdfuse.kernels{part}" for part in KERNELS),
         *(f"kdfuse.engine{part}" for part in ENGINE),
         "kdfuse.recipes",
     ],

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import triton_lang
+from .triton import lang as triton_lang
 
 
 def _load() -> tuple[ModuleType | None, str]:
@@ -45,7 +45,20 @@ def _cuda() -> str:
             "kdfuse was built without its CUDA kernels; install nvcc and a CUDA build of torch and "
             "reinstall kdfuse with KDFUSE_CUDA=1, which says what is missing"
         )
-    return "" if torch.cuda.is_available() else "torch sees no CUDA device"
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device"
+    return too_old(module.cuda_driver(), module.cuda_runtime)
+
+
+def too_old(driver: int, runtime: int) -> str:
+    """Why a driver cannot run kernels that were built with this runtime, or "". As 13000."""
+    if driver // 1000 >= runtime // 1000:
+        return ""
+    newest, built = (f"{x // 1000}.{x % 1000 // 10}" for x in (driver, runtime))
+    return (
+        f"the driver supports CUDA {newest} at most and kdfuse's kernels were built with {built}; "
+        "update the driver, or reinstall kdfuse with that CUDA's nvcc"
+    )
 
 
 def _triton() -> str:

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from . import reference
+from .call import run
 from .checks import positive, scale, weight
 from .op import Loss, LossModule, Op, Options
 from .parts import Logits
-from .rows import gated, kl_rest, number, param, spread
-from .run import run
-from .triton_lang import jit, tl
+from .triton.lang import jit, tl
+from .triton.rows import gated, kl_rest, number, param, spread
 
 
 def rows(students, teachers, y, params):
@@ -41,7 +41,7 @@ def rows(students, teachers, y, params):
 
 @jit
 def coefficients(params, z, taught, REAL: tl.constexpr):
-    """From the statistics of a row (triton_taught.py) to its value and the gradient's factors."""
+    """From the statistics of a row (triton/taught.py) to its value and the gradient's factors."""
     z_total, _, at, _ = z
     t_total, _, t, _, crossed = taught[0]
     square, alpha = param(params, 1, REAL), param(params, 2, REAL)

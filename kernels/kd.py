@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from . import reference
+from .call import run
 from .checks import as_list, check_weights, positive, scale, weight
 from .op import Loss, LossModule, Op, Options
 from .parts import Logits
-from .rows import gated, joined, kl, none, number, param
-from .run import run
 from .sparse import SparseTeacher
-from .triton_lang import jit, tl
+from .triton.lang import jit, tl
+from .triton.rows import gated, joined, kl, none, number, param
 
 
 def rows(students, teachers, y, params):
@@ -43,7 +43,7 @@ def rows(students, teachers, y, params):
 
 @jit
 def coefficients(params, z, taught, REAL: tl.constexpr):
-    """From the statistics of a row (triton_taught.py) to its value and the gradient's factors."""
+    """From the statistics of a row (triton/taught.py) to its value and the gradient's factors."""
     _, z_label, at, _ = z
     temperature, square = param(params, 0, REAL), param(params, 1, REAL)
     kd_weight, ce_weight = param(params, 2, REAL), param(params, 3, REAL)
@@ -85,7 +85,7 @@ def kd_loss(
 
     Args:
         student: (N, C) logits of any floating type; a ClassPart or a DTensor where they are spread
-            over processes (`kernels/parts.py`, `kernels/split_dtensor.py`).
+            over processes (`kernels/parts.py`, `kernels/sharded/dtensor.py`).
         teacher: (N, C) logits without grad, or a SparseTeacher of k logits a row, or a sequence of
             K of either; their types may differ.
         target: (N,) int64 class indices, or (N, C) class probabilities (mixup, CutMix). Needed

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from . import reference
+from .call import run
 from .checks import positive, scale, weight
 from .op import Loss, LossModule, Op, Options
 from .parts import Logits
-from .rows import INF, gated, param, spread
-from .run import run
 from .sparse import SparseTeacher
-from .triton_lang import jit, tl
+from .triton.lang import jit, tl
+from .triton.rows import INF, gated, param, spread
 
 
 def rows(students, teachers, y, params):
@@ -39,7 +39,7 @@ def rows(students, teachers, y, params):
 
 @jit
 def coefficients(params, z, taught, REAL: tl.constexpr):
-    """From the statistics of a row (triton_taught.py) to its value and the gradient's factors."""
+    """From the statistics of a row (triton/taught.py) to its value and the gradient's factors."""
     z_total, _, _, at1 = z
     t_total, _, _, t1, weighted = taught[0]
     square, gamma = param(params, 1, REAL), param(params, 2, REAL)

@@ -136,16 +136,12 @@ def run_fused(
         wide = torch.float64 in [x.dtype for x in (*students, *values)]
         if target.dtype == torch.float64 and not wide:
             target = target.float()
-    denominator = options.denominator
-    if isinstance(denominator, Tensor):
-        denominator = denominator.to(students[0].device, torch.float64)
-    elif denominator is not None:  # filled on the device: a copy from the host would wait for it
-        denominator = torch.full((), denominator, dtype=torch.float64, device=students[0].device)
+    denominator, divisor = denominator_of(options.denominator, students[0].device)
     call = compiled_op(TRITON if options.backend == "triton" else COMPILED, op.name)
     static = (list(params), REDUCTIONS[options.reduction], options.ignore_index)
     if not (torch.is_grad_enabled() and any(x.requires_grad for x in students)):
         lists = (students, values, indices, masses)
-        loss, terms, _ = call(*lists, target, denominator, None, *static, False)
+        loss, terms, _ = call(*lists, target, denominator, divisor, None, *static, False)
         return loss, terms
     return Fused.apply(
         call,
@@ -154,6 +150,7 @@ def run_fused(
         (len(students), len(values), len(indices)),
         target,
         denominator,
+        divisor,
         *students,
         *values,
         *indices,
@@ -165,10 +162,12 @@ class Fused(torch.autograd.Function):
     """A loss whose gradients are stored in the forward pass, or made in the backward pass."""
 
     @staticmethod
-    def forward(ctx, call, static, stored, counts, target, denominator, *inputs):
+    def forward(ctx, call, static, stored, counts, target, denominator, divisor, *inputs):
         lists = split(inputs, counts)
-        loss, terms, gradients = call(*lists, target, denominator, None, *static, stored)
+        loss, terms, gradients = call(*lists, target, denominator, divisor, None, *static, stored)
         ctx.call, ctx.static, ctx.stored, ctx.counts = call, static, stored, counts
+        ctx.divisor = divisor
+        ctx.set_materialize_grads(False)  # of the terms: a kernel that fills zeros
         ctx.types = [x.dtype for x in lists[0]]
         ctx.others = len(inputs) - counts[0]
         if stored:
@@ -181,8 +180,10 @@ class Fused(torch.autograd.Function):
     @staticmethod
     def backward(ctx, upstream, _):
         refuse_second_derivative()
+        if upstream is None:
+            return (None,) * (7 + len(ctx.types) + ctx.others)
         if ctx.stored and backends.scales_in_place(upstream):
-            gradients = scaled_once(ctx, upstream)
+            gradients = scaled_for_backward(ctx, upstream)
         elif ctx.stored:
             gradients = [
                 scaled(g, upstream, t) for g, t in zip(ctx.saved_tensors, ctx.types, strict=True)
@@ -190,9 +191,10 @@ class Fused(torch.autograd.Function):
         else:
             target, denominator, *inputs = ctx.saved_tensors
             lists = split(inputs, ctx.counts)
-            _, _, made = ctx.call(*lists, target, denominator, upstream, *ctx.static, True)
+            given = (*lists, target, denominator, ctx.divisor, upstream)
+            _, _, made = ctx.call(*given, *ctx.static, True)
             gradients = [g.to(t) for g, t in zip(made, ctx.types, strict=True)]
-        return (None,) * 6 + tuple(gradients) + (None,) * ctx.others
+        return (None,) * 7 + tuple(gradients) + (None,) * ctx.others
 
 
 def split(inputs: Sequence[Tensor], counts: tuple[int, int, int]) -> list[list[Tensor]]:
@@ -211,15 +213,24 @@ def refuse_second_derivative(wanted: bool = False) -> None:
         )
 
 
-def scaled_once(ctx: Any, upstream: Tensor) -> list[Tensor]:
-    """The stored gradients times the upstream one, in place: a factor of 1 costs no traffic."""
-    if getattr(ctx, "spent", False):
-        raise RuntimeError(
-            "a second backward through a loss whose stored gradients have been scaled in place; "
-            "use stored_gradient=False with retain_graph=True"
-        )
-    ctx.spent = True
+def denominator_of(given: Tensor | float | None, at: torch.device) -> tuple[Tensor | None, Any]:
+    """A tensor on the device, or a number: what is known here goes along with the launch."""
+    if not isinstance(given, Tensor):
+        return None, given
+    if given.device != at and given.device.type == "cpu" and not backends.is_tracing():
+        return None, given.item()
+    whole = given.device == at and given.dtype in (torch.float32, torch.float64)
+    return (given if whole else given.to(at, torch.float64)), None
+
+
+def scaled_for_backward(ctx: Any, upstream: Tensor) -> list[Tensor]:
+    """The stored gradients times the upstream one, in place: a factor of 1 costs no traffic.
+
+    Where the graph is retained another backward may follow, so that a copy is scaled.
+    """
     gradients = list(ctx.saved_tensors)
+    if torch._C._autograd._get_current_graph_task_keep_graph():
+        gradients = [g.clone() for g in gradients]
     torch.ops.kdfuse.scale_(gradients, upstream)
     return [g.to(t) for g, t in zip(gradients, ctx.types, strict=True)]
 
@@ -244,6 +255,7 @@ def register(op: Op, namespace: str) -> None:
         masses,
         target,
         denominator,
+        divisor,
         upstream,
         params,
         reduction,
@@ -265,8 +277,12 @@ def register(op: Op, namespace: str) -> None:
         )
 
     def setup(ctx, inputs, output):
-        students, teachers, indices, masses, target, denominator, _, *static, _ = inputs
-        ctx.static, ctx.counts = static, (len(students), len(teachers), len(indices))
+        students, teachers, indices, masses, target, denominator, divisor, _, *static, _ = inputs
+        ctx.divisor, ctx.static, ctx.counts = (
+            divisor,
+            static,
+            (len(students), len(teachers), len(indices)),
+        )
         ctx.save_for_backward(target, denominator, *students, *teachers, *indices, *masses)
         ctx.set_materialize_grads(False)
 
@@ -275,13 +291,14 @@ def register(op: Op, namespace: str) -> None:
         counts = ctx.counts
         nothing = [[None] * k for k in (counts[0], counts[1], counts[2], counts[2])]
         if upstream is None:  # the terms are constants
-            return *nothing, *[None] * 7
+            return *nothing, *[None] * 8
         target, denominator, *given = ctx.saved_tensors
         lists = split(given, counts)
         call = compiled_op(namespace, op.name)
-        made = call(*lists, target, denominator, upstream, *ctx.static, True)[2]
+        given = (*lists, target, denominator, ctx.divisor, upstream)
+        made = call(*given, *ctx.static, True)[2]
         gradients = [g.to(x.dtype) for g, x in zip(made, lists[0], strict=True)]
-        return gradients, *nothing[1:], *[None] * 7
+        return gradients, *nothing[1:], *[None] * 8
 
     torch.library.register_fake(name, shapes)
     torch.library.register_autograd(name, backward, setup_context=setup)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .peers import CASES, Case
+from .bench.peers import CASES, Case
 
 SHAPES = ((9, 1000), (5, 1001), (3, 21841))  # rows of a warp, odd ones, long ones
 # USKD's ranks are steps: sums that are rounded apart may put two classes the other way round.

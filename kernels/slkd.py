@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from . import reference
+from .call import run
 from .checks import as_list, check_weights, positive, scale, weight
 from .op import Loss, LossModule, Op, Options
 from .parts import Logits
-from .rows import gated, joined, none, number, param
-from .run import run
-from .triton_lang import jit, tl
+from .triton.lang import jit, tl
+from .triton.rows import gated, joined, none, number, param
 
 
 def rows(students, teachers, y, params):
@@ -68,7 +68,7 @@ def coefficients(
     PULLED: tl.constexpr,
     REAL: tl.constexpr,
 ):
-    """From the statistics of a row (triton_slkd.py) to its value, terms and gradients' factors."""
+    """From the statistics of a row (triton/slkd.py) to its value, terms and gradients' factors."""
     temperature, square = param(params, 0, REAL), param(params, 1, REAL)
     kd_weight, slt_ce = param(params, 2, REAL), param(params, 3, REAL)
     fused_kd, ce_weight = param(params, 4, REAL), slt_ce + param(params, 5, REAL)

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from . import reference
+from .call import run
 from .checks import weight as finite
 from .op import Loss, LossModule, Op, Options
 from .parts import Logits
-from .rows import param
-from .run import run
-from .triton_lang import jit, tl
+from .triton.lang import jit, tl
+from .triton.rows import param
 
 
 def rows(students, teachers, y, params):

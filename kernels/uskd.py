@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from . import reference
+from .call import run
 from .checks import weight
 from .op import Loss, LossModule, Op, Options
-from .rows import param
-from .run import run
-from .triton_lang import jit, tl
+from .triton.lang import jit, tl
+from .triton.rows import param
 
 RANKS = {"released": 0.0, "paper": 1.0}
 

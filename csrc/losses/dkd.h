@@ -1,7 +1,7 @@
 // Zhao et al. 2022, "Decoupled Knowledge Distillation":
 //   loss = square * (alpha * TCKD + beta * NCKD) + ce_weight * CE
 #pragma once
-#include "../row.h"
+#include "../core/stats.h"
 
 namespace kdfuse {
 

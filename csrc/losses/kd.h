@@ -1,7 +1,7 @@
 // Hinton et al. 2015, "Distilling the Knowledge in a Neural Network", with K weighted teachers:
 //   loss = kd_weight * square * sum_k w_k KL(softmax(t_k / T) || softmax(z / T)) + ce_weight * CE
 #pragma once
-#include "../row.h"
+#include "../core/stats.h"
 
 namespace kdfuse {
 

@@ -3,7 +3,7 @@
 // with V_y and S_y at T = 1 and the softmaxes V', S' of the rest at temperature T. The second term
 // is a cross-entropy: the teacher's entropy stays in.
 #pragma once
-#include "../row.h"
+#include "../core/stats.h"
 
 namespace kdfuse {
 

@@ -5,7 +5,7 @@
 // detached the student's KL(f || z) reaches them as well:
 //   d KL(f || z) / d s_kj = fusion_k / T * p^f_j * ((f_j - z_j) / T - D)
 #pragma once
-#include "../row.h"
+#include "../core/stats.h"
 
 namespace kdfuse {
 

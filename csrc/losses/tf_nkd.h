@@ -3,7 +3,7 @@
 // with V the label's value (1, or the two values of a mixed label) and w_t = 0 where V_t = 0.
 // USKD squares S_t in w_t. w is a constant to the gradient.
 #pragma once
-#include "../row.h"
+#include "../core/stats.h"
 
 namespace kdfuse {
 

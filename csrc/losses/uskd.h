@@ -4,7 +4,7 @@
 // with w_t = S_t^2 + V_t - mean of S_t^2 (losses/tf_nkd.h) and Z the Zipf weights 1/rank, over the
 // classes ranked by the student's and the weak head's scores, without the targets, summing to 1.
 #pragma once
-#include "../row.h"
+#include "../core/stats.h"
 
 namespace kdfuse {
 

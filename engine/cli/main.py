@@ -132,6 +132,6 @@ def doctor() -> None:
 )
 def losses(context: typer.Context) -> None:
     """Time the loss kernels; --help lists the options."""
-    from ...kernels.bench import main as measure
+    from ...kernels.bench.run import main as measure
 
     measure(context.args)

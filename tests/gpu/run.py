@@ -39,7 +39,7 @@ print(torch.cuda.get_device_name())
 """
 FACTS = """
 import json
-from kdfuse.kernels import report, timing
+from kdfuse.kernels.bench import report, timing
 found = report.facts("cuda")
 found["copy_gb_per_s"] = timing.copy_speed("cuda")
 print(json.dumps(found))

@@ -8,10 +8,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import oracle
+import pytest
 import torch
 from torch import Tensor
 
 import kdfuse
+from kdfuse.kernels import call as front
 
 CALLS = {
     "kd": lambda s, t, y, **more: kdfuse.kd_loss(s[0], t, y, **more),
@@ -102,6 +104,20 @@ def probabilities(n: int, c: int, seed: int = 0) -> Tensor:
 
 def call(name: str, case: Case, **settings):
     return CALLS[name](case.students, case.teachers, case.target, **settings)
+
+
+def arguments(name: str, case: Case, *, backend: str = "cpu", **settings) -> tuple:
+    """What the public function hands to the compiled op: students, teachers, target, params."""
+    caught = []
+
+    def catch(op, students, teachers, target, params, options):
+        caught.append((list(students), list(teachers), target, list(params)))
+        return torch.zeros(()), torch.zeros(64)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(front, "run_fused", catch)
+        call(name, case, backend=backend, **settings)
+    return caught[0]
 
 
 def truth(name: str, case: Case, **settings) -> oracle.Rows:

@@ -1,5 +1,5 @@
 // The kernels whose instructions test_instructions.py counts.
-#include "kernels_cuda.h"
+#include "kernels.h"
 
 namespace kdfuse {
 namespace {

@@ -12,15 +12,15 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-LOSSES = ("kd", "dkd", "nkd", "tf_nkd", "uskd", "slkd")  # as in csrc/kernel_table.h
-TYPES = ("f32", "f64", "bf16", "f16")  # as in csrc/rows.h
-CSRC = Path(__file__).resolve().parents[2] / "csrc"
+LOSSES = ("kd", "dkd", "nkd", "tf_nkd", "uskd", "slkd")  # as in csrc/cuda/kernel_table.h
+TYPES = ("f32", "f64", "bf16", "f16")  # as in csrc/core/types.h
+CSRC = Path(__file__).resolve().parents[2] / "csrc/cuda"
 Place = tuple[str, int]  # a file's name and a line of it
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """kind: as in csrc/kernels_cuda.h. variant: labels or none ("bare"); the number of SL-Ts."""
+    """kind: as in csrc/cuda/kernels.h. variant: labels or none ("bare"); the number of SL-Ts."""
 
     kind: str
     loss: str
@@ -163,11 +163,11 @@ def _instructions(lines: list[str]) -> list[Instruction]:
 
 
 def lines_of(file: str, function: str) -> set[Place]:
-    """The lines of every function of that name that `file` of csrc/ defines."""
+    """The lines of every function of that name that `file` of csrc/cuda defines."""
     lines = (CSRC / file).read_text().split("\n")
     found: set[Place] = set()
     for first, line in enumerate(lines):
-        if not re.match(rf"\s*KDFUSE_(?:HD|MEMBER) .*\b{function}\(", line):
+        if not re.match(rf"\s*KDFUSE_(?:HD|MEMBER|DEVICE|DEVICE_MEMBER) .*\b{function}\(", line):
             continue
         depth = 0
         for last in range(first, len(lines)):
@@ -175,14 +175,14 @@ def lines_of(file: str, function: str) -> set[Place]:
             found.add((file, last + 1))
             if depth == 0 and "}" in lines[last]:
                 break
-    assert found, f"csrc/{file} defines no {function}()"
+    assert found, f"csrc/cuda/{file} defines no {function}()"
     return found
 
 
 def line_of(file: str, text: str) -> Place:
-    """The one line of a file of csrc/ that holds `text`."""
+    """The one line of a file of csrc/cuda that holds `text`."""
     found = [n for n, x in enumerate((CSRC / file).read_text().split("\n"), 1) if text in x]
-    assert len(found) == 1, f"{len(found)} lines of csrc/{file} hold {text!r}"
+    assert len(found) == 1, f"{len(found)} lines of csrc/cuda/{file} hold {text!r}"
     return file, found[0]
 
 

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from kdfuse.kernels import bench, gauges, plots, providers, report, timing
-from kdfuse.kernels.peers import CASES
-from kdfuse.kernels.plan import Budget, Item, items
+from kdfuse.kernels.bench import gauges, plots, providers, report, timing
+from kdfuse.kernels.bench import run as bench
+from kdfuse.kernels.bench.peers import CASES
+from kdfuse.kernels.bench.plan import Budget, Item, items
 
 pytestmark = pytest.mark.slow(20)
 
@@ -301,7 +302,7 @@ def bare(code: str, without: str, *, folder: Path) -> subprocess.CompletedProces
     hide = f"import sys; sys.modules.update(dict.fromkeys({without.split()!r}))\n"
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     return subprocess.run(
-        [sys.executable, "-c", f"{hide}from kdfuse.kernels.bench import main\n{code}"],
+        [sys.executable, "-c", f"{hide}from kdfuse.kernels.bench.run import main\n{code}"],
         capture_output=True,
         text=True,
         cwd=folder,

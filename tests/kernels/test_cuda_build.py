@@ -1,7 +1,7 @@
 """What can be said of the CUDA kernels without a device: the build and the code that it made.
 
-Row arithmetic is tested in test_host_rows.py and test_fast_rows.py, the instructions that a row
-takes are counted in test_instructions.py.
+The kernels are executed in tests/simulator, the instructions that a row takes are counted in
+test_instructions.py.
 """
 
 import ast
@@ -158,7 +158,7 @@ def source(name: str) -> str:
     return re.sub(r"//[^\n]*", "", (ROOT / name).read_text())
 
 
-@pytest.mark.parametrize("name", ("csrc/ops_cuda.cpp", "csrc/launch_cuda.cu"))
+@pytest.mark.parametrize("name", ("csrc/cuda/ops.cpp", "csrc/cuda/launch.cu"))
 def test_no_call_of_the_host_waits_for_the_device(name):
     waits = (
         r"cuda\w*Synchronize\w*|cudaMem(?:cpy|set)\w*|cudaMalloc\w*|cudaFree\w*|\w*_to_cpu|item\("
@@ -167,7 +167,7 @@ def test_no_call_of_the_host_waits_for_the_device(name):
 
 
 def test_no_python_line_reads_a_tensor_of_the_device():
-    """What reads a tensor's value, by function; `scaled` does where the number is on the host."""
+    """What reads a tensor's value, by function; these do where the number is on the host."""
     found = set()
     for function in ast.parse((ROOT / "kernels/op.py").read_text()).body:
         for node in ast.walk(function):
@@ -177,18 +177,7 @@ def test_no_python_line_reads_a_tensor_of_the_device():
                     found.add((function.name, ast.unparse(node.func)))
                 else:
                     assert node.func.attr not in reads, ast.unparse(node)
-    assert found == {("scaled", "upstream.item")}
-
-
-def test_a_direction_is_one_launch():
-    launches, op = source("csrc/launch_cuda.cu"), source("csrc/ops_cuda.cpp")
-    assert launches.count("cudaLaunchKernelExC(") == 1
-    assert re.findall(r"(\w+)<<<", launches) == ["count_valid", "scale_rows"]
-    assert re.search(
-        r"if \(task.labels && task.rows > kCountedApart\) \{\n.*\n +count_valid<", launches
-    )
-    assert len(re.findall(r"\blaunch\(", op)) == 1
-    assert len(re.findall(r"\blaunch_scale\(", op)) == 1
+    assert found == {("scaled", "upstream.item"), ("denominator_of", "given.item")}
 
 
 def build(tmp_path: Path, **environment: str) -> subprocess.CompletedProcess:
@@ -221,6 +210,22 @@ def test_what_is_missing_is_named(tmp_path, environment, said):
         said = "built without CUDA"
     done = build(tmp_path, **environment)
     assert done.returncode != 0 and said in done.stderr
+
+
+@pytest.mark.skipif(MODULE is None, reason="nothing can be built here")
+def test_a_toolkit_of_another_cuda_is_refused(tmp_path):
+    """Its runtime would ask for another driver than torch's does."""
+    import torch
+
+    if not torch.version.cuda:
+        pytest.skip("torch is built without CUDA")
+    nvcc = tmp_path / "bin/nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text("#!/bin/sh\necho 'Cuda compilation tools, release 11.8, V11.8.89'\n")
+    nvcc.chmod(0o755)
+    done = build(tmp_path, KDFUSE_CUDA="1", CUDA_HOME=str(tmp_path))
+    assert done.returncode != 0
+    assert f"is of CUDA 11.8 and torch of CUDA {torch.version.cuda}" in done.stderr
 
 
 def test_reason_names_what_to_do():

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from calls import FULL, NAMES, Case, call, cast, make
+from calls import FULL, NAMES, Case, arguments, call, cast, make
 from on_gpu import MARKS, run, same_bits, to_gpu
 from test_gpu_runtime import case_of, loss_of
 
@@ -103,17 +103,15 @@ def test_another_stream(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_opcheck(name, monkeypatch):
-    from host_rows import arguments
-
+def test_opcheck(name):
     case = cast(make(name, 6, 9), torch.float32)
-    students, teachers, target, params = arguments(monkeypatch, name, case, **FULL[name])
+    students, teachers, target, params = arguments(name, case, **FULL[name])
     on_gpu = to_gpu(Case(students, teachers, target))
     op = getattr(torch.ops.kdfuse, name).default
     for grad in (False, True):
         students = [x.detach().requires_grad_(grad) for x in on_gpu.students]
         lists = (students, on_gpu.teachers, [], [])
-        torch.library.opcheck(op, (*lists, on_gpu.target, None, None, params, 1, -100, False))
+        torch.library.opcheck(op, (*lists, on_gpu.target, None, None, None, params, 1, -100, False))
     gradients = [torch.randn(6, 9, device="cuda") for _ in range(2)]
     factor = torch.tensor(2.0, device="cuda")
     torch.library.opcheck(torch.ops.kdfuse.scale_.default, (gradients, factor))

@@ -32,7 +32,7 @@ def compiled_arguments(name, dtype, grad, reduction="mean", with_gradient=False)
     case = cast(make(name, 6, 9), dtype)
     students = [x.requires_grad_(grad) for x in case.students]
     static = (PARAMS[name], REDUCTIONS[reduction], -100, with_gradient)
-    return (students, case.teachers, [], [], case.target, None, None, *static)
+    return (students, case.teachers, [], [], case.target, None, None, None, *static)
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)

@@ -528,7 +528,7 @@ def compiled_arguments(name, grad, rest, reduction="mean", with_gradient=False):
         teachers, params = [case.teachers[0], *teachers], [*params, 1.0]
         indices, masses = [torch.empty(0, dtype=torch.int64), *indices], [torch.empty(0), *masses]
     static = (params, REDUCTIONS[reduction], -100, with_gradient)
-    return (students, teachers, indices, masses, case.target, None, None, *static)
+    return (students, teachers, indices, masses, case.target, None, None, None, *static)
 
 
 @needs_compiled
@@ -575,7 +575,7 @@ def test_the_bare_op_counts_what_it_is_given(name):
     dkd = torch.ops.kdfuse.dkd.default
     params = [4.0, 16.0, 0.7, 3.0, 0.3]
     with pytest.raises(RuntimeError, match="whole teacher logits only"):
-        dkd(students, teachers[-1:], [index], [mass], *more[:3], params, *more[4:])
+        dkd(students, teachers[-1:], [index], [mass], *more[:4], params, *more[5:])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -14,8 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import kdfuse
-from kdfuse.kernels import backends, split
-from kdfuse.kernels.split_merge import layout, merge
+from kdfuse.kernels import backends
+from kdfuse.kernels.sharded import call as split
+from kdfuse.kernels.sharded.merge import layout, merge
 
 BACKENDS = [name for name in ("reference", "cpu") if not backends.backends()[name]]
 SPLIT = ("kd", "dkd", "nkd", "tf_nkd", "slkd")

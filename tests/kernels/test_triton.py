@@ -14,7 +14,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from kdfuse.kernels import backends, triton_lang
+from kdfuse.kernels import backends
+from kdfuse.kernels.triton import lang as triton_lang
 
 pytestmark = pytest.mark.slow(80)
 
@@ -40,13 +41,23 @@ def test_interpreted():
 
 def test_nothing_on_the_way_of_a_call_waits_for_the_device():
     waits = {"item", "cpu", "tolist", "numpy", "synchronize", "nonzero", "is_nonzero"}
-    for path in (KERNELS / "rows.py", *KERNELS.glob("triton_*.py")):
+    for path in (KERNELS / "triton").glob("*.py"):
         called = {
             node.func.attr
             for node in ast.walk(ast.parse(path.read_text()))
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
         }
         assert not called & waits, f"{path.name}: {called & waits}"
+
+
+@needs_triton
+def test_a_counter_in_memory_that_a_graph_may_recycle_is_not_kept():
+    from kdfuse.kernels.triton.launch import in_private_pool
+
+    own = {"address": 512, "total_size": 512, "segment_pool_id": (0, 0)}
+    of_graph = {"address": 2048, "total_size": 1024, "segment_pool_id": (0, 7)}
+    for address, expected in ((512, False), (1023, False), (2048, True), (3071, True), (9, False)):
+        assert in_private_pool(address, [own, of_graph]) is expected
 
 
 def test_losses_need_no_triton():

@@ -7,11 +7,10 @@ from collections import defaultdict
 
 import pytest
 import torch
-from calls import FULL, NAMES, Case, call, cast, make
+from calls import FULL, NAMES, Case, arguments, cast, make
 
-from kdfuse.kernels import run as front
-from kdfuse.kernels import triton_lang
 from kdfuse.kernels.table import OPS
+from kdfuse.kernels.triton import lang as triton_lang
 
 if triton_lang.MISSING or importlib.util.find_spec("triton.backends.nvidia") is None:
     pytest.skip("no triton for NVIDIA", allow_module_level=True)
@@ -20,13 +19,15 @@ import triton_aot
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from kdfuse.kernels import triton_call, triton_launch, triton_ops
-from kdfuse.kernels.triton_batch import count_rows
-from kdfuse.kernels.triton_self import scores
-from kdfuse.kernels.triton_slkd import slkd_rows
-from kdfuse.kernels.triton_taught import taught_rows
-from kdfuse.kernels.triton_tf_nkd import tf_nkd_rows
-from kdfuse.kernels.triton_uskd import LONGEST, uskd_rows
+from kdfuse.kernels.triton import call as triton_call
+from kdfuse.kernels.triton import launch as triton_launch
+from kdfuse.kernels.triton import ops as triton_ops
+from kdfuse.kernels.triton.batch import count_rows
+from kdfuse.kernels.triton.self_taught import scores
+from kdfuse.kernels.triton.slkd import slkd_rows
+from kdfuse.kernels.triton.taught import taught_rows
+from kdfuse.kernels.triton.tf_nkd import tf_nkd_rows
+from kdfuse.kernels.triton.uskd import LONGEST, uskd_rows
 
 pytestmark = pytest.mark.slow(100)
 
@@ -52,18 +53,10 @@ def cache(monkeypatch, tmp_path_factory):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "triton"))
 
 
-def inputs_of(monkeypatch, name, case, **more):
+def inputs_of(name, case, **more):
     """What the op of a call is given, reduced to its mean."""
-    caught = []
-
-    def catch(op, students, teachers, target, params, options):
-        caught.append((list(students), list(teachers), [], [], target, None, None, list(params)))
-        return torch.zeros(()), torch.zeros(64)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(front, "run_fused", catch)
-        call(name, case, backend="cpu", **{**FULL[name], **more})
-    return (*caught[0], 1, -100, True)
+    students, teachers, target, params = arguments(name, case, **{**FULL[name], **more})
+    return (students, teachers, [], [], target, None, None, None, params, 1, -100, True)
 
 
 def zeros(name, n, c, dtype):
@@ -79,7 +72,7 @@ def zeros(name, n, c, dtype):
 def compiled(name, c, dtype, arch):
     """The code of every launch of a call, the rows' last."""
     with pytest.MonkeyPatch.context() as patch:
-        inputs = inputs_of(patch, name, zeros(name, 4, c, dtype))
+        inputs = inputs_of(name, zeros(name, 4, c, dtype))
         launches = triton_aot.launches(patch, name, *inputs)
     return [triton_aot.Code(triton_aot.compile_for(arch, *launch)) for launch in launches]
 
@@ -125,7 +118,7 @@ def test_listed_teachers_compile_without_spills(monkeypatch, name):
     """20 of 1000 logits and what was left out: no access is as long as the whole row."""
     case = zeros(name, 4, 1000, torch.bfloat16)
     k, none = 20, torch.empty(0)
-    students, _, _, _, *end = inputs_of(monkeypatch, name, case)
+    students, _, _, _, *end = inputs_of(name, case)
     for mass in (none, torch.zeros(4)):
         lists = [torch.zeros(4, k)], [torch.zeros(4, k, dtype=torch.int64)], [mass]
         [launch] = triton_aot.launches(monkeypatch, name, students, *lists, *end)
@@ -139,7 +132,7 @@ def test_labels_for_all_are_counted_by_one_program_more(monkeypatch):
     case = zeros("kd", n + 1, 16, torch.float32)
     few = Case([case.students[0][:n]], [case.teachers[0][:n]], case.target[:n])
     for given, names in ((few, ["taught_rows"]), (case, ["count_rows", "taught_rows"])):
-        launches = triton_aot.launches(monkeypatch, "kd", *inputs_of(monkeypatch, "kd", given))
+        launches = triton_aot.launches(monkeypatch, "kd", *inputs_of("kd", given))
         assert [kernel.__name__ for kernel, *_ in launches] == names
     triton_aot.compile_for(90, *launches[0])
 
@@ -147,7 +140,7 @@ def test_labels_for_all_are_counted_by_one_program_more(monkeypatch):
 @pytest.mark.parametrize("name", NAMES)
 def test_launches(monkeypatch, name):
     """One; two where a batch mean comes first."""
-    inputs = inputs_of(monkeypatch, name, zeros(name, 4, 16, torch.float32))
+    inputs = inputs_of(name, zeros(name, 4, 16, torch.float32))
     launches = triton_aot.launches(monkeypatch, name, *inputs)
     assert len(launches) == (2 if name in ("tf_nkd", "uskd") else 1)
 
@@ -155,7 +148,7 @@ def test_launches(monkeypatch, name):
 @pytest.mark.parametrize("name", ("kd", "slkd"))
 def test_products_and_sums_are_not_contracted(monkeypatch, name):
     """student == teacher must be exactly 0 whatever Triton's default is."""
-    inputs = inputs_of(monkeypatch, name, zeros(name, 4, 1000, torch.float32))
+    inputs = inputs_of(name, zeros(name, 4, 1000, torch.float32))
     [launch] = triton_aot.launches(monkeypatch, name, *inputs)
     made = triton_aot.compile_for(90, *launch)
     assert not made.metadata.enable_fp_fusion
@@ -235,7 +228,7 @@ def same(a, b):
 @pytest.mark.parametrize("name", NAMES)
 def test_compiled_kernels_are_launched_as_triton_launches_them(monkeypatch, recorded, name):
     case = cast(make(name, 4, 16), torch.bfloat16, torch.float32)
-    inputs = inputs_of(monkeypatch, name, case)
+    inputs = inputs_of(name, case)
     triton_ops.run_op(OPS[name], *inputs)
     by_triton = list(recorded)
     recorded.clear()
@@ -251,7 +244,7 @@ def test_what_code_is_compiled_for_is_in_its_key(monkeypatch, recorded):
 
     def run(students, beta=1.0, target=case.target):
         moved = Case(students, case.teachers, target)
-        inputs = inputs_of(monkeypatch, "kd", moved, kd_weight=beta)
+        inputs = inputs_of("kd", moved, kd_weight=beta)
         triton_ops.run_op(OPS["kd"], *inputs)
         return len(triton_launch._KERNELS)
 
@@ -273,8 +266,8 @@ def test_triton_compiles_for_nothing_that_is_not_in_the_key(monkeypatch, recorde
     def run():
         for n in (1, 4, 5, 16, 33):
             for c, ignore in ((16, -100), (48, 1), (112, 16), (16, 2**40)):
-                inputs = inputs_of(monkeypatch, name, zeros(name, n, c, torch.float32))
-                triton_ops.run_op(OPS[name], *inputs[:9], ignore, inputs[10])
+                inputs = inputs_of(name, zeros(name, n, c, torch.float32))
+                triton_ops.run_op(OPS[name], *inputs[:10], ignore, inputs[11])
 
     run()
     known = len(triton_launch._KERNELS)

@@ -6,8 +6,9 @@ from calls import FULL, NAMES, WITH_PROBABILITIES, Case, call, cast, make, proba
 from test_gpu import LONGEST_SORT, RANKS, run, to_gpu
 
 from kdfuse import SparseTeacher
-from kdfuse.kernels import backends, triton_lang
-from kdfuse.kernels.triton_uskd import LONGEST
+from kdfuse.kernels import backends
+from kdfuse.kernels.triton import lang as triton_lang
+from kdfuse.kernels.triton.uskd import LONGEST
 
 WHY_NOT = backends.backends()["triton"] or backends.backends()["cpu"]
 if triton_lang.INTERPRETED:

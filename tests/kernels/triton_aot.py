@@ -12,9 +12,10 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kdfuse.kernels import triton_call, triton_ops
 from kdfuse.kernels.table import OPS
-from kdfuse.kernels.triton_launch import OPTIONS
+from kdfuse.kernels.triton import call as triton_call
+from kdfuse.kernels.triton import ops as triton_ops
+from kdfuse.kernels.triton.launch import OPTIONS
 
 TYPES = {
     torch.float32: "*fp32",

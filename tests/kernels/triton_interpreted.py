@@ -18,6 +18,7 @@ from calls import (
     WITH_PROBABILITIES,
     WITH_TEACHER,
     Case,
+    arguments,
     call,
     cast,
     loss_and_gradients,
@@ -28,8 +29,8 @@ from calls import (
 from triton.runtime import interpreter
 
 import kdfuse
-from kdfuse.kernels import run as front
-from kdfuse.kernels import triton_call, triton_launch
+from kdfuse.kernels.triton import call as triton_call
+from kdfuse.kernels.triton import launch as triton_launch
 
 INF = float("inf")
 # numpy's, of -inf - -inf
@@ -474,20 +475,6 @@ def test_rows_too_long_to_rank(name):
         call("uskd", case, backend="triton")
 
 
-def arguments(monkeypatch, name, case, **settings):
-    """What the public function hands to an op: students, teachers, target, params."""
-    caught = []
-
-    def catch(op, students, teachers, target, params, options):
-        caught.append((list(students), list(teachers), target, list(params)))
-        return torch.zeros(()), torch.zeros(64)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(front, "run_fused", catch)
-        call(name, case, backend="triton", **settings)
-    return caught[0]
-
-
 def listed(t, k, mass, temperature, seed):
     """The k largest logits of a row in a random order, and the whole row that they stand for."""
     c = t.shape[1]
@@ -535,10 +522,10 @@ def test_listed_teachers(name, dtype_by_residency, held):
 @pytest.mark.parametrize("name", NAMES)
 def test_opcheck(name, monkeypatch):
     case = cast(make(name, 2, 5), torch.float32)
-    students, teachers, target, params = arguments(monkeypatch, name, case, **FULL[name])
+    students, teachers, target, params = arguments(name, case, backend="triton", **FULL[name])
     op = getattr(torch.ops.kdfuse_triton, name).default
     students = [x.detach().requires_grad_() for x in students]
-    inputs = (students, teachers, [], [], target, None, None, params, 1, -100, False)
+    inputs = (students, teachers, [], [], target, None, None, None, params, 1, -100, False)
     torch.library.opcheck(op, inputs)
 
 
@@ -573,7 +560,7 @@ def test_more_teachers_than_are_unrolled():
 
 def test_columns_apart_are_refused_by_the_op_itself():
     z, y = torch.zeros(3, 18)[:, ::2], torch.zeros(3, dtype=torch.int64)
-    end = (y, None, None, [4.0, 16.0, 1.0, 0.0, 1.0], 1, -100, True)
+    end = (y, None, None, None, [4.0, 16.0, 1.0, 0.0, 1.0], 1, -100, True)
     with pytest.raises(ValueError, match=r"unit stride along the classes; .* call .contiguous\(\)"):
         torch.ops.kdfuse_triton.kd([z], [z], [], [], *end)
 

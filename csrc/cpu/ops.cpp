@@ -1,0 +1,233 @@
+// The ops as torch sees them: schemas, checks, allocation, the batch reduction, and the CPU dispatch.
+//
+// Only torch's stable ABI is used, so that one binary serves every torch from 2.11 on. All ops share
+// one schema; losses/<op>.h says what an op's `params` are, kernels/<op>.py fills them.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <atomic>
+#include <optional>
+#include <sstream>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "../core/op_top_k.h"
+#include "op.h"
+#if defined(KDFUSE_CUDA_ARCHS)
+#include "../cuda/launch.h"
+#endif
+
+namespace kdfuse {
+namespace {
+
+enum Level { kBase, kAvx2, kAvx512 };
+const char* const kLevelNames[] = {"base", "avx2", "avx512"};
+
+Level best_level() {
+#if defined(__x86_64__)
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512vl")) {
+    return kAvx512;
+  }
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
+    return kAvx2;
+  }
+#endif
+  return kBase;
+}
+
+std::atomic<Level> current_level{best_level()};
+
+RowPasses passes() {
+  switch (current_level.load()) {
+#if defined(__x86_64__)
+    case kAvx512:
+      return row_passes_avx512();
+    case kAvx2:
+      return row_passes_avx2();
+#endif
+    default:
+      return row_passes_base();
+  }
+}
+
+// An op of the table: its row passes beside its facts.
+struct Kd : KdFacts {
+  static RowPass pass() { return passes().kd; }
+};
+struct Dkd : DkdFacts {
+  static RowPass pass() { return passes().dkd; }
+};
+struct Nkd : NkdFacts {
+  static RowPass pass() { return passes().nkd; }
+};
+struct TfNkd : TfNkdFacts {
+  static RowPass pass() { return passes().tf_nkd; }
+};
+struct Uskd : UskdFacts {
+  static RowPass pass() { return passes().uskd; }
+};
+struct Slkd : SlkdFacts {
+  static RowPass pass() { return passes().slkd; }
+};
+
+using Result = std::tuple<Tensor, Tensor, std::vector<Tensor>>;
+
+template <class Op>
+Result loss(std::vector<Tensor> students, std::vector<Tensor> teachers, std::vector<Tensor> indices,
+            std::vector<Tensor> masses, std::optional<Tensor> target, std::optional<Tensor> denominator,
+            std::optional<double> divisor, std::optional<Tensor> upstream, std::vector<double> params,
+            int64_t reduction, int64_t ignore_index, bool with_gradient) {
+  check_call<Op>(students, teachers, target.has_value(), params);
+  if (!Op::takes_top_k) refuse_sparse(indices, masses);
+  const Tensor& student = students[0];
+  const int64_t rows = student.size(0), classes = student.size(1);
+
+  Problem p = {};
+  p.rows = rows;
+  p.classes = classes;
+  const auto student_rows = matrices(students, rows, classes, "student and SL-Ts");
+  const auto top_k = top_k_of(teachers, indices, masses, rows, classes);
+  const auto teacher_rows = teacher_matrices(teachers, top_k, rows, classes);
+  p.students = student_rows.data();
+  p.num_students = static_cast<int>(students.size());
+  p.teachers = teacher_rows.data();
+  p.num_teachers = static_cast<int>(teachers.size());
+  if (!top_k.empty()) p.top_k = top_k.data();
+  p.ignore_index = ignore_index;
+  p.params = params.data();
+
+  std::vector<int64_t> labels;
+  if (target) labels = read_labels(*target, rows, classes, ignore_index);
+  if (!labels.empty()) p.labels = labels.data();
+  check_entries(top_k, labels, ignore_index, rows, classes);
+  int64_t valid = rows;
+  for (int64_t y : labels) valid -= y == ignore_index;
+
+  for (const auto& list : {student_rows, teacher_rows}) {
+    for (const Matrix& m : list) p.wide |= m.type == DType::f64;
+  }
+  if (target && target->dim() == 2) {
+    p.soft = matrix(*target, rows, classes, "target");
+    if (p.soft.type == DType::f64 && !p.wide) refuse("target in float64 needs logits in float64");
+  }
+  const auto real = p.wide ? ScalarType::Double : ScalarType::Float;
+
+  const double scale = scale_of(reduction, denominator, divisor, valid);
+  const auto weights = row_weights(upstream, rows, scale);
+  p.upstream = weights.data();
+
+  std::vector<Tensor> gradients;
+  std::vector<Output> outputs;
+  if (with_gradient) {
+    gradients = gradients_of(students);
+    outputs = outputs_of(gradients);
+    p.gradients = outputs.data();
+  }
+
+  p.num_terms = Op::terms(p.num_students);
+  const int width = 1 + p.num_terms;
+  std::vector<double> out(rows * width), scores;
+  p.out = out.data();
+  const RowPass pass = Op::pass();
+  if (rows > 0) {
+    if (pass.score) {
+      scores.resize(2 * rows);
+      p.scores = scores.data();
+      each_row(pass.score, p);
+      score_means(p, labels, valid);
+    }
+    each_row(pass.run, p);
+  }
+
+  auto [value, terms] = reduced<Op>(out, rows, p.num_terms, valid, reduction, scale, real);
+  return {value, terms, gradients};
+}
+
+std::vector<std::string> levels() {
+  std::vector<std::string> names;
+  for (int k = best_level(); k >= 0; --k) names.push_back(kLevelNames[k]);
+  return names;
+}
+
+// Of the CUDA kernels, as in "sm_90"; none where the CUDA part was not built.
+int cuda_runtime() {
+#if defined(KDFUSE_CUDA_ARCHS)
+  return KDFUSE_CUDA_RUNTIME;
+#else
+  return 0;
+#endif
+}
+
+int cuda_driver() {
+#if defined(KDFUSE_CUDA_ARCHS)
+  return driver_version();
+#else
+  return 0;
+#endif
+}
+
+std::vector<std::string> cuda_archs() {
+  std::vector<std::string> names;
+#if defined(KDFUSE_CUDA_ARCHS)
+  std::istringstream all(KDFUSE_CUDA_ARCHS);
+  for (std::string name; all >> name;) names.push_back(name);
+#endif
+  return names;
+}
+
+void set_level(const std::string& name) {
+  for (int k = best_level(); k >= 0; --k) {
+    if (name == kLevelNames[k]) {
+      current_level = static_cast<Level>(k);
+      return;
+    }
+  }
+  refuse("SIMD level '" + name + "' is not one that this machine runs");
+}
+
+}  // namespace
+
+RowPasses row_passes() { return passes(); }
+
+#define KDFUSE_SCHEMA                                                                          \
+  "(Tensor[] students, Tensor[] teachers, Tensor[] indices, Tensor[] masses, Tensor? target, " \
+  "Tensor? denominator, float? divisor, Tensor? upstream, float[] params, int reduction, "     \
+  "int ignore_index, bool with_gradient) "                                                     \
+  "-> (Tensor loss, Tensor terms, Tensor[] gradients)"
+
+STABLE_TORCH_LIBRARY(kdfuse, m) {
+  m.def("kd" KDFUSE_SCHEMA);
+  m.def("dkd" KDFUSE_SCHEMA);
+  m.def("nkd" KDFUSE_SCHEMA);
+  m.def("tf_nkd" KDFUSE_SCHEMA);
+  m.def("uskd" KDFUSE_SCHEMA);
+  m.def("slkd" KDFUSE_SCHEMA);
+  m.def("scale_(Tensor(a!)[] gradients, Tensor factor) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(kdfuse, CPU, m) {
+  m.impl("kd", TORCH_BOX(&loss<Kd>));
+  m.impl("dkd", TORCH_BOX(&loss<Dkd>));
+  m.impl("nkd", TORCH_BOX(&loss<Nkd>));
+  m.impl("tf_nkd", TORCH_BOX(&loss<TfNkd>));
+  m.impl("uskd", TORCH_BOX(&loss<Uskd>));
+  m.impl("slkd", TORCH_BOX(&loss<Slkd>));
+}
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Facts of the compiled part; loading it registers torch.ops.kdfuse.";
+  m.attr("compiler") = __VERSION__;
+  m.attr("cuda_archs") = cuda_archs();
+  m.attr("cuda_runtime") = cuda_runtime();
+  m.def("cuda_driver", &cuda_driver, "What the CUDA driver supports, as 13000; 0 without one.");
+  m.def("levels", &levels, "SIMD levels that this machine runs, best first.");
+  m.def("level", [] { return std::string(kLevelNames[current_level.load()]); }, "The SIMD level in use.");
+  m.def("set_level", &set_level, pybind11::arg("name"), "Use another of levels().");
+}
+
+}  // namespace kdfuse

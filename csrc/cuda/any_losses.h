@@ -1,0 +1,333 @@
+// The row passes of the losses, written once for any team of threads. `row` is one that counts.
+#pragma once
+#include "../losses/dkd.h"
+#include "../losses/kd.h"
+#include "../losses/nkd.h"
+#include "../losses/slkd.h"
+#include "../losses/tf_nkd.h"
+#include "any_row.h"
+
+namespace kdfuse {
+
+template <class T, class Team>
+KDFUSE_DEVICE void kd_row(const Team& team, const Task& p, int64_t row, const Span& span) {
+  const KdParams q(p.params);
+  const T temperature = T(q.temperature), weight = row_weight<T>(team, p, row);
+  const auto y = read_target<T>(team, p, row, span, 1);
+  fill_teachers(team, p, row, span, temperature);
+  auto z = read_logits<T>(team, p, 0, row, y, span, temperature);
+#pragma unroll 1
+  for (int k = 0; k < p.num_teachers; ++k) {
+    if (q.weights[k] == 0) continue;  // whatever it holds
+    const T peak = read_first(team, p, open_teacher<T>(team, p, k, row, span), y, span);
+    if (team.rank() == 0) notes<T>(team, k)[0] = peak;
+  }
+  const auto seen = see(team, p, y, span, z, y.count > 0);
+  Gradient<T> g = {};
+  const T ce = y.count > 0 ? add_cross_entropy(z, y, seen.dot, T(q.ce_weight), g) : T(0);
+
+  team.sync();
+  KdRow<T> kd;
+#pragma unroll 1
+  for (int k = 0; k < p.num_teachers; ++k) {
+    T* const note = notes<T>(team, k);
+    T scale = 0, peak = 0;
+    if (q.weights[k] != 0) {
+      auto t = open_logits(open_teacher<T>(team, p, k, row, span), y);
+      set_peak(t, y, temperature, note[0]);
+      const T crossed = teach(team, p, y, span, t, z);
+      const auto pair = kl(z.stats, z.at, t.stats, t.at, crossed);
+      scale = kd_add(kd, pair, kd_weight_of(T(q.weights[k]), T(q.kd_weight), T(q.square), temperature));
+      peak = t.units.peak;
+    }
+    if (team.rank() == 0) note[1] = peak, note[2] = weight * scale;
+  }
+  g.a = kd.a;
+  g.label[0] += kd.label;
+  const T loss = gated(T(q.kd_weight), kd.value) + gated(T(q.ce_weight), ce);
+  write_values(team, p, row, 0, {loss, kd.value, ce, seen.top1, seen.top5});
+  if (!p.with_gradient) return;
+  team.sync();
+  write_gradient(team, p, 0, row, y, span, z, g, weight, [&](int i, const T(&)[kChunk], T(&out)[kChunk]) {
+#pragma unroll 1
+    for (int k = 0; k < p.num_teachers; ++k) {
+      const T* const note = notes<T>(team, k);
+      if (note[2] == T(0)) continue;
+      T x[kChunk];
+      read(team, p, open_teacher<T>(team, p, k, row, span), y, span, i, x);
+      add_exponentials(out, note[2], Units<T>{note[1], z.units.step}, x);
+    }
+  });
+}
+
+// The gradient of a student that has one teacher, whose exponentials have the factor b.
+template <class T, class Team>
+KDFUSE_DEVICE void write_taught(const Team& team, const Task& p, int64_t row, const Target<T>& y, const Span& span,
+                                const Logits<T>& z, const Logits<T>& t, const Gradient<T>& g, T b) {
+  const T weight = row_weight<T>(team, p, row);
+  write_gradient(team, p, 0, row, y, span, z, g, weight, [&](int i, const T(&)[kChunk], T(&out)[kChunk]) {
+    T x[kChunk];
+    read(team, p, t.source, y, span, i, x);
+    add_exponentials(out, weight * b, t.units, x);
+  });
+}
+
+template <class T, class Team>
+KDFUSE_DEVICE void dkd_row(const Team& team, const Task& p, int64_t row, const Span& span) {
+  const DkdParams q(p.params);
+  const auto y = read_target<T>(team, p, row, span, 1);
+  auto z = read_logits<T>(team, p, 0, row, y, span, T(q.temperature));
+  auto t = read_logits<T>(team, p, 1, row, y, span, T(q.temperature));
+  const auto seen = see(team, p, y, span, z, true);
+  const T crossed = teach(team, p, y, span, t, z);
+
+  const auto r = dkd(q, z.stats, z.at, t.stats, t.at, crossed);
+  Gradient<T> g = {r.a, 0, 0, {r.label, 0}};
+  const T ce = add_cross_entropy(z, y, seen.dot, T(q.ce_weight), g);
+  const T loss = gated(T(q.alpha), r.tckd) + gated(T(q.beta), r.nckd) + gated(T(q.ce_weight), ce);
+  write_values(team, p, row, 0, {loss, r.tckd, r.nckd, ce, seen.top1, seen.top5});
+  if (p.with_gradient) write_taught(team, p, row, y, span, z, t, g, r.b);
+}
+
+template <class T, class Team>
+KDFUSE_DEVICE void nkd_row(const Team& team, const Task& p, int64_t row, const Span& span) {
+  const NkdParams q(p.params);
+  const auto y = read_target<T>(team, p, row, span, 1);
+  auto z = read_logits<T>(team, p, 0, row, y, span, T(q.temperature));
+  fill_teachers(team, p, row, span, T(q.temperature));
+  auto t = open_logits(open_teacher<T>(team, p, 0, row, span), y);
+  set_peak(t, y, T(q.temperature), read_first(team, p, t.source, y, span));
+  const auto seen = see(team, p, y, span, z, true);
+  T sums[1];
+  exponentiate(team, p, y, span, t, true, sums, [&](int i, const T(&)[kChunk], const T(&e)[kChunk], T* sum) {
+    T x[kChunk];
+    read(team, p, z.source, y, span, i, x);
+    add_weighted(sum[0], e, z.units, x);
+  });
+
+  const auto r = nkd(q, z.stats, z.at1.log_label, t.stats, t.at1.label, Base<T>::log * sums[0]);
+  Gradient<T> g = {r.a, r.weight * z.at1.unit, 0, {r.weight * std::expm1(z.at1.log_label), 0}};
+  const T ce = add_cross_entropy(z, y, seen.dot, T(q.ce_weight), g);
+  const T loss = r.target + gated(T(q.gamma), r.others) + gated(T(q.ce_weight), ce);
+  write_values(team, p, row, 0, {loss, r.target, r.others, ce, seen.top1, seen.top5});
+  if (p.with_gradient) write_taught(team, p, row, y, span, z, t, g, r.b);
+}
+
+// Of two labels neither is in the statistics: their logits join the softmax at T = 1 here.
+template <class T>
+KDFUSE_DEVICE void join_labels(Logits<T>& z, const Target<T>& y) {
+  if (y.count < 2) return;
+  T lse = z.at1.lse;
+#pragma unroll
+  for (int k = 0; k < 2; ++k) {
+    const T label = z.far[k], high = lse > label ? lse : label, low = lse > label ? label : lse;
+    lse = low == T(-INFINITY) ? high : high + std::log1p(std::exp(low - high));
+  }
+  z.at1.lse = lse;
+  z.at1.unit = std::exp(-lse);
+}
+
+template <class T, class Team>
+KDFUSE_DEVICE void label_scores(const Team& team, const Task& p, int64_t row, const Span& span, bool squared) {
+  const auto y = read_target<T>(team, p, row, span, 2);
+  auto z = read_logits<T>(team, p, 0, row, y, span, T(1));
+  T none[1];
+  exponentiate(team, p, y, span, z, true, none, [](int, const T(&)[kChunk], const T(&)[kChunk], T*) {});
+  join_labels(z, y);
+  if (team.rank() != 0) return;
+#pragma unroll
+  for (int k = 0; k < 2; ++k) {
+    const T score = k < y.count ? std::exp(z.log_label(k)) : T(0);
+    p.scores[2 * row + k] = squared ? score * score : score;
+  }
+}
+
+template <class T, class Team>
+KDFUSE_DEVICE void tf_nkd_score(const Team& team, const Task& p, int64_t row, const Span& span) {
+  label_scores<T>(team, p, row, span, false);
+}
+
+template <class T, class Team>
+KDFUSE_DEVICE void uskd_score(const Team& team, const Task& p, int64_t row, const Span& span) {
+  label_scores<T>(team, p, row, span, true);
+}
+
+// Adds weight * sum_t -w_t log S_t to the gradient; returns the sum.
+template <class T, class Team>
+KDFUSE_DEVICE T add_smoothed_target(const Team& team, const Task& p, int64_t row, const Logits<T>& z,
+                                    const Target<T>& y, T weight, Gradient<T>& g) {
+  T value = 0, total = 0;
+#pragma unroll
+  for (int k = 0; k < 2; ++k) {
+    if (k >= y.count) continue;
+    const T w = smoothed_weight(T(p.scores[2 * row + k]), y.values[k], T(team.batch().score_mean[k]));
+    value += gated(w, -z.log_label(k));
+    total += w;
+    g.label[k] -= weight * w;
+  }
+  g.c += weight * total * z.at1.unit;
+#pragma unroll
+  for (int k = 0; k < 2; ++k) {
+    if (k < y.count) g.label[k] += weight * total * std::exp(z.log_label(k));
+  }
+  return value;
+}
+
+template <class T, class Team>
+KDFUSE_DEVICE void tf_nkd_row(const Team& team, const Task& p, int64_t row, const Span& span) {
+  const TfNkdParams q(p.params);
+  const auto y = read_target<T>(team, p, row, span, 2);
+  auto z = read_logits<T>(team, p, 0, row, y, span, T(1));
+  const auto seen = see(team, p, y, span, z, true);
+  join_labels(z, y);
+
+  Gradient<T> g = {};
+  const T value = add_smoothed_target(team, p, row, z, y, T(q.weight), g);
+  const T ce = add_cross_entropy(z, y, seen.dot, T(q.ce_weight), g);
+  const T loss = gated(T(q.weight), value) + gated(T(q.ce_weight), ce);
+  write_values(team, p, row, 0, {loss, value, ce, seen.top1, seen.top5});
+  if (!p.with_gradient) return;
+  write_gradient(team, p, 0, row, y, span, z, g, row_weight<T>(team, p, row),
+                 [](int, const T(&)[kChunk], T(&)[kChunk]) {});
+}
+
+// The fused teacher f = sum_k fusion_k s_k; a weight of 0 leaves its SL-T out, whatever it holds.
+template <class T>
+struct Fused {
+  int64_t row;
+  const double* fusion;
+  int held;
+};
+
+template <class T, class Team>
+KDFUSE_DEVICE void fuse(const Team& team, const Task& p, const Fused<T>& f, const Target<T>& y, const Span& span, int i,
+                        T (&x)[kChunk]) {
+#pragma unroll
+  for (int v = 0; v < kChunk; ++v) x[v] = 0;
+#pragma unroll 1
+  for (int k = 1; k < p.num_students; ++k) {
+    const T weight = T(f.fusion[k - 1]);
+    if (weight == T(0)) continue;
+    T s[kChunk];
+    read(team, p, open<T>(p, p.logits[k], f.row, span, k, T(-INFINITY)), y, span, i, s);
+#pragma unroll
+    for (int v = 0; v < kChunk; ++v) x[v] += weight * s[v];
+  }
+}
+
+template <class T, class Team>
+KDFUSE_DEVICE void read(const Team& team, const Task& p, const Fused<T>& f, const Target<T>& y, const Span& span, int i,
+                        T (&x)[kChunk]) {
+  if (f.held >= 0) return get_held(team, p, f.held, span, i, x);
+  fuse(team, p, f, y, span, i, x);
+}
+
+// After the first read of every SL-T.
+template <class T, class Team>
+KDFUSE_DEVICE Logits<T, Fused<T>> read_fused(const Team& team, const Task& p, const SlkdParams<double>& q, int64_t row,
+                                             const Target<T>& y, const Span& span) {
+  const int place = p.num_students + p.num_teachers + (p.soft.data != nullptr);
+  Logits<T, Fused<T>> f = {};
+  f.source = {row, q.fusion, place < p.held ? place : -1};
+  f.labelled = true;
+#pragma unroll 1
+  for (int k = 1; k < p.num_students; ++k) {
+    const auto s = open<T>(p, p.logits[k], row, span, k, T(-INFINITY));
+    f.label[0] += gated(T(q.fusion[k - 1]), element(s, y.labels[0]));
+  }
+  T peak = -INFINITY;
+#pragma unroll 1
+  for (int i = team.rank(); i < span.chunks; i += team.size()) {
+    T x[kChunk];
+    fuse(team, p, f.source, y, span, i, x);
+#pragma unroll
+    for (int v = 0; v < kChunk; ++v) peak = x[v] > peak ? x[v] : peak;
+    if (f.source.held >= 0) hold(team, p, f.source.held, span, i, x);
+  }
+  set_peak(f, y, T(q.temperature), highest(team, peak));
+  return f;
+}
+
+// out += scale * e_f,j (u_f,j - u_z,j - D), the direction in which the student pulls the SL-Ts.
+template <class T, class Team>
+KDFUSE_DEVICE void add_pull(const Team& team, const Task& p, const Target<T>& y, const Span& span, int i,
+                            const Logits<T>& z, const Logits<T, Fused<T>>& f, T drift, T scale, T (&out)[kChunk]) {
+  T x[kChunk], of_z[kChunk];
+  read(team, p, f.source, y, span, i, x);
+  read(team, p, z.source, y, span, i, of_z);
+#pragma unroll
+  for (int v = 0; v < kChunk; ++v) {
+    const T e = power(f.units.of(x[v]));
+    const T gap = Base<T>::log * (f.units.of(x[v]) - z.units.of(of_z[v])) - drift;
+    out[v] += e > T(0) ? scale * (e * gap) : T(0);
+  }
+}
+
+template <class T, class Team>
+KDFUSE_DEVICE void slkd_row(const Team& team, const Task& p, int64_t row, const Span& span) {
+  const SlkdParams q(p.params);
+  const T temperature = T(q.temperature), square = T(q.square), kd_weight = T(q.kd_weight);
+  const T weight = row_weight<T>(team, p, row), step = square / temperature, fused_weight = T(q.fused_kd_weight);
+  const auto y = read_target<T>(team, p, row, span, 1);
+  auto z = read_logits<T>(team, p, 0, row, y, span, temperature);
+  auto t = read_logits<T>(team, p, p.num_students, row, y, span, temperature);
+#pragma unroll 1
+  for (int k = 1; k < p.num_students; ++k) {
+    const T peak = read_first(team, p, open_logits<T>(p, k, row, y, span).source, y, span);
+    if (team.rank() == 0) notes<T>(team, k)[0] = peak;
+  }
+  auto f = read_fused(team, p, q, row, y, span);
+  const auto seen = see(team, p, y, span, z, true);
+  const T crossed = teach(team, p, y, span, t, z), fused_crossed = teach(team, p, y, span, f, z);
+  const auto pair = kl(z.stats, z.at, t.stats, t.at, crossed);
+  const auto fused = kl(z.stats, z.at, f.stats, f.at, fused_crossed);
+
+  Gradient<T> g = {step * (kd_weight * pair.a + fused_weight * fused.a),
+                   0,
+                   0,
+                   {step * (kd_weight * pair.label + fused_weight * fused.label), 0}};
+  const T ce_weight = T(q.ce_weight + q.fused_ce_weight);
+  const T ce = add_cross_entropy(z, y, seen.dot, ce_weight, g);
+  if (p.with_gradient) {
+    const T b = weight * (-step * kd_weight * pair.b), of_f = weight * (-step * fused_weight * fused.b);
+    write_gradient(team, p, 0, row, y, span, z, g, weight, [&](int i, const T(&)[kChunk], T(&out)[kChunk]) {
+      T x[kChunk];
+      read(team, p, t.source, y, span, i, x);
+      add_exponentials(out, b, t.units, x);
+      read(team, p, f.source, y, span, i, x);
+      add_exponentials(out, of_f, f.units, x);
+    });
+  }
+  const T kd_value = square * pair.value, fused_value = square * fused.value;
+  T loss = gated(ce_weight, ce) + gated(kd_weight, kd_value) + gated(fused_weight, fused_value);
+  write_values(team, p, row, 1, {kd_value, fused_value, ce, seen.top1, seen.top5});
+
+  team.sync();
+#pragma unroll 1
+  for (int k = 1; k < p.num_students; ++k) {
+    auto s = open_logits<T>(p, k, row, y, span);
+    set_peak(s, y, temperature, notes<T>(team, k)[0]);
+    const auto of_s = see(team, p, y, span, s, true);
+    const T slt_crossed = teach(team, p, y, span, t, s);
+    const auto own = kl(s.stats, s.at, t.stats, t.at, slt_crossed);
+    Gradient<T> gs = {step * kd_weight * own.a, 0, 0, {step * kd_weight * own.label, 0}};
+    const T reach = q.detach ? T(0) : T(q.fusion[k - 1]);
+    gs.label[0] += gated(reach * fused_weight * step * f.at.label, f.stats.label - z.stats.label - fused.drift);
+    const T slt_ce = add_cross_entropy(s, y, of_s.dot, T(q.ce_weight), gs);
+    if (p.with_gradient) {
+      const T b = weight * (-step * kd_weight * own.b), pull = weight * reach * slkd_extra(q, fused);
+      write_gradient(team, p, k, row, y, span, s, gs, weight, [&](int i, const T(&)[kChunk], T(&out)[kChunk]) {
+        T x[kChunk];
+        read(team, p, t.source, y, span, i, x);
+        add_exponentials(out, b, t.units, x);
+        if (reach != T(0)) add_pull(team, p, y, span, i, z, f, fused.drift, pull, out);
+      });
+    }
+    const T slt_kd = square * own.value;
+    write_values(team, p, row, 2 + 4 * k, {slt_kd, slt_ce, of_s.top1, of_s.top5});
+    loss += gated(kd_weight, slt_kd) + gated(T(q.ce_weight), slt_ce);
+  }
+  write_values(team, p, row, 0, {loss});
+}
+
+}  // namespace kdfuse

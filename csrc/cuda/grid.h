@@ -1,0 +1,190 @@
+// One pass over a batch by a whole grid: the count of the rows that count, each team's rows, and the
+// totals, in one launch. Sums over the batch run in double and in a fixed order.
+//
+// A team knows its place in the grid beside its row: index() of teams(), thread() of threads() in a
+// block, block() of blocks(); batch() and block_sums() are its block's, sums() its own.
+#pragma once
+#include <cassert>
+
+#include "kernel_args.h"
+
+namespace kdfuse {
+
+// Of a block's memory, for the batch and the sums of its teams.
+KDFUSE_HD int head_bytes(int teams, int columns) {
+  return static_cast<int>((sizeof(Batch) + sizeof(double) * teams * columns + 15) / 16 * 16);
+}
+
+KDFUSE_DEVICE double number(const Numbers& n, int64_t row) {
+  return n.type == DType::f64 ? static_cast<const double*>(n.data)[row * n.stride]
+                              : static_cast<const float*>(n.data)[row * n.stride];
+}
+
+KDFUSE_DEVICE bool ignored(const Call& p, int64_t row) {
+  return p.labels && p.labels[row * p.label_stride] == p.ignore_index;
+}
+
+// The rows that count, of those from `first` on in steps: labels outside the classes stop the kernel.
+KDFUSE_DEVICE double count_rows(const Call& p, int64_t first, int64_t step) {
+  if (!p.labels) return first == 0 ? static_cast<double>(p.rows) : 0.;
+  int valid = 0;
+#pragma unroll 1
+  for (int64_t row = first; row < p.rows; row += step) {
+    const int64_t y = p.labels[row * p.label_stride];
+    const bool counts = y != p.ignore_index;
+    assert((!counts || (y >= 0 && y < p.classes)) &&
+           "kdfuse: target outside the classes; mark rows to skip with ignore_index");
+    valid += counts;
+  }
+  return valid;
+}
+
+// Every block counts for itself: the labels are few beside the logits, and nothing has to be waited for.
+template <class Team>
+KDFUSE_DEVICE void open_batch(const Team& team, const Call& p) {
+  double valid[1];
+  if (p.counted) {
+    valid[0] = *p.counted;
+  } else {
+    valid[0] = count_rows(p, team.thread(), team.threads());
+    team.sum_block(valid);
+  }
+  if (team.thread() == 0) {
+    const double given = p.denominator.data ? number(p.denominator, 0) : p.divisor;
+    const double divisor = p.denominator.data || given != 0 ? given : valid[0] > 1 ? valid[0] : 1.;
+    assert(divisor > 0 && "kdfuse: denominator must be positive");
+    team.batch() = {valid[0], p.mean ? 1 / divisor : 1., {0, 0}};
+  }
+#pragma unroll 1
+  for (int k = team.thread(); k < Team::kTeams * p.columns(); k += team.threads()) team.block_sums()[k] = 0;
+  team.sync_block();
+}
+
+// What a row's loss counts for in what is differentiated.
+template <class T, class Team>
+KDFUSE_DEVICE T row_weight(const Team& team, const Call& p, int64_t row) {
+  const double scale = team.batch().scale;
+  return static_cast<T>(p.upstream.data ? scale * number(p.upstream, row) : scale);
+}
+
+KDFUSE_DEVICE void put(void* to, DType type, int64_t i, double value) {
+  if (type == DType::f64) {
+    static_cast<double*>(to)[i] = value;
+  } else {
+    static_cast<float*>(to)[i] = static_cast<float>(value);
+  }
+}
+
+// The k-th of n numbers, bit by bit of k: a chain of choices would be made a table in local memory.
+template <int n>
+KDFUSE_DEVICE float pick(const float (&values)[n], int k) {
+  static_assert(n <= 8, "three bits");
+  const auto of = [&](int i) { return values[i < n ? i : n - 1]; };
+  const auto one = [&](int i) { return k & 1 ? of(i + 1) : of(i); };
+  const auto two = [&](int i) { return i + 2 < n && k & 2 ? one(i + 2) : one(i); };
+  return n > 4 && k & 4 ? two(4) : two(0);
+}
+
+// Numbers of a row that counts, from column `first` on: column 0 is its loss, the others its terms. Each thread
+// of the team's first has one.
+template <int n, class Team>
+KDFUSE_DEVICE void add_values(const Team& team, const Call& p, int first, const float (&values)[n]) {
+  if (team.size() >= n) {
+    if (team.rank() < n) team.sums(p.columns())[first + team.rank()] += pick(values, team.rank());
+  } else if (team.rank() == 0) {  // of the host's
+    for (int k = 0; k < n; ++k) team.sums(p.columns())[first + k] += values[k];
+  }
+}
+
+template <int n, class Team>
+KDFUSE_DEVICE void add_values(const Team& team, const Call& p, int first, const double (&values)[n]) {
+  if (team.rank() != 0) return;
+#pragma unroll
+  for (int k = 0; k < n; ++k) team.sums(p.columns())[first + k] += values[k];
+}
+
+template <int n, class T, class Team>
+KDFUSE_DEVICE void write_values(const Team& team, const Call& p, int64_t row, int first, const T (&values)[n]) {
+  add_values(team, p, first, values);
+  if (first == 0 && p.each_row && team.rank() == 0) put(p.loss, p.type, row, values[0]);
+}
+
+template <class Team>
+KDFUSE_DEVICE void write_no_values(const Team& team, const Call& p, int64_t row) {
+  if (p.each_row && team.rank() == 0) put(p.loss, p.type, row, 0);
+}
+
+// Numbers that other blocks have written.
+KDFUSE_DEVICE double fresh(const double* x) { return __ldcg(x); }
+
+// The means of the label scores, after every team has written its rows'.
+template <class Team>
+KDFUSE_DEVICE void average_scores(const Team& team, const Call& p) {
+  double sums[2] = {0, 0};
+  team.sync_grid();
+#pragma unroll 1
+  for (int64_t row = team.thread(); row < p.rows; row += team.threads()) {
+    if (ignored(p, row)) continue;
+#pragma unroll
+    for (int k = 0; k < 2; ++k) sums[k] += fresh(p.scores + 2 * row + k);
+  }
+  team.sum_block(sums);
+  const double valid = team.batch().valid > 1 ? team.batch().valid : 1;
+  team.sync_block();
+  if (team.thread() == 0) team.batch().score_mean[0] = sums[0] / valid, team.batch().score_mean[1] = sums[1] / valid;
+  team.sync_block();
+}
+
+// The last block adds up what all have summed.
+template <class Team>
+KDFUSE_DEVICE void close_batch(const Team& team, const Call& p, unsigned* ticket) {
+  const int columns = p.columns();
+  team.sync_block();
+#pragma unroll 1
+  for (int k = team.thread(); k < columns; k += team.threads()) {
+    double sum = 0;
+#pragma unroll 1
+    for (int t = 0; t < Team::kTeams; ++t) sum += team.block_sums()[t * columns + k];
+    p.partial[static_cast<int64_t>(team.block()) * columns + k] = sum;
+  }
+  if (!team.is_last(ticket)) return;
+  const double valid = team.batch().valid;
+#pragma unroll 1
+  for (int k = 0; k < columns; ++k) {
+    double sum[1] = {0};
+#pragma unroll 1
+    for (int b = team.thread(); b < team.blocks(); b += team.threads()) {
+      sum[0] += fresh(p.partial + static_cast<int64_t>(b) * columns + k);
+    }
+    team.sum_block(sum);
+    if (team.thread() != 0) continue;
+    if (k == 0) {
+      if (!p.each_row) put(p.loss, p.type, 0, sum[0] * team.batch().scale);
+      put(p.terms, p.type, p.num_terms, valid);
+    } else {
+      const bool count = p.counts[(k - 1) / 64] >> ((k - 1) % 64) & 1;
+      put(p.terms, p.type, k - 1, count || valid < 1 ? sum[0] : sum[0] / valid);
+    }
+  }
+}
+
+// A batch in one launch: rows of a team are a grid's length apart. While a row is worked on the next one may
+// be on its way.
+template <class Rows, class Team, class Task>
+KDFUSE_DEVICE void run_batch(const Team& team, const Task& p, unsigned* ticket) {
+  Rows rows(team, p);
+  const int64_t first = team.index(), step = team.teams();
+  rows.fetch(first);
+  open_batch(team, p);
+  team.meet();
+  if constexpr (Rows::kScored) {
+#pragma unroll 1
+    for (int64_t row = first; row < p.rows; row += step) rows.score(row, row + step < p.rows ? row + step : first);
+    average_scores(team, p);
+  }
+#pragma unroll 1
+  for (int64_t row = first; row < p.rows; row += step) rows.run(row, row + step);
+  close_batch(team, p, ticket);
+}
+
+}  // namespace kdfuse

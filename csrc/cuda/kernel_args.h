@@ -1,0 +1,97 @@
+// What a CUDA row pass is asked to do. It travels to the kernels by value.
+#pragma once
+#include "../core/limits.h"
+#include "../core/types.h"
+#include "../losses/kd.h"
+
+namespace kdfuse {
+
+constexpr int kMaxLogits = kMaxStreams - 4;
+constexpr int kMaxParams = kMaxStreams + 8;
+constexpr int kMaxTopK = 8;  // teachers, where some are top-k ones
+constexpr int kMaxColumns = 256;  // the loss and its terms
+
+// float or double numbers on the device, or none.
+struct Numbers {
+  const void* data;
+  DType type;
+  int64_t stride;  // 0: one number for all rows
+};
+
+// Numbers of the whole batch; every block has its own copy.
+struct Batch {
+  double valid;  // rows that count
+  double scale;  // of each row's loss in what is returned
+  double score_mean[2];  // of the label scores, over the valid rows
+};
+
+// What every pass over a batch needs, whatever its rows.
+struct Call {
+  int64_t rows;
+  int classes;
+  int num_terms;
+  bool with_gradient;
+  bool mean;  // over the denominator, or over the valid rows without one
+  bool each_row;  // the loss of every row instead of their sum
+  const int64_t* labels;  // or null
+  int64_t label_stride;
+  int64_t ignore_index;
+  double divisor;  // the denominator where it is known on the host, else 0
+  Numbers denominator, upstream;
+  const double* counted;  // the valid rows, where a kernel before this one has counted them, or null
+  double* partial;  // (blocks, columns): each block's sums of its rows' losses and terms
+  double* scores;  // (rows, 2), of the ops that need their batch mean
+  unsigned ticket;  // where the blocks that have finished are counted
+  void* loss;  // one number, or each row's
+  void* terms;  // and the valid rows behind them
+  DType type;  // of the loss and the terms
+  uint64_t counts[kMaxColumns / 64];  // bit k: term k is a count, not a mean
+
+  KDFUSE_MEMBER int columns() const { return 1 + num_terms; }
+};
+
+// Rows of any types, with any number of teachers.
+struct Task : Call {
+  int num_students, num_teachers;
+  Matrix logits[kMaxLogits];  // of the students, then of the teachers
+  Output gradients[kMaxLogits];  // of the students
+  Matrix soft;  // class probabilities instead of labels, or no data
+  bool sparse;  // some teacher is a top-k one
+  TopK top_k[kMaxTopK];
+  double params[kMaxParams];  // the op's own, see losses/<op>.h
+  int team_bytes;  // of memory
+  int held;  // this many of a row's inputs are kept in the team's memory
+  int sorted;  // length of the sort that USKD makes in the team's memory
+};
+
+constexpr int kFastInputs = 4;  // of them at most 3 students
+
+// Rows that are all of one type, lie alike on 16-byte boundaries and have labels, or none: the logits
+// of the students, then of the teacher.
+struct FastTask : Call {
+  const void* logits[kFastInputs];
+  int64_t strides[kFastInputs];
+  void* gradients[kFastInputs - 1];
+  float params[12];
+  float step;  // log2(e) / T
+  KdWeight<float> kd;  // of the one teacher of kd
+  bool hold;  // rows that are read twice stay in the block's memory
+  bool whole;  // every row is of whole chunks, on 16-byte boundaries
+};
+
+constexpr float kLog2e = 1.44269504088896340736f;
+
+// The op's params and what follows from them for every row. temperature: whether params start with T.
+inline void set_params(FastTask& p, const double* params, int count, bool temperature) {
+  for (int k = 0; k < count; ++k) p.params[k] = static_cast<float>(params[k]);
+  const double t = temperature ? params[0] : 1;
+  p.step = static_cast<float>(1.4426950408889634 / t);
+  if (temperature && count > 4) {
+    const auto kd = kd_weight_of(params[4], params[2], params[1], t);
+    p.kd = {static_cast<float>(kd.value), static_cast<float>(kd.step)};
+  }
+}
+
+static_assert(sizeof(Task) < 4096, "a kernel's arguments are limited to 4 KB");
+
+}  // namespace kdfuse

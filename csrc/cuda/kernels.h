@@ -1,0 +1,118 @@
+// The kernels of an op, for its <op>.cu. Compiled without contraction of products and sums: student ==
+// teacher must give exactly 0. What may be one rounded operation says so.
+#pragma once
+#include "any_rows.h"
+#include "kernel_table.h"
+#include "one_pass.h"
+#include "one_pass_slkd.h"
+#include "team.h"
+#include "two_pass.h"
+
+namespace kdfuse {
+namespace {
+
+__device__ unsigned tickets[kTickets];  // each is 0 again after a launch
+
+template <class Rows, int kBlocks>
+__global__ void __launch_bounds__(Warp::kTeams* kWarp, kBlocks) fast_warps(const __grid_constant__ FastTask p) {
+  const Warp team(head_bytes(Warp::kTeams, p.columns()), kWarp * Rows::kThreadBytes);
+  run_batch<Rows>(team, p, tickets + p.ticket);
+}
+
+template <class Rows>
+__global__ void __launch_bounds__(kFastBlock, 1) fast_blocks(const __grid_constant__ FastTask p) {
+  const Block team(head_bytes(1, p.columns()), 0);
+  run_batch<Rows>(team, p, tickets + p.ticket);
+}
+
+template <template <class> class Rows>
+__global__ void __launch_bounds__(kFastBlock, 1) fast_clusters(const __grid_constant__ FastTask p) {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+  const Cluster team(head_bytes(1, p.columns()), 0);
+  run_batch<Rows<Cluster>>(team, p, tickets + p.ticket);
+  Cluster::sync();  // nobody leaves while others may still write here
+#endif
+}
+
+template <class Rows>
+__global__ void __launch_bounds__(kStreamBlock, 3) fast_streams(const __grid_constant__ FastTask p) {
+  const Block team(head_bytes(1, p.columns()), 0);
+  run_batch<Rows>(team, p, tickets + p.ticket);
+}
+
+template <class Rows>
+__global__ void __launch_bounds__(Warp::kTeams* kWarp, 2) general_warps(const __grid_constant__ Task p) {
+  const Warp team(head_bytes(Warp::kTeams, p.columns()), p.team_bytes);
+  run_batch<Rows>(team, p, tickets + p.ticket);
+}
+
+template <class Rows>
+__global__ void __launch_bounds__(kGeneralBlock) general_blocks(const __grid_constant__ Task p) {
+  const Block team(head_bytes(1, p.columns()), 0);
+  run_batch<Rows>(team, p, tickets + p.ticket);
+}
+
+template <class Kernel>
+const void* address(Kernel* kernel) {
+  return reinterpret_cast<const void*>(kernel);
+}
+
+constexpr int kChunksOfPair = 4;
+template <DType type>
+constexpr int kChunksOfSlkd = type == DType::f32 ? 1 : 2;
+
+// Rows longer than a block's registers; of float16, in which few train with so many classes, they are general ones.
+template <DType type>
+constexpr bool kLongRows = type != DType::f16;
+
+// Of a student with one teacher, or alone.
+template <Loss loss, DType type, bool labelled>
+struct PairKernels {
+  template <class Team>
+  using Rows = Resident<loss, type, labelled, kChunksOfPair, Team>;
+
+  static FastKernels get() {
+    FastKernels k;
+    k.chunks = kChunksOfPair;
+    k.thread_bytes = Rows<Block>::kThreadBytes;
+    k.warps = address(fast_warps<Rows<Warp>, fast_warp_blocks(type)>);
+    k.blocks = address(fast_blocks<Rows<Block>>);
+    if constexpr (kLongRows<type>) {
+      if constexpr (!Rows<Block>::kScored) k.clusters = address(fast_clusters<Rows>);
+      k.streams = address(fast_streams<Streamed<loss, type, labelled, Block>>);
+    }
+    return k;
+  }
+};
+
+template <DType type, int K>
+struct SlkdKernels {
+  template <class Team>
+  using Rows = ResidentSlkd<type, K, kChunksOfSlkd<type>, Team>;
+
+  static FastKernels get() {
+    FastKernels k;
+    k.chunks = kChunksOfSlkd<type>;
+    k.thread_bytes = Rows<Block>::kThreadBytes;
+    k.warps = address(fast_warps<Rows<Warp>, fast_warp_blocks(type)>);
+    k.blocks = address(fast_blocks<Rows<Block>>);
+    if constexpr (kLongRows<type>) k.clusters = address(fast_clusters<Rows>);
+    return k;
+  }
+};
+
+template <RowFunction<float, Warp> warp, RowFunction<float, Block> block, RowFunction<double, Block> wide,
+          RowFunction<float, Warp> warp_score = nullptr, RowFunction<float, Block> block_score = nullptr,
+          RowFunction<double, Block> wide_score = nullptr>
+GeneralKernels general_kernels() {
+  return {address(general_warps<General<float, Warp, warp, warp_score>>),
+          address(general_blocks<General<float, Block, block, block_score>>),
+          address(general_blocks<General<double, Block, wide, wide_score>>)};
+}
+
+// variant<type>() for one of the types that fast rows may have.
+#define KDFUSE_FOR_TYPE(type, variant) \
+  ((type) == DType::bf16 ? variant(DType::bf16) : (type) == DType::f16 ? variant(DType::f16) : variant(DType::f32))
+
+}  // namespace
+}  // namespace kdfuse

@@ -1,0 +1,349 @@
+// Which kernel a call takes, in which shape, and the launch.
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <map>
+#include <mutex>
+#include <tuple>
+
+#include "launch.h"
+#include "scale.h"
+#include "team.h"
+#include "tickets.h"
+
+namespace kdfuse {
+namespace {
+
+constexpr int64_t kCountedApart = 16384;  // rows, from which on the blocks do not count them all themselves
+constexpr int kMaxSorted = 1 << 14;  // the longest row that is sorted
+constexpr int kWarpBytes = 16 * 1024;  // of memory for a warp's inputs in general kernels at most
+
+__global__ void __launch_bounds__(kMaxBlock) count_valid(const __grid_constant__ Call p, double* counted) {
+  double valid[1] = {count_rows(p, threadIdx.x, blockDim.x)};
+  join_block<Sum>(valid);
+  if (threadIdx.x == 0) *counted = valid[0];
+}
+
+__global__ void __launch_bounds__(kMaxBlock) scale_rows(const __grid_constant__ Scaling s) {
+  scale(s, int64_t{blockIdx.x} * blockDim.x + threadIdx.x, int64_t{gridDim.x} * blockDim.x);
+}
+
+// A launch, and how many teams of it the device can hold at a time.
+struct Launch {
+  const void* kernel = nullptr;
+  int threads = 0, bytes = 0, cluster = 1, teams = 1;  // teams: of a block
+  bool together = false;  // all blocks run at the same time
+};
+
+struct Device {
+  int processors, memory, major;  // memory: of a block at most
+};
+
+// What is asked of the runtime once for each key. A failure is not kept.
+template <class Key, class Value>
+class Known {
+ public:
+  template <class F>
+  Value get(const Key& key, F ask) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const auto found = known_.find(key);
+    if (found != known_.end()) return found->second;
+    const Value value = ask();
+    known_.emplace(key, value);
+    return value;
+  }
+
+ private:
+  std::mutex mutex_;
+  std::map<Key, Value> known_;
+};
+
+Device device_of(int device) {
+  static Known<int, Device> known;
+  return known.get(device, [device] {
+    Device d;
+    check(cudaDeviceGetAttribute(&d.processors, cudaDevAttrMultiProcessorCount, device));
+    check(cudaDeviceGetAttribute(&d.memory, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+    check(cudaDeviceGetAttribute(&d.major, cudaDevAttrComputeCapabilityMajor, device));
+    return d;
+  });
+}
+
+struct Kernel {
+  int memory;  // of a block at most, beside its static one
+  int compiled_for;  // the architecture of its PTX, as 90
+};
+
+Kernel kernel_of(const void* kernel, int device) {
+  static Known<std::pair<const void*, int>, Kernel> known;
+  return known.get({kernel, device}, [kernel, device] {
+    cudaFuncAttributes facts;
+    check(cudaFuncGetAttributes(&facts, kernel));
+    const int memory = device_of(device).memory - static_cast<int>(facts.sharedSizeBytes);
+    // As much as there is, once and for all: a limit set for one call could be below what another one needs.
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, memory));
+    return Kernel{memory, facts.ptxVersion};
+  });
+}
+
+// The code for an older architecture has no clusters: there the kernel is empty.
+bool has_clusters(const void* kernel, int device) {
+  return device_of(device).major >= 9 && kernel_of(kernel, device).compiled_for >= 90;
+}
+
+void fill(cudaLaunchConfig_t& config, cudaLaunchAttribute (&attributes)[2], const Launch& l, int blocks,
+          cudaStream_t stream) {
+  config.gridDim = dim3(blocks);
+  config.blockDim = dim3(l.threads);
+  config.dynamicSmemBytes = l.bytes;
+  config.stream = stream;
+  config.attrs = attributes;
+  config.numAttrs = 0;
+  if (l.cluster > 1) {
+    auto& a = attributes[config.numAttrs++];
+    a.id = cudaLaunchAttributeClusterDimension;
+    a.val.clusterDim.x = l.cluster, a.val.clusterDim.y = a.val.clusterDim.z = 1;
+  }
+  if (l.together) {
+    auto& a = attributes[config.numAttrs++];
+    a.id = cudaLaunchAttributeCooperative;
+    a.val.cooperative = 1;
+  }
+}
+
+// How many blocks run at a time; 0 where none can.
+int blocks_at_once(const Launch& l, int device) {
+  static Known<std::tuple<const void*, int, int, int, int>, int> known;
+  const int blocks = known.get({l.kernel, device, l.threads, l.bytes, l.cluster}, [&l, device] {
+    int blocks = 0;
+    if (l.bytes > kernel_of(l.kernel, device).memory) return 0;
+    if (l.cluster == 1) {
+      check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, l.kernel, l.threads, l.bytes));
+      return blocks * device_of(device).processors;
+    }
+    if (l.cluster > 8) check(cudaFuncSetAttribute(l.kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
+    cudaLaunchConfig_t config = {};
+    cudaLaunchAttribute attributes[2];
+    fill(config, attributes, l, l.cluster, nullptr);
+    check(cudaOccupancyMaxActiveClusters(&blocks, l.kernel, &config));
+    return blocks * l.cluster;
+  });
+  return std::min(blocks, kMaxBlocks / l.cluster * l.cluster);
+}
+
+template <class... Arguments>
+void enqueue(void (*kernel)(Arguments...), const Launch& l, int blocks, cudaStream_t stream,
+             const Arguments&... arguments) {
+  cudaLaunchConfig_t config = {};
+  cudaLaunchAttribute attributes[2];
+  fill(config, attributes, l, blocks, stream);
+  check(cudaLaunchKernelEx(&config, kernel, arguments...));
+}
+
+template <class T>
+void start(const Launch& l, T& task, int device, cudaStream_t stream) {
+  task.ticket = Tickets::take(device, stream);
+  if (task.labels && task.rows > kCountedApart) {
+    double* const counted = task.partial + int64_t{kMaxBlocks} * task.columns();
+    enqueue(count_valid, {nullptr, kMaxBlock}, 1, stream, static_cast<Call>(task), counted);
+    task.counted = counted;
+  }
+  const int64_t teams_per_block = l.teams, wanted = (task.rows + teams_per_block - 1) / teams_per_block * l.cluster;
+  const int blocks = static_cast<int>(std::clamp<int64_t>(wanted, l.cluster, blocks_at_once(l, device)));
+  enqueue(reinterpret_cast<void (*)(T)>(const_cast<void*>(l.kernel)), l, blocks, stream, task);
+}
+
+bool any_zero(const double* x, int count) {
+  return std::any_of(x, x + count, [](double v) { return v == 0; });
+}
+
+// A factor of 0 leaves out what a row holds, whatever that is: the fast rows multiply.
+bool weighs_all(Loss loss, const Task& p) {
+  const double* const q = p.params;
+  if (loss == Loss::kd) return q[2] != 0 && q[4] != 0;
+  if (loss == Loss::dkd) return q[2] != 0 || q[3] != 0;
+  if (loss == Loss::nkd) return q[2] != 0;
+  if (loss == Loss::slkd) return q[2] != 0 && q[4] != 0 && !any_zero(q + 7, p.num_students - 1);
+  return true;
+}
+
+// Whether a call's rows are fast ones; then fast is that call.
+bool make_fast(Loss loss, const Task& p, FastTask& fast) {
+  const int inputs = p.num_students + p.num_teachers, slts = loss == Loss::slkd ? p.num_students - 1 : 0;
+  const DType type = p.logits[0].type;
+  if (loss == Loss::uskd || inputs > kFastInputs || p.num_teachers > 1 || slts > 2) return false;
+  if (type == DType::f64 || p.soft.data || p.sparse || !weighs_all(loss, p)) return false;
+  const int64_t size = type == DType::f32 ? 4 : 2, own = type == DType::bf16 ? 2 : 4;
+  const auto first = reinterpret_cast<uintptr_t>(p.logits[0].data);
+  if (first % size || (p.logits[0].stride - p.classes) % kChunk) return false;
+  static_cast<Call&>(fast) = p;
+  for (int k = 0; k < inputs; ++k) {
+    const Matrix& m = p.logits[k];
+    const auto at = reinterpret_cast<uintptr_t>(m.data);
+    if (m.type != type || (at - first) % (kChunk * size) || (m.stride - p.classes) % kChunk) return false;
+    fast.logits[k] = m.data, fast.strides[k] = m.stride;
+  }
+  for (int k = 0; p.with_gradient && k < p.num_students; ++k) {
+    const auto at = reinterpret_cast<uintptr_t>(p.gradients[k].data);
+    if (at / own % kChunk != first / size % kChunk) return false;
+    fast.gradients[k] = p.gradients[k].data;
+  }
+  fast.whole = p.classes % kChunk == 0 && first % (kChunk * size) == 0;
+  set_params(fast, p.params, sizeof(fast.params) / sizeof(float), loss != Loss::tf_nkd);
+  return true;
+}
+
+FastKernels fast_kernels(Loss loss, const Task& p) {
+  const DType type = p.logits[0].type;
+  switch (loss) {
+    case Loss::kd:
+      return fast_kd(type, p.labels != nullptr);
+    case Loss::dkd:
+      return fast_dkd(type, 0);
+    case Loss::nkd:
+      return fast_nkd(type, 0);
+    case Loss::tf_nkd:
+      return fast_tf_nkd(type, 0);
+    default:
+      return fast_slkd(type, p.num_students - 2);
+  }
+}
+
+int whole_warps(int threads) { return std::max(kWarp, (threads + kWarp - 1) / kWarp * kWarp); }
+
+// Few short rows take a block each, so that a row is done sooner; many take a warp each. Longer rows take a
+// block, then a cluster of them; rows beyond all registers are read twice.
+bool shape_fast(Loss loss, const FastKernels& k, FastTask& p, DType type, int device, Launch& l) {
+  const Device& d = device_of(device);
+  const int chunks = max_chunks(p.classes);
+  l.together = loss == Loss::tf_nkd;
+  if (chunks <= kWarp * k.chunks && p.rows > 4 * d.processors) {
+    l.kernel = k.warps, l.teams = Warp::kTeams, l.threads = Warp::kTeams * kWarp;
+    l.bytes = head_bytes(Warp::kTeams, p.columns()) + l.threads * k.thread_bytes;
+    return true;
+  }
+  const int head = head_bytes(1, p.columns());
+  const int fewest = (chunks + kFastBlock - 1) / kFastBlock;  // chunks of a thread
+  if (fewest <= k.chunks) {
+    const int each = p.rows > 8 * d.processors ? k.chunks : fewest;
+    l.kernel = k.blocks, l.threads = whole_warps((chunks + each - 1) / each);
+    l.bytes = head + l.threads * k.thread_bytes;
+    return true;
+  }
+  const bool clusters = k.clusters && has_clusters(k.clusters, device);
+  for (l.cluster = 2; clusters && l.cluster <= kMaxCluster; l.cluster *= 2) {
+    const int each = (chunks + l.cluster * k.chunks - 1) / (l.cluster * k.chunks);
+    if (each > kFastBlock) continue;
+    l.kernel = k.clusters, l.threads = whole_warps(each);
+    l.bytes = head + l.threads * k.thread_bytes;
+    if (blocks_at_once(l, device) > 0) return true;
+  }
+  l.cluster = 1;
+  if (!k.streams) return false;
+  l.kernel = k.streams, l.threads = kStreamBlock;
+  const int rows = loss == Loss::tf_nkd ? 1 : 2;
+  const int64_t row = int64_t{chunks} * rows * (type == DType::f32 ? 32 : 16);
+  p.hold = p.with_gradient && head + row <= kernel_of(k.streams, device).memory;
+  l.bytes = head + static_cast<int>(p.hold ? row : 0);
+  return true;
+}
+
+void shape_general(Loss loss, const GeneralKernels& k, Task& p, bool wide, int device, Launch& l) {
+  const int64_t number = wide ? sizeof(double) : sizeof(float), entry = wide ? 16 : 8;
+  const int64_t row = number * kChunk * max_chunks(p.classes);
+  int64_t sorted = 0;
+  if (loss == Loss::uskd) {
+    for (sorted = 2; sorted < p.classes;) sorted *= 2;
+  }
+  const bool warps = !wide && p.classes <= kWarp * kChunk * 4;
+  const int teams = warps ? Warp::kTeams : 1, head = head_bytes(teams, p.columns());
+  const int64_t reserved = number * kNotes + sorted * entry;
+  l.kernel = warps ? k.warps : wide ? k.wide : k.blocks;
+  const int64_t space = warps ? kWarpBytes : kernel_of(l.kernel, device).memory - head - reserved;
+  if (space < 0 || sorted > kMaxSorted) {
+    throw Failure{"rows of " + std::to_string(p.classes) +
+                  " classes are too long for the sort in uskd's CUDA kernel on this device; use backend='reference'"};
+  }
+  // Students, teachers, class probabilities and the fused SL-Ts, in this order.
+  const int inputs = p.num_students + p.num_teachers + (p.soft.data != nullptr) + (loss == Loss::slkd);
+  p.held = static_cast<int>(std::min<int64_t>(inputs, space / row));
+  p.sorted = static_cast<int>(sorted);
+  p.team_bytes = static_cast<int>((reserved + p.held * row + 15) / 16 * 16);
+  l.teams = teams;
+  l.threads = warps ? teams * kWarp : std::min(whole_warps(max_chunks(p.classes) / 2), kGeneralBlock);
+  l.bytes = head + teams * p.team_bytes;
+  l.together = loss == Loss::tf_nkd || loss == Loss::uskd;
+}
+
+GeneralKernels general_of(Loss loss) {
+  switch (loss) {
+    case Loss::kd:
+      return general_kd();
+    case Loss::dkd:
+      return general_dkd();
+    case Loss::nkd:
+      return general_nkd();
+    case Loss::tf_nkd:
+      return general_tf_nkd();
+    case Loss::uskd:
+      return general_uskd();
+    default:
+      return general_slkd();
+  }
+}
+
+void launch_rows(Loss loss, Task p, bool wide, int device, cudaStream_t stream) {
+  // The runtime inside this module keeps its own current device.
+  check(cudaSetDevice(device));
+  FastTask fast = {};
+  Launch l;
+  if (!wide && make_fast(loss, p, fast) && shape_fast(loss, fast_kernels(loss, p), fast, p.logits[0].type, device, l) &&
+      blocks_at_once(l, device) > 0) {
+    return start(l, fast, device, stream);
+  }
+  l = {};
+  shape_general(loss, general_of(loss), p, wide, device, l);
+  if (blocks_at_once(l, device) == 0) throw Failure{"this device has no room for a block of the kernel"};
+  start(l, p, device, stream);
+}
+
+void launch_scales(const Output* gradients, int count, int64_t rows, int64_t classes, const Numbers& factor, int device,
+                   cudaStream_t stream) {
+  check(cudaSetDevice(device));
+  const int blocks = 8 * device_of(device).processors;
+  for (int k = 0; k < count; k += kScaled) {
+    Scaling s = {};
+    s.count = std::min(kScaled, count - k), s.rows = rows, s.classes = classes, s.factor = factor;
+    std::copy(gradients + k, gradients + k + s.count, s.gradients);
+    enqueue(scale_rows, {nullptr, kMaxBlock}, blocks, stream, s);
+  }
+}
+
+}  // namespace
+
+std::string launch(Loss loss, Task p, bool wide, int device, void* stream) {
+  try {
+    launch_rows(loss, p, wide, device, static_cast<cudaStream_t>(stream));
+  } catch (const Failure& failure) {
+    return failure.what;
+  }
+  return "";
+}
+
+std::string launch_scale(const Output* gradients, int count, int64_t rows, int64_t classes, const Numbers& factor,
+                         int device, void* stream) {
+  if (rows == 0) return "";  // nothing to scale, and perhaps no factor either
+  try {
+    launch_scales(gradients, count, rows, classes, factor, device, static_cast<cudaStream_t>(stream));
+  } catch (const Failure& failure) {
+    return failure.what;
+  }
+  return "";
+}
+
+int driver_version() {
+  int version = 0;
+  return cudaDriverGetVersion(&version) == cudaSuccess ? version : 0;
+}
+
+}  // namespace kdfuse

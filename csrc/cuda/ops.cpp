@@ -1,0 +1,182 @@
+// The ops on CUDA tensors: checks, allocation and one launch of the kernels on torch's current stream.
+//
+// Only torch's stable ABI is used. Nothing waits for the device: what depends on the values of tensors
+// (the range of labels, the denominator, the number of valid rows) is found there.
+#define USE_CUDA  // for the declaration of torch's current CUDA stream
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <limits>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "../core/op_top_k.h"
+#include "launch.h"
+
+namespace kdfuse {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Result = std::tuple<Tensor, Tensor, std::vector<Tensor>>;
+
+Numbers numbers(const std::optional<Tensor>& x, int64_t rows, const char* name) {
+  if (!x) return {nullptr, DType::f64, 0};
+  if (x->dim() > 1 || (x->numel() != 1 && x->numel() != rows)) {
+    refuse(std::string(name) + " must have 1 or N numbers in at most one dimension");
+  }
+  const DType type = type_of(*x);
+  if (type != DType::f32 && type != DType::f64) refuse(std::string(name) + " must be float32 or float64");
+  return {x->data_ptr(), type, x->numel() == 1 ? 0 : x->stride(0)};
+}
+
+void check_device(const Tensor& x, int device, const char* name) {
+  if (!x.is_cuda() || x.get_device_index() != device) {
+    refuse(std::string(name) + " must be on the student's device, cuda:" + std::to_string(device));
+  }
+}
+
+void set_target(Task& p, const Tensor& target) {
+  if (target.dim() == 2) {
+    p.soft = matrix(target, p.rows, p.classes, "target");
+    return;
+  }
+  if (target.scalar_type() != ScalarType::Long || target.dim() != 1 || target.size(0) != p.rows) {
+    refuse("target must be int64 class indices of shape (" + std::to_string(p.rows) + ",) or class probabilities");
+  }
+  p.labels = static_cast<const int64_t*>(target.data_ptr());
+  p.label_stride = target.stride(0);
+}
+
+template <class Facts>
+void set_terms(Task& p) {
+  p.num_terms = Facts::terms(p.num_students);
+  for (int k = 0; k < p.num_terms; ++k) {
+    if (Facts::counts(k)) p.counts[k / 64] |= uint64_t{1} << (k % 64);
+  }
+}
+
+template <Loss loss, class Facts>
+Result run(std::vector<Tensor> students, std::vector<Tensor> teachers, std::vector<Tensor> indices,
+           std::vector<Tensor> masses, std::optional<Tensor> target, std::optional<Tensor> denominator,
+           std::optional<double> divisor, std::optional<Tensor> upstream, std::vector<double> params, int64_t reduction,
+           int64_t ignore_index, bool with_gradient) {
+  check_call<Facts>(students, teachers, target.has_value(), params);
+  if (!Facts::takes_top_k) refuse_sparse(indices, masses);
+  const Tensor& student = students[0];
+  const int device = student.get_device_index();
+  const int64_t rows = student.size(0), classes = student.size(1);
+  if (classes > std::numeric_limits<int>::max() / 16) refuse("too many classes: " + std::to_string(classes));
+  for (const Tensor& x : students) check_device(x, device, "student and SL-Ts");
+  for (const Tensor& x : teachers) check_device(x, device, "teacher");
+  for (const Tensor& x : indices) {
+    if (x.numel() > 0) check_device(x, device, "teacher.indices");
+  }
+  for (const Tensor& x : masses) {
+    if (x.numel() > 0) check_device(x, device, "teacher.mass");
+  }
+  if (target) check_device(*target, device, "target");
+  if (denominator) check_device(*denominator, device, "denominator");
+  if (upstream) check_device(*upstream, device, "upstream");
+  const torch::stable::accelerator::DeviceGuard guard(device);
+
+  Task p = {};
+  p.rows = rows;
+  p.classes = static_cast<int>(classes);
+  p.num_students = static_cast<int>(students.size());
+  p.num_teachers = static_cast<int>(teachers.size());
+  const auto student_rows = matrices(students, rows, classes, "student and SL-Ts");
+  const auto top_k = top_k_of(teachers, indices, masses, rows, classes);
+  if (!top_k.empty() && top_k.size() > kMaxTopK) {
+    refuse("at most " + std::to_string(kMaxTopK) +
+           " teachers on a GPU where some are top-k ones; pass the others whole");
+  }
+  p.sparse = !top_k.empty();
+  std::copy(top_k.begin(), top_k.end(), p.top_k);
+  const auto teacher_rows = teacher_matrices(teachers, top_k, rows, classes);
+  std::copy(student_rows.begin(), student_rows.end(), p.logits);
+  std::copy(teacher_rows.begin(), teacher_rows.end(), p.logits + students.size());
+  bool wide = false;
+  for (int k = 0; k < p.num_students + p.num_teachers; ++k) wide |= p.logits[k].type == DType::f64;
+  if (target) set_target(p, *target);
+  if (!wide && p.soft.data && p.soft.type == DType::f64) refuse("target in float64 needs logits in float64");
+  p.ignore_index = ignore_index;
+  std::copy(params.begin(), params.end(), p.params);
+  p.mean = reduction == kMean;
+  p.denominator = numbers(denominator, 1, "denominator");
+  p.divisor = divisor.value_or(0);
+  p.upstream = numbers(upstream, rows, "upstream");
+  set_terms<Facts>(p);
+
+  std::vector<Tensor> gradients;
+  p.with_gradient = with_gradient;
+  for (size_t k = 0; with_gradient && k < students.size(); ++k) {
+    // float16 would lose what lies below 6e-8 before a loss scaler could lift it.
+    const auto type = student_rows[k].type == DType::f16 ? ScalarType::Float : students[k].scalar_type();
+    gradients.push_back(torch::stable::new_empty(student, {rows, classes}, type));
+    p.gradients[k] = {gradients.back().data_ptr(), type_of(gradients.back())};
+  }
+  const auto real = wide ? ScalarType::Double : ScalarType::Float;
+  const std::vector<int64_t> shape(reduction == kNone ? 1 : 0, rows);
+  Tensor value = torch::stable::new_empty(student, shape, real);
+  Tensor terms = torch::stable::new_empty(student, {p.num_terms + 1}, real);
+  p.loss = value.data_ptr();
+  p.terms = terms.data_ptr();
+  p.type = wide ? DType::f64 : DType::f32;
+  p.each_row = reduction == kNone;
+
+  // The blocks' sums, the count of a large batch, and the rows' label scores.
+  const int64_t sums = int64_t{kMaxBlocks} * p.columns() + 1;
+  Tensor scratch = torch::stable::new_empty(student, {sums + (Facts::scored ? 2 * rows : 0)}, ScalarType::Double);
+  p.partial = static_cast<double*>(scratch.data_ptr());
+  p.scores = p.partial + sums;
+
+  void* stream = nullptr;
+  if (aoti_torch_get_current_cuda_stream(device, &stream)) refuse("torch has no current CUDA stream");
+  const std::string failed = launch(loss, p, wide, device, stream);
+  if (!failed.empty()) throw std::runtime_error("kdfuse: " + failed);
+  return {value, terms, gradients};
+}
+
+// In place: gradients (N, C) that nobody else has seen.
+void scale(std::vector<Tensor> gradients, Tensor factor) {
+  if (gradients.empty()) return;
+  const Tensor& first = gradients[0];
+  const int device = first.get_device_index();
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  check_device(factor, device, "factor");
+  std::vector<Output> outputs;
+  for (const Tensor& g : gradients) {
+    check_device(g, device, "gradients");
+    if (g.dim() != 2 || g.size(0) != first.size(0) || g.size(1) != first.size(1) || !g.is_contiguous()) {
+      refuse("gradients must be contiguous and of one shape (N, C)");
+    }
+    if (g.scalar_type() == ScalarType::Half) refuse("gradients must be float32, bfloat16 or float64");
+    outputs.push_back({g.data_ptr(), type_of(g)});
+  }
+  void* stream = nullptr;
+  if (aoti_torch_get_current_cuda_stream(device, &stream)) refuse("torch has no current CUDA stream");
+  const std::string failed = launch_scale(outputs.data(), static_cast<int>(outputs.size()), first.size(0),
+                                          first.size(1), numbers(factor, first.size(0), "factor"), device, stream);
+  if (!failed.empty()) throw std::runtime_error("kdfuse: " + failed);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(kdfuse, CUDA, m) {
+  m.impl("scale_", TORCH_BOX(&scale));
+  m.impl("kd", TORCH_BOX((&run<Loss::kd, KdFacts>)));
+  m.impl("dkd", TORCH_BOX((&run<Loss::dkd, DkdFacts>)));
+  m.impl("nkd", TORCH_BOX((&run<Loss::nkd, NkdFacts>)));
+  m.impl("tf_nkd", TORCH_BOX((&run<Loss::tf_nkd, TfNkdFacts>)));
+  m.impl("uskd", TORCH_BOX((&run<Loss::uskd, UskdFacts>)));
+  m.impl("slkd", TORCH_BOX((&run<Loss::slkd, SlkdFacts>)));
+}
+
+}  // namespace kdfuse

@@ -1,0 +1,258 @@
+// The teams of threads that work on one row together on a GPU: a warp, a block or a cluster of blocks.
+// Their sums are the same for every thread and on every run.
+#pragma once
+#include <cooperative_groups.h>
+
+#include <cstdint>
+
+#include "grid.h"
+
+namespace kdfuse {
+
+constexpr unsigned kWholeWarp = 0xffffffffu;
+constexpr int kWarp = 32;
+constexpr int kMaxBlock = 512;  // threads
+constexpr int kMaxWarps = kMaxBlock / kWarp;
+constexpr int kMaxCluster = 16;  // blocks
+constexpr int kMaxSums = 8;
+
+struct Sum {
+  template <class T>
+  static __device__ T join(T a, T b) {
+    return a + b;
+  }
+  template <class T>
+  static __device__ T pad(T) {
+    return 0;
+  }
+};
+
+struct Max {
+  template <class T>
+  static __device__ T join(T a, T b) {
+    return b > a ? b : a;
+  }
+  static __device__ float join(float a, float b) { return fmaxf(a, b); }
+  template <class T>
+  static __device__ T pad(T any) {
+    return any;
+  }
+};
+
+template <class Join, int kLanes, class T, int n>
+__device__ __forceinline__ void join_lanes(T (&x)[n]) {
+#pragma unroll
+  for (int step = kLanes / 2; step > 0; step /= 2) {
+#pragma unroll
+    for (int k = 0; k < n; ++k) x[k] = Join::join(x[k], __shfl_xor_sync(kWholeWarp, x[k], step));
+  }
+}
+
+// Four sums at a time: each half of the lanes goes on with half of them, and each quarter with one.
+template <class T>
+__device__ __forceinline__ void sum_four(T& a, T& b, T& c, T& d) {
+  const auto give = [](bool upper, T low, T high, int step) {
+    return (upper ? high : low) + __shfl_xor_sync(kWholeWarp, upper ? low : high, step);
+  };
+  const bool half = threadIdx.x & 16, quarter = threadIdx.x & 8;
+  T mine[1] = {give(quarter, give(half, a, c, 16), give(half, b, d, 16), 8)};
+  join_lanes<Sum, 8>(mine);
+  a = __shfl_sync(kWholeWarp, mine[0], 0), b = __shfl_sync(kWholeWarp, mine[0], 8);
+  c = __shfl_sync(kWholeWarp, mine[0], 16), d = __shfl_sync(kWholeWarp, mine[0], 24);
+}
+
+template <class T, int n>
+__device__ __forceinline__ void sum_warp(T (&x)[n]) {
+#pragma unroll
+  for (int k = 0; k < n; k += 4) {
+    if (k + 4 <= n) {
+      sum_four(x[k], x[k + 1], x[k + 2], x[k + 3]);
+    } else {
+#pragma unroll
+      for (int step = kWarp / 2; step > 0; step /= 2) {
+#pragma unroll
+        for (int i = k; i < n; ++i) x[i] += __shfl_xor_sync(kWholeWarp, x[i], step);
+      }
+    }
+  }
+}
+
+// Every warp joins the same numbers of the warps in the same order.
+template <class Join, class T, int n>
+__device__ __forceinline__ void join_block(T (&x)[n]) {
+  static_assert(n <= kMaxSums, "of_warps is too small");
+  __shared__ T of_warps[kMaxSums][kMaxWarps];
+  join_lanes<Join, kWarp>(x);
+  if (blockDim.x == kWarp) return;
+  const int lane = threadIdx.x % kWarp;
+  if (lane == 0) {
+#pragma unroll
+    for (int k = 0; k < n; ++k) of_warps[k][threadIdx.x / kWarp] = x[k];
+  }
+  __syncthreads();
+  const bool there = lane < blockDim.x / kWarp;
+#pragma unroll
+  for (int k = 0; k < n; ++k) x[k] = there ? of_warps[k][lane] : Join::pad(of_warps[k][0]);
+  join_lanes<Join, kMaxWarps>(x);
+#pragma unroll
+  for (int k = 0; k < n; ++k) x[k] = __shfl_sync(kWholeWarp, x[k], 0);
+  __syncthreads();
+}
+
+extern __shared__ uint4 block_memory[];  // the batch, the teams' sums, then what the teams work in
+
+// A thread's place in the grid, and what its block shares.
+class Place {
+ public:
+  __device__ static int thread() { return threadIdx.x; }
+  __device__ static int threads() { return blockDim.x; }
+  __device__ static int block() { return blockIdx.x; }
+  __device__ static int blocks() { return gridDim.x; }
+  __device__ static void meet() {}  // of the team's blocks
+  __device__ static void sync_block() { __syncthreads(); }
+  __device__ static void sync_grid() { cooperative_groups::this_grid().sync(); }
+  template <int n>
+  __device__ static void sum_block(double (&x)[n]) {
+    join_block<Sum>(x);
+  }
+  __device__ static Batch& batch() { return *reinterpret_cast<Batch*>(block_memory); }
+  __device__ static double* block_sums() { return reinterpret_cast<double*>(block_memory) + sizeof(Batch) / 8; }
+  // Whether this block is the last one of the grid to come here; it then sees what the others wrote.
+  __device__ static bool is_last(unsigned* ticket) {
+    __shared__ bool last;
+    __threadfence();
+    __syncthreads();
+    if (threadIdx.x == 0) last = atomicInc(ticket, gridDim.x - 1) == gridDim.x - 1;  // ends at 0
+    __syncthreads();
+    __threadfence();
+    return last;
+  }
+};
+
+class Warp : public Place {
+ public:
+  static constexpr int kTeams = 4;  // in a block
+
+  __device__ Warp(int head, int bytes)
+      : warp_(__shfl_sync(kWholeWarp, threadIdx.x / kWarp, 0)),  // the compiler sees that a warp has one
+        memory_(reinterpret_cast<char*>(block_memory) + head + warp_ * bytes) {}
+  __device__ static int teams() { return gridDim.x * kTeams; }
+  __device__ int index() const { return blockIdx.x * kTeams + warp_; }
+  __device__ static int rank() { return threadIdx.x % kWarp; }
+  __device__ static int size() { return kWarp; }
+  __device__ static int place() { return rank(); }
+  __device__ static int places() { return kWarp; }
+  __device__ static void sync() { __syncwarp(); }
+  __device__ void* memory() const { return memory_; }
+  __device__ double* sums(int columns) const { return block_sums() + warp_ * columns; }
+  template <class Join, class T, int n>
+  __device__ static void join(T (&x)[n]) {
+    join_lanes<Join, kWarp>(x);
+  }
+  template <class T, int n>
+  __device__ static void max(T (&x)[n]) {
+    join<Max>(x);
+  }
+  template <class T, int n>
+  __device__ static void sum(T (&x)[n]) {
+    sum_warp(x);
+  }
+
+ private:
+  int warp_;
+  char* memory_;
+};
+
+class Block : public Place {
+ public:
+  static constexpr int kTeams = 1;
+
+  __device__ Block(int head, int) : memory_(reinterpret_cast<char*>(block_memory) + head) {}
+  __device__ static int teams() { return gridDim.x; }
+  __device__ static int index() { return blockIdx.x; }
+  __device__ static int rank() { return threadIdx.x; }
+  __device__ static int size() { return blockDim.x; }
+  __device__ static int place() { return threadIdx.x; }
+  __device__ static int places() { return blockDim.x; }
+  __device__ static void sync() { __syncthreads(); }
+  __device__ void* memory() const { return memory_; }
+  __device__ static double* sums(int) { return block_sums(); }
+  template <class Join, class T, int n>
+  __device__ static void join(T (&x)[n]) {
+    join_block<Join>(x);
+  }
+  template <class T, int n>
+  __device__ static void max(T (&x)[n]) {
+    join<Max>(x);
+  }
+  template <class T, int n>
+  __device__ static void sum(T (&x)[n]) {
+    join_block<Sum>(x);
+  }
+
+ private:
+  char* memory_;
+};
+
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+// Blocks that read each other's memory. Every block sends its own numbers to all.
+class Cluster : public Place {
+ public:
+  static constexpr int kTeams = 1;
+
+  __device__ Cluster(int head, int)
+      : memory_(reinterpret_cast<char*>(block_memory) + head),
+        blocks_(cooperative_groups::cluster_group::num_blocks()),
+        block_(cooperative_groups::cluster_group::block_rank()) {
+    cooperative_groups::cluster_group::barrier_arrive();
+  }
+  // Before the first join: a block that has not begun has no memory to write to.
+  __device__ static void meet() { cooperative_groups::cluster_group::barrier_wait(); }
+  __device__ int teams() const { return gridDim.x / blocks_; }
+  __device__ int index() const { return blockIdx.x / blocks_; }
+  __device__ int rank() const { return block_ * blockDim.x + threadIdx.x; }
+  __device__ int size() const { return blocks_ * blockDim.x; }
+  __device__ static int place() { return threadIdx.x; }
+  __device__ static int places() { return blockDim.x; }
+  __device__ static void sync() { cooperative_groups::cluster_group::sync(); }
+  __device__ void* memory() const { return memory_; }
+  __device__ static double* sums(int) { return block_sums(); }
+  template <int n>
+  __device__ void max(float (&x)[n]) const {
+    join<Max>(x);
+  }
+  template <int n>
+  __device__ void sum(float (&x)[n]) const {
+    join<Sum>(x);
+  }
+  template <class Join, class T, int n>
+  __device__ void join(T (&x)[n]) const {
+    static_assert(sizeof(T) == 4, "a word for each number");
+    // Two sets in turn: who writes one again has met everybody since all have read it.
+    __shared__ T of_blocks[2][kMaxCluster][kMaxSums];
+    join_block<Join>(x);
+    const int to = threadIdx.x / kMaxSums, k = threadIdx.x % kMaxSums;
+    if (to < blocks_) {
+      T mine = x[0];
+#pragma unroll
+      for (int i = 1; i < n; ++i) mine = k == i ? x[i] : mine;
+      *cooperative_groups::cluster_group::map_shared_rank(&of_blocks[turn_][block_][k], to) = mine;
+    }
+    sync();
+#pragma unroll
+    for (int i = 0; i < n; ++i) x[i] = of_blocks[turn_][0][i];
+    for (int b = 1; b < blocks_; ++b) {
+#pragma unroll
+      for (int i = 0; i < n; ++i) x[i] = Join::join(x[i], of_blocks[turn_][b][i]);
+    }
+    turn_ ^= 1;
+  }
+
+ private:
+  char* memory_;
+  int blocks_, block_;
+  mutable int turn_ = 0;
+};
+#endif
+
+}  // namespace kdfuse

@@ -1,0 +1,60 @@
+"""The path that every call of a loss takes: checks, then the way to its backend."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from . import backends
+from .checks import check_denominator, check_logits, check_target
+from .op import REDUCTIONS, Loss, Op, Options, named, run_fused, run_reference
+from .parts import ClassPart
+from .sharded import call as sharded
+from .sparse import Teacher, check_teachers
+
+
+def run(
+    op: Op,
+    students: Sequence[Any],  # tensors; the first may be a ClassPart
+    teachers: Sequence[Teacher],
+    target: Tensor | None,
+    params: Sequence[float],
+    options: Options,
+) -> Loss:
+    """Checks a call, takes it to its backend, and names the terms."""
+    if options.reduction not in REDUCTIONS:
+        raise ValueError(
+            f"reduction must be one of {', '.join(REDUCTIONS)}, got {options.reduction!r}"
+        )
+    if options.denominator is not None and options.reduction != "mean":
+        raise ValueError(f"denominator goes with reduction='mean', not {options.reduction!r}")
+    if isinstance(student := students[0], ClassPart):
+        return sharded.run(op, student, students[1:], teachers, target, params, options)
+    if hasattr(student, "device_mesh"):
+        from .sharded import dtensor  # whoever has no DTensor does not pay for their module
+
+        return dtensor.run(op, students, teachers, target, params, options, run)
+    check_logits("student", students[0])
+    for x in students[1:]:
+        check_logits("every SL-T and weak head", x, students[0])
+    check_teachers(op.name, op.sparse, teachers, students[0])
+    if target is not None or op.needs_target:
+        check_target(target, students[0], op.labels > 0, op.name)
+    if options.denominator is not None:
+        check_denominator(options.denominator, hidden=backends.is_tracing())
+
+    options = replace(options, backend=backends.choose(options.backend, students[0], op.name))
+    if options.backend == "reference":
+        loss, terms = run_reference(op, students, teachers, target, params, options)
+    elif options.backend == "cpu" and not backends.is_tracing():
+        try:
+            loss, terms = run_fused(op, students, teachers, target, params, options)
+        except RuntimeError as error:  # all that a compiled op can raise
+            said = str(error).split("\n", 1)[0]
+            if not said.startswith("kdfuse: "):
+                raise
+            raise ValueError(said) from None
+    else:
+        loss, terms = run_fused(op, students, teachers, target, params, options)
+    return named(op, len(students), loss, terms, target, options)

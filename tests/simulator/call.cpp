@@ -1,0 +1,161 @@
+// The project's launcher and kernels, called as csrc/cuda/ops.cpp does, on memory of the host.
+#include <cstdio>
+
+#include "../../csrc/cuda/launch.h"
+#include "simulator.h"
+
+using namespace kdfuse;
+
+// A matrix as the tests hand it over; type: a DType's number.
+struct Given {
+  void* data;
+  int64_t stride;
+  int64_t type;
+};
+
+// What a top-k teacher has beside its values; count 0: its logits are whole.
+struct Listed {
+  const int64_t* classes;
+  int64_t count;
+  Given mass;
+};
+
+struct Asked {
+  int64_t op, rows, classes, students, teachers, wide, reduction, ignore_index, num_params, num_terms;
+  const Given *logits, *gradients;  // gradients: null without
+  const Listed* listed;  // null without
+  const int64_t* labels;
+  int64_t label_stride;
+  const Given* soft;
+  const double* params;
+  const Given *denominator, *upstream;
+  double divisor;
+  const uint64_t* counts;
+  double *partial, *scores;  // kMaxBlocks * columns + 1, and 2 * rows or null
+  void *loss, *terms;
+  void* stream;
+  int64_t device;
+};
+
+namespace {
+
+Matrix matrix(const Given& g) { return {g.data, g.stride, static_cast<DType>(g.type)}; }
+Numbers numbers(const Given* g) {
+  if (!g) return {nullptr, DType::f64, 0};
+  return {g->data, static_cast<DType>(g->type), g->stride};
+}
+
+char message[512];
+
+const char* said(const std::string& text) {
+  std::snprintf(message, sizeof(message), "%s", text.c_str());
+  return message;
+}
+
+struct Named {
+  const void* kernel;
+  char name[64];
+};
+
+size_t add(Named* all, size_t count, const void* kernel, const char* kind, const char* loss, const char* type,
+           const char* variant) {
+  if (!kernel) return count;
+  all[count].kernel = kernel;
+  std::snprintf(all[count].name, sizeof(all[count].name), "%s-%s-%s-%s", kind, loss, type, variant);
+  return count + 1;
+}
+
+}  // namespace
+
+extern "C" {
+
+// "" or what the launcher says.
+const char* run(const Asked& a) {
+  Task p = {};
+  p.rows = a.rows, p.classes = static_cast<int>(a.classes);
+  p.num_students = static_cast<int>(a.students), p.num_teachers = static_cast<int>(a.teachers);
+  p.num_terms = static_cast<int>(a.num_terms);
+  for (int k = 0; k < a.students + a.teachers; ++k) p.logits[k] = matrix(a.logits[k]);
+  p.sparse = a.listed != nullptr;
+  for (int k = 0; a.listed && k < a.teachers; ++k) {
+    p.top_k[k] = {a.listed[k].classes, a.listed[k].count, a.listed[k].count, matrix(a.listed[k].mass)};
+  }
+  p.with_gradient = a.gradients != nullptr;
+  for (int k = 0; a.gradients && k < a.students; ++k) {
+    p.gradients[k] = {a.gradients[k].data, static_cast<DType>(a.gradients[k].type)};
+  }
+  p.labels = a.labels, p.label_stride = a.label_stride, p.ignore_index = a.ignore_index;
+  if (a.soft) p.soft = matrix(*a.soft);
+  for (int k = 0; k < a.num_params; ++k) p.params[k] = a.params[k];
+  p.mean = a.reduction == 1, p.each_row = a.reduction == 0;
+  p.denominator = numbers(a.denominator), p.divisor = a.divisor, p.upstream = numbers(a.upstream);
+  p.partial = a.partial, p.scores = a.scores;
+  p.loss = a.loss, p.terms = a.terms, p.type = a.wide ? DType::f64 : DType::f32;
+  for (int k = 0; k < kMaxColumns / 64; ++k) p.counts[k] = a.counts[k];
+  return said(launch(static_cast<Loss>(a.op), p, a.wide != 0, static_cast<int>(a.device), a.stream));
+}
+
+// Into a graph each, which is gone before the next one, or none of which is.
+const char* capture(const Asked& asked, int64_t count, int64_t destroyed) {
+  Asked a = asked;
+  for (int64_t k = 0; k < count; ++k) {
+    a.stream = reinterpret_cast<void*>(2 * k + 1);
+    const char* const failed = run(a);
+    if (*failed) return failed;
+    if (destroyed) destroy_graph(a.stream);
+  }
+  for (int64_t k = 0; k < count; ++k) destroy_graph(reinterpret_cast<void*>(2 * k + 1));
+  return "";
+}
+
+const char* scale(const Given* gradients, int64_t count, int64_t rows, int64_t classes, const Given* factor,
+                  int64_t device) {
+  Output outputs[64];
+  for (int64_t k = 0; k < count; ++k) outputs[k] = {gradients[k].data, static_cast<DType>(gradients[k].type)};
+  return said(launch_scale(outputs, static_cast<int>(count), rows, classes, numbers(factor), static_cast<int>(device),
+                           nullptr));
+}
+
+int64_t max_blocks() { return kMaxBlocks; }
+
+// Every kernel of the table, with the names that the disassembly gives them.
+size_t table(Named* all) {
+  size_t n = 0;
+  const struct {
+    const char* loss;
+    FastKernels (*fast)(DType, int);
+    int variants;
+    const char* names[2];
+  } fast[] = {{"kd", fast_kd, 2, {"bare", "labelled"}},
+              {"dkd", fast_dkd, 1, {"labelled", ""}},
+              {"nkd", fast_nkd, 1, {"labelled", ""}},
+              {"tf_nkd", fast_tf_nkd, 1, {"labelled", ""}},
+              {"slkd", fast_slkd, 2, {"1", "2"}}};
+  const struct {
+    DType type;
+    const char* name;
+  } types[] = {{DType::f32, "f32"}, {DType::bf16, "bf16"}, {DType::f16, "f16"}};
+  for (const auto& f : fast) {
+    for (const auto& t : types) {
+      for (int v = 0; v < f.variants; ++v) {
+        const FastKernels k = f.fast(t.type, v);
+        n = add(all, n, k.warps, "fast_warps", f.loss, t.name, f.names[v]);
+        n = add(all, n, k.blocks, "fast_blocks", f.loss, t.name, f.names[v]);
+        n = add(all, n, k.clusters, "fast_clusters", f.loss, t.name, f.names[v]);
+        n = add(all, n, k.streams, "fast_streams", f.loss, t.name, f.names[v]);
+      }
+    }
+  }
+  const struct {
+    const char* loss;
+    GeneralKernels kernels;
+  } general[] = {{"kd", general_kd()},         {"dkd", general_dkd()},   {"nkd", general_nkd()},
+                 {"tf_nkd", general_tf_nkd()}, {"uskd", general_uskd()}, {"slkd", general_slkd()}};
+  for (const auto& g : general) {
+    n = add(all, n, g.kernels.warps, "general_warps", g.loss, "f32", "any");
+    n = add(all, n, g.kernels.blocks, "general_blocks", g.loss, "f32", "any");
+    n = add(all, n, g.kernels.wide, "general_blocks", g.loss, "f64", "any");
+  }
+  return n;
+}
+}

@@ -1,0 +1,245 @@
+"""Faults that the simulator must find, put into a copy of csrc one at a time.
+
+    python tests/simulator/mutations.py [PART OF A NAME ...]
+
+Each is a change of the kernels or of their launcher that leaves most results right on a GPU most of
+the time. It is compiled, calls that lead past it are executed under a few schedules, and what they
+say is printed. Fails where one is not caught, or where its text is no longer in csrc.
+"""
+
+import shutil
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests/kernels"), str(ROOT / "tests/simulator")]
+
+import simulator  # noqa: E402
+import torch  # noqa: E402
+from calls import FULL, arguments, cast, compare, make, truth  # noqa: E402
+from simulator import Gpu, device  # noqa: E402
+
+SEEDS = 4
+
+
+@dataclass(frozen=True)
+class Call:
+    """name, rows, classes and type of a call, and the GPU that plays."""
+
+    name: str
+    n: int
+    c: int
+    dtype: torch.dtype = torch.bfloat16
+    processors: int = 2
+
+    def catches(self, library: Path) -> str:
+        """What is wrong, or ""."""
+        case = cast(make(self.name, self.n, self.c), self.dtype)
+        inputs = arguments(self.name, case, **FULL[self.name])
+        upstream = torch.tensor([1.0, -2.0, 0.5]).double().repeat(self.n)[: self.n]
+        for seed in range(SEEDS):
+            gpu = Gpu(library, device(processors=self.processors), seed)
+            try:
+                got = gpu.run(self.name, *inputs, upstream=upstream)
+                types = [x.dtype for x in case.students]
+                gradients = [g.to(t) for g, t in zip(got.gradients, types, strict=True)]
+                compare(self.name, case, upstream, got.loss, gradients, **FULL[self.name])
+                got = gpu.run(self.name, *inputs, reduction="sum")
+                true = truth(self.name, case, **FULL[self.name]).loss.sum()
+                assert abs(got.loss.item() - true) < 1e-3 * abs(true), "another sum of the rows"
+            except (AssertionError, RuntimeError) as error:
+                return str(error).strip().split("\n")[0]
+        return ""
+
+
+WARPS, BLOCKS = Call("kd", 9, 41), Call("kd", 5, 1001)
+CLUSTERS = Call("kd", 3, 8251, processors=16)
+SCORES = Call("tf_nkd", 9, 41)
+FLOATS = Call("kd", 9, 33, torch.float32)
+
+
+@dataclass(frozen=True)
+class Mutation:
+    name: str
+    file: str  # of csrc/cuda
+    text: str
+    instead: str
+    calls: tuple[Call, ...]
+
+
+JOIN = "  __syncthreads();\n  const bool there"
+REUSE = "x[k] = __shfl_sync(kWholeWarp, x[k], 0);\n  __syncthreads();\n"
+TICKET = "atomicInc(ticket, gridDim.x - 1)"
+FENCE = "    __threadfence();\n    __syncthreads();\n    if (threadIdx.x == 0) last"
+
+MUTATIONS = [
+    Mutation(
+        "a barrier missing: numbers of warps", "team.h", JOIN, "  const bool there", (BLOCKS,)
+    ),
+    Mutation(
+        "a barrier missing: their places, used again",
+        "team.h",
+        REUSE,
+        "x[k] = __shfl_sync(kWholeWarp, x[k], 0);\n",
+        (BLOCKS,),
+    ),
+    Mutation("cluster sets that do not alternate", "team.h", "    turn_ ^= 1;\n", "", (CLUSTERS,)),
+    Mutation("no cluster barrier at entry", "grid.h", "  team.meet();\n", "", (CLUSTERS,)),
+    Mutation(
+        "a write to blocks that may not have begun",
+        "kernels.h",
+        "  run_batch<Rows<Cluster>>(team, p, tickets + p.ticket);\n",
+        "  float early[1] = {0};\n  team.sum(early);\n"
+        "  run_batch<Rows<Cluster>>(team, p, tickets + p.ticket);\n",
+        (CLUSTERS,),
+    ),
+    Mutation(
+        "no cluster barrier at exit",
+        "kernels.h",
+        "  Cluster::sync();  // nobody leaves while others may still write here\n",
+        "",
+        (CLUSTERS,),
+    ),
+    Mutation(
+        "no cluster barrier in a join",
+        "team.h",
+        "    sync();\n#pragma unroll\n    for (int i = 0; i < n; ++i) x[i] = of_blocks",
+        "#pragma unroll\n    for (int i = 0; i < n; ++i) x[i] = of_blocks",
+        (CLUSTERS,),
+    ),
+    Mutation("a wait dropped", "aligned_row.h", "    wait_for_copies();\n", "", (WARPS,)),
+    Mutation(
+        "a copy past the tensor's end",
+        "prefetch.h",
+        "const int left = whole ? 16 * kUnits :",
+        "const int left = true ? 16 * kUnits :",
+        (FLOATS,),
+    ),
+    Mutation(
+        "a mask off by one: before the row",
+        "prefetch.h",
+        "for (int v = 0; v < span.shift; ++v) drop(0, v);",
+        "for (int v = 1; v < span.shift; ++v) drop(0, v);",
+        (WARPS,),
+    ),
+    Mutation(
+        "a mask off by one: behind the row",
+        "prefetch.h",
+        "for (int v = inside; v < kChunk; ++v)",
+        "for (int v = inside + 1; v < kChunk; ++v)",
+        (WARPS,),
+    ),
+    Mutation(
+        "an unaligned tail stored whole",
+        "one_pass.h",
+        "if (at.span.whole(i)) store_chunk<type>(to, at.span.first(i), out);",
+        "if (at.span.first(i) >= 0) store_chunk<type>(to, at.span.first(i), out);",
+        (WARPS,),
+    ),
+    Mutation("a stale ticket", "team.h", TICKET, "atomicInc(ticket, gridDim.x)", (WARPS,)),
+    Mutation(
+        "no fence before the ticket",
+        "team.h",
+        FENCE,
+        FENCE.replace("    __threadfence();\n", "", 1),
+        (WARPS,),
+    ),
+    Mutation(
+        "no fence behind the ticket",
+        "team.h",
+        "    __syncthreads();\n    __threadfence();\n    return last;",
+        "    __syncthreads();\n    return last;",
+        (WARPS,),
+    ),
+    Mutation("no barrier of the grid", "grid.h", "  team.sync_grid();\n", "", (SCORES,)),
+    Mutation(
+        "a batch's numbers read too early",
+        "grid.h",
+        "team.block_sums()[k] = 0;\n  team.sync_block();\n",
+        "team.block_sums()[k] = 0;\n",
+        (BLOCKS,),
+    ),
+    Mutation(
+        "sums of blocks in each other's places",
+        "grid.h",
+        "p.partial[static_cast<int64_t>(team.block()) * columns + k] = sum;",
+        "p.partial[static_cast<int64_t>(team.block()) * (columns - 1) + k] = sum;",
+        (WARPS,),
+    ),
+    Mutation(
+        "a barrier that some threads miss",
+        "grid.h",
+        "  if (!team.is_last(ticket)) return;\n",
+        "  if (team.thread() == 1) return;\n  if (!team.is_last(ticket)) return;\n",
+        (BLOCKS,),
+    ),
+    Mutation(
+        "a shuffle that leaves lanes out",
+        "team.h",
+        "for (int step = kLanes / 2; step > 0; step /= 2) {",
+        "for (int step = kLanes / 2; step > 1; step /= 2) {",
+        (BLOCKS,),
+    ),
+    Mutation(
+        "a row too many",
+        "aligned_row.h",
+        "    if (row >= p_.rows) return;\n",
+        "    if (row > p_.rows) return;\n",
+        (WARPS,),
+    ),
+    Mutation(
+        "a team's memory taken again too early",
+        "any_rows.h",
+        "    of_row(team_, p_, row, span);\n    team_.sync();\n",
+        "    of_row(team_, p_, row, span);\n",
+        (Call("uskd", 23, 1101, torch.float32),),
+    ),
+    Mutation(
+        "static memory forgotten by the launcher",
+        "launch.cu",
+        "device_of(device).memory - static_cast<int>(facts.sharedSizeBytes)",
+        "device_of(device).memory",
+        (WARPS,),
+    ),
+]
+
+
+def compiled(mutation: Mutation | None, folder: Path, base: Path | None) -> Path:
+    csrc = folder / "csrc"
+    shutil.copytree(ROOT / "csrc", csrc)
+    units = sorted({call.name for call in mutation.calls}) if mutation else simulator.UNITS
+    if mutation:
+        file = csrc / "cuda" / mutation.file
+        text = file.read_text()
+        assert text.count(mutation.text) == 1, (
+            f"{mutation.name}: its text stands {text.count(mutation.text)} times in {file.name}"
+        )
+        file.write_text(text.replace(mutation.text, mutation.instead))
+        if mutation.file in ("launch.cu", "team.h", "grid.h"):
+            units = [*units, "launch"]
+    return simulator.build(folder, csrc=csrc, units=units, base=base)
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    chosen = [m for m in MUTATIONS if not sys.argv[1:] or any(w in m.name for w in sys.argv[1:])]
+    missed = []
+    with tempfile.TemporaryDirectory() as kept:
+        base = Path(kept)
+        whole = compiled(None, base, None)
+        for call in {call for mutation in chosen for call in mutation.calls}:
+            assert not (said := call.catches(whole)), f"without a fault: {call}: {said}"
+        for mutation in chosen:
+            with tempfile.TemporaryDirectory() as folder:
+                library = compiled(mutation, Path(folder), base)
+                said = next(filter(None, (c.catches(library) for c in mutation.calls)), "")
+            print(f"{'caught' if said else 'MISSED'}  {mutation.name}: {said[:150]}", flush=True)
+            missed += [mutation.name] if not said else []
+    print(f"{len(chosen) - len(missed)} of {len(chosen)} faults were caught")
+    sys.exit(1 if missed else 0)
+
+
+if __name__ == "__main__":
+    main()

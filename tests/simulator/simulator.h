@@ -1,0 +1,38 @@
+// The simulator for tests: devices, their memory, and what became of the launches.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+namespace simulator {
+
+struct Device {
+  int processors, major, memory, memory_of_processor;  // memory: bytes of a block at most
+  unsigned cluster;  // blocks at most
+  int built_for;  // the architecture of the code, as 90
+  int static_bytes;  // of shared memory, of every kernel
+  int failing;  // so many questions about kernels fail
+  int refused;  // which of a call's launches fails, from 1 on
+  int runs;  // or only takes launches down
+};
+
+struct Launched {
+  const void* kernel;
+  unsigned blocks, threads, cluster;
+  size_t bytes;
+  bool together;
+};
+
+}  // namespace simulator
+
+extern "C" {
+// number: what the launcher knows it by, and keeps what it has learnt.
+void use_device(int number, const simulator::Device& device, uint64_t seed);
+// filled: holds numbers already.
+void add_memory(void* at, size_t bytes, const char* name, bool writable, bool filled);
+void clear();
+void destroy_graph(void* stream);  // into which it was captured
+const char* failed();  // "" where nothing did
+size_t launched(simulator::Launched* all, size_t most);
+// Bytes of accesses: read in 16, written in 16, read and written in smaller ones.
+void traffic(size_t which, uint64_t (*bytes)[4]);
+}

@@ -1,0 +1,285 @@
+"""Rows of every kind through the launcher's own choice of kernel, against the ops on the CPU."""
+
+import pytest
+import simulator
+import torch
+from calls import FULL, NAMES, PAIR, WITH_PROBABILITIES, Case, arguments, cast, make, probabilities
+from simulator import Gpu, device
+
+import kdfuse
+from kdfuse.kernels import backends
+
+INF = float("inf")
+pytestmark = [
+    pytest.mark.slow(60),
+    pytest.mark.skipif(
+        backends.compiled()[0] is None,
+        reason=f"no CPU ops to compare with: {backends.compiled()[1]}",
+    ),
+]
+# Rows of few classes: a warp each, where there are many beside the multiprocessors, else a block.
+WAYS = {"warps": device(processors=1), "blocks": device(processors=16)}
+ways = pytest.mark.parametrize("way", WAYS)
+
+
+def settings_for(name, c, **more):
+    return {**FULL[name], **(PAIR.get(name, {}) if c == 2 else {}), **more}
+
+
+def check(library, name, case, settings, way="warps", *, reduction="none", lists=((), ()), seed=0):
+    students, teachers, target, params = arguments(name, case, **settings)
+    check_op(library, name, students, teachers, target, params, way, reduction, lists, seed)
+
+
+def check_op(library, name, students, teachers, target, params, way, reduction, lists, seed):
+    op = getattr(torch.ops.kdfuse, name).default
+    number = simulator.REDUCTIONS.index(reduction)
+    true = op(
+        students, teachers, *map(list, lists), target, None, None, None, params, number, -100, True
+    )
+    got = Gpu(library, WAYS[way], seed).run(
+        name,
+        students,
+        teachers,
+        target,
+        params,
+        reduction=reduction,
+        indices=lists[0],
+        masses=lists[1],
+    )
+    wide = torch.float64 in [x.dtype for x in (*students, *teachers)]
+    for what, a, b in (("loss", got.loss, true[0]), ("terms", got.terms, true[1])):
+        near(a, b, f"{name} {what}", 1e-12 if wide else 3e-5, 1e-12 if wide else 1e-5)
+    assert len(got.gradients) == len(true[2])
+    # Differences of logits carry the rounding of the logits.
+    largest = max(x[x.isfinite()].abs().max().item() for x in (*students, *teachers))
+    for k, (a, b) in enumerate(zip(got.gradients, true[2], strict=True)):
+        step = {torch.float64: 1e-12, torch.float32: 3e-5, torch.bfloat16: 8e-3}[a.dtype]
+        least = 1e-12 if wide else 1e-6 + 1e-7 * largest
+        near(a.double(), b.double(), f"{name} gradient {k}", step, least)
+
+
+def near(a, b, what, relative, absolute):
+    torch.testing.assert_close(
+        a, b, rtol=relative, atol=absolute, equal_nan=True, msg=lambda m: f"{what}: {m}"
+    )
+
+
+@ways
+@pytest.mark.parametrize("c", (2, 3, 8, 9, 31, 100))
+@pytest.mark.parametrize("name", NAMES)
+def test_shapes(library, name, c, way):
+    """Odd C: the rows lie on 16-byte boundaries in every way that there is."""
+    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        check(library, name, cast(make(name, 9, c, seed=c), dtype), settings_for(name, c), way)
+
+
+@ways
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64), ids=str)
+@pytest.mark.parametrize("name", WITH_PROBABILITIES)
+def test_class_probabilities(library, name, dtype, way):
+    case = cast(make(name, 9, 33), dtype)
+    case.target = probabilities(9, 33).to(dtype)
+    check(library, name, case, settings_for(name, 33), way)
+    # Not only two classes, and not only labels with the highest logits.
+    case.target = torch.softmax(torch.arange(9 * 33).reshape(9, 33).double().sin(), 1).to(dtype)
+    check(library, name, case, settings_for(name, 33), way)
+
+
+@pytest.mark.parametrize(
+    "student, teacher",
+    [
+        (torch.bfloat16, torch.float32),
+        (torch.float16, torch.bfloat16),
+        (torch.float32, torch.float16),
+        (torch.bfloat16, torch.float64),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("name", NAMES)
+def test_types(library, name, student, teacher):
+    for c in (37, 1200):
+        check(library, name, cast(make(name, 6, c), student, teacher), settings_for(name, c))
+
+
+@pytest.mark.parametrize("count", (1, 2, 3, 5))
+def test_several_teachers(library, count):
+    weights = [0.0 if k == 1 else 1.0 / (k + 1) for k in range(count)]
+    for c in (33, 1200):
+        case = cast(make("kd", 6, c, teachers=count), torch.float32)
+        for more in ({}, {"teacher_weights": weights}):
+            check(library, "kd", case, settings_for("kd", c, **more))
+
+
+@ways
+@pytest.mark.parametrize("count", (1, 2, 3))
+@pytest.mark.parametrize("detach", (True, False))
+def test_several_slts(library, detach, count, way):
+    case = cast(make("slkd", 9, 45, slts=count), torch.float32)
+    fusion = [(k + 1) * 2 / (count * (count + 1)) for k in range(count)]
+    check(library, "slkd", case, settings_for("slkd", 45, fusion=fusion, detach_slts=detach), way)
+
+
+@pytest.mark.parametrize("rest", ("spread", "drop"))
+@pytest.mark.parametrize("k", (1, 7, 40))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("name", ("kd", "nkd"))
+def test_top_k_teachers(library, name, dtype, k, rest):
+    """Beside a whole teacher for kd; the first label is listed, the last one is not."""
+    case = cast(make(name, 9, 41, teachers=2), dtype)
+    wide = case.teachers[0].double()
+    top = kdfuse.SparseTeacher.top_k(wide, k, temperature=2.0, rest=rest)
+    case.target[0], case.target[-1] = top.indices[0, 0], wide[-1].argmin()
+    students, _, target, params = arguments(name, case, **settings_for(name, 41, temperature=2.0))
+    teachers = [top.values.to(dtype), *case.teachers[1 : len(case.teachers)]]
+    empty, mass = torch.empty(0, dtype=torch.int64), top.mass
+    indices = [top.indices, empty][: len(teachers)]
+    masses = [torch.empty(0) if mass is None else mass, torch.empty(0)][: len(teachers)]
+    lists = (indices, masses)
+    check_op(library, name, students, teachers, target, params, "warps", "none", lists, 0)
+
+
+@pytest.mark.parametrize("temperature", (0.5, 1.0, 2.0, 7.5))
+@pytest.mark.parametrize("name", ("kd", "dkd", "nkd", "slkd"))
+def test_temperatures(library, name, temperature):
+    case = cast(make(name, 9, 33), torch.float32)
+    check(library, name, case, settings_for(name, 33, temperature=temperature))
+
+
+@ways
+@pytest.mark.parametrize("reduction", simulator.REDUCTIONS)
+@pytest.mark.parametrize("name", NAMES)
+def test_ignored_rows(library, name, reduction, way):
+    case = cast(make(name, 9, 33), torch.float32)
+    case.target[::3] = -100
+    for x in (*case.students, *case.teachers):
+        x[0] = float("nan")  # an ignored row may hold anything
+    check(library, name, case, settings_for(name, 33), way, reduction=reduction)
+    case.target[:] = -100
+    check(library, name, case, settings_for(name, 33), way, reduction=reduction)
+
+
+def students_masked(case):
+    for x in (*case.students, *case.teachers):
+        x[:, 3:20] = -INF
+
+
+def teachers_masked(case):
+    for x in case.teachers:
+        x[:, :17] = -INF
+
+
+def labels_masked(case):
+    for x in case.students:
+        x[torch.arange(len(x)), case.target] = -INF
+
+
+def label_alone(case):
+    for x in (*case.students, *case.teachers):
+        kept = x[torch.arange(len(x)), case.target].clone()
+        x[:] = -INF
+        x[torch.arange(len(x)), case.target] = kept
+
+
+def ties(case):
+    for x in (*case.students, *case.teachers):
+        x.copy_(x.sign())
+
+
+def far(case):
+    for x in (*case.students, *case.teachers):
+        x += 1e4
+
+
+def saturated(case):
+    for x in (*case.students, *case.teachers):
+        x *= 100
+
+
+@ways
+@pytest.mark.parametrize(
+    "change",
+    (students_masked, teachers_masked, labels_masked, label_alone, ties, far, saturated),
+    ids=lambda f: f.__name__,
+)
+@pytest.mark.parametrize("name", NAMES)
+def test_hard_rows(library, name, change, way):
+    # In double: float32 rounds the ranks of tied and far keys its own way.
+    case = cast(make(name, 9, 33), torch.float64 if name == "uskd" else torch.float32)
+    change(case)
+    check(library, name, case, settings_for(name, 33), way)
+
+
+@pytest.mark.parametrize("rank", ("released", "paper"))
+def test_ranks(library, rank):
+    case = make("uskd", 9, 100)
+    random = torch.Generator().manual_seed(0)
+    case.students = [torch.randn(9, 100, generator=random).double() for _ in range(2)]
+    check(library, "uskd", case, settings_for("uskd", 100, rank=rank))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_strides(library, name):
+    def spaced(x):
+        nan = torch.full((len(x), 5), float("nan"), dtype=x.dtype)
+        return torch.cat([x, nan], 1)[:, : x.shape[1]]
+
+    case = cast(make(name, 9, 33), torch.float32)
+    students = [spaced(x) if k % 2 == 0 else x for k, x in enumerate(case.students)]
+    case = Case(students, [spaced(x) for x in case.teachers], case.target)
+    check(library, name, case, settings_for(name, 33))
+
+
+@pytest.mark.parametrize("start", range(1, 9))
+@pytest.mark.parametrize("name", NAMES)
+def test_rows_that_begin_anywhere(library, name, start):
+    """In the middle of their memory, whose bytes around them hold no numbers."""
+
+    def moved(x):
+        kept = torch.full((x.numel() + 32,), float("nan"), dtype=x.dtype)
+        view = kept[start : start + x.numel()].view(x.shape)
+        return view.copy_(x)
+
+    case = cast(make(name, 9, 41), torch.bfloat16)
+    case = Case([moved(x) for x in case.students], [moved(x) for x in case.teachers], case.target)
+    check(library, name, case, settings_for(name, 41))
+
+
+@ways
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64), ids=str)
+@pytest.mark.parametrize("name", ("kd", "dkd", "slkd"))
+def test_equal_logits_give_exactly_zero(library, name, dtype, way):
+    case = cast(make(name, 9, 100), dtype)
+    same = case.teachers[0]
+    case = Case([same.clone() for _ in case.students], [same], case.target)
+    settings = settings_for(name, 100, ce_weight=0.0)
+    if name == "slkd":
+        settings |= {"fused_ce_weight": 0.0, "detach_slts": True}
+    upstream = torch.full((9,), 0.3, dtype=torch.float64)
+    got = Gpu(library, WAYS[way]).run(name, *arguments(name, case, **settings), upstream=upstream)
+    gradients = got.gradients
+    if name == "slkd":  # the student learns from two teachers, whose parts are rounded apart
+        assert gradients[0].abs().max() < 1e-6
+        gradients = gradients[1:]
+    assert not got.loss.any()
+    assert not any(g.any() for g in gradients)
+
+
+@pytest.mark.parametrize("with_gradient", (True, False))
+@pytest.mark.parametrize("reduction", simulator.REDUCTIONS)
+@pytest.mark.parametrize("name", NAMES)
+def test_no_rows(library, name, reduction, with_gradient):
+    case = cast(make(name, 0, 33), torch.float32)
+    got = Gpu(library).run(
+        name,
+        *arguments(name, case, **FULL[name]),
+        reduction=reduction,
+        with_gradient=with_gradient,
+    )
+    assert not got.loss.any() and not got.terms.any() and len(got.launches) == 1
+
+
+def test_no_rows_have_nothing_to_scale(library):
+    """Autograd brings a factor of no elements, at no address."""
+    got = Gpu(library).scale([torch.empty(0, 33)], torch.empty(0))
+    assert got.launches == []

@@ -1,0 +1,93 @@
+"""The bytes that the kernels move, to the byte: those of README's table."""
+
+import pytest
+import torch
+from calls import FULL, arguments, cast, make
+from simulator import Gpu, device
+
+pytestmark = pytest.mark.slow(15)
+TYPES = (torch.bfloat16, torch.float16, torch.float32)
+TAUGHT = ("kd", "dkd", "nkd", "slkd")
+
+
+def moved(library, name, n, c, dtype, gpu="H100", **settings):
+    case = cast(make(name, n, c), dtype)
+    inputs = arguments(name, case, **{**FULL[name], **settings})
+    of = device(gpu, processors=16 if c > 8000 else 2)
+    return Gpu(library, of).run(name, *inputs)
+
+
+def check(got, passes, n, c, dtype):
+    """Each logit is read `passes` times and each gradient written once, 16 bytes at a time; singly
+    a thread reads a label's logits and writes a label's gradient."""
+    launch = got.launches[0]
+    threads = 32 if "warps" in launch.kernel else launch.threads * launch.cluster
+    size = 2 if dtype != torch.float32 else 4
+    own = 2 if dtype == torch.bfloat16 else 4
+    for name, traffic in got.traffic.items():
+        kind = name.split()[0]
+        if kind in ("student", "teacher"):
+            assert traffic.read == passes * n * c * size, name
+            assert traffic.read_singly == passes * n * threads * size, name
+            assert traffic.written == traffic.written_singly == 0
+        elif kind == "gradient":
+            assert traffic.read == traffic.read_singly == 0
+            assert (traffic.written, traffic.written_singly) == (n * c * own, n * own)
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("name", TAUGHT)
+def test_rows_in_registers_move_once(library, name, dtype):
+    sizes = [(20, 64), (20, 240), (4, 1024)]
+    if dtype != torch.float16:
+        sizes.append((2, 8256 if name != "slkd" else 4160))
+    for n, c in sizes:
+        got = moved(library, name, n, c, dtype)
+        assert got.launches[0].kernel.split("-")[0] in (
+            "fast_warps",
+            "fast_blocks",
+            "fast_clusters",
+        )
+        check(got, 1, n, c, dtype)
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+def test_a_mean_over_the_batch_reads_the_student_twice(library, dtype):
+    for n, c in ((20, 64), (4, 1024)):
+        check(moved(library, "tf_nkd", n, c, dtype), 2, n, c, dtype)
+
+
+@pytest.mark.parametrize("name", ("kd", "dkd", "nkd"))
+def test_rows_read_twice_are_held_where_they_fit(library, name):
+    """Of a GPU without clusters; 163 KiB hold 40,000 classes of two inputs in bfloat16."""
+    held, beyond = (
+        moved(library, name, 1, c, torch.bfloat16, gpu="A100") for c in (16_000, 45_008)
+    )
+    for got, passes, c in ((held, 1, 16_000), (beyond, 2, 45_008)):
+        assert got.launches[0].kernel.startswith("fast_streams")
+        for kind in ("student 0", "teacher 0"):
+            assert got.traffic[kind].read == passes * c * 2
+        assert got.traffic["gradient 0"].written == c * 2
+
+
+@pytest.mark.parametrize("name", ("kd", "dkd", "nkd", "slkd"))
+def test_rows_of_mixed_types_move_once(library, name):
+    n, c = 6, 512  # of which a warp holds all five of SLKD
+    case = cast(make(name, n, c), torch.bfloat16, torch.float32)
+    got = Gpu(library).run(name, *arguments(name, case, **FULL[name]))
+    assert got.launches[0].kernel.startswith("general")
+    for tensor, traffic in got.traffic.items():
+        if tensor.startswith("student"):
+            assert traffic.read == n * c * 2
+        elif tensor.startswith("teacher"):
+            assert traffic.read == n * c * 4
+        elif tensor.startswith("gradient"):
+            assert traffic.written == n * c * 2
+
+
+def test_scratch_is_a_few_numbers_a_block(library):
+    got = moved(library, "kd", 20, 64, torch.bfloat16)
+    blocks, columns = got.launches[0].blocks, 5
+    partial = got.traffic["partial"]
+    assert partial.read + partial.read_singly == 8 * blocks * columns
+    assert partial.written_singly == 8 * blocks * columns

@@ -1,0 +1,164 @@
+// The state of a running grid, for machine.cpp, memory.cpp and runtime.cpp.
+#pragma once
+#include <setjmp.h>
+#include <ucontext.h>
+
+#include <condition_variable>
+#include <deque>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "machine.h"
+
+namespace simulator {
+
+constexpr unsigned kWarp = 32;
+constexpr size_t kStack = 128 * 1024;
+constexpr size_t kSharedBytes = 227 * 1024;  // what a block can have at most
+
+// How many barriers of each kind a thread had passed when it accessed something. Whoever has passed one more of a
+// kind that both take part in comes after that access.
+struct Stamp {
+  uint64_t warp : 20, block : 20, cluster : 14, grid : 10;
+};
+
+// What became of two bytes of memory that a kernel may write.
+struct Cell {
+  Stamp stamp = {};  // of the last write
+  uint32_t writer = 0;  // a thread's id, 0: nobody
+  uint32_t readers = 0;  // a place in Memory::readers, 0: nobody since
+};
+struct Reader {
+  Stamp stamp;
+  uint32_t id;
+};
+
+struct Region {
+  const char* at;
+  size_t bytes;
+  std::string name;
+  bool writable = false;
+  bool shared = false, filled = false;  // filled: holds numbers before the launch
+  // Bytes, in accesses of 16 and in smaller ones.
+  uint64_t read = 0, written = 0, read_singly = 0, written_singly = 0;
+  std::vector<Cell> cells = {};
+};
+
+struct Copy {
+  char* to;
+  const char* from;
+  unsigned bytes, zeros, group;
+  bool landed;
+};
+
+enum class State { ready, waiting, done };
+
+struct Block;
+
+struct Fibre {
+  Block* block;
+  unsigned thread;
+  uint32_t id;
+  State state = State::ready;
+  Site site = {};  // where it waits
+  Stamp now = {};
+  unsigned arrived = 0, met = 0;  // at cluster barriers; how many of them it has waited for
+  bool begun = false;
+  char* stack = nullptr;
+  ucontext_t first;
+  jmp_buf at;
+  uint64_t given = 0, got = 0;  // of a shuffle
+  int from = 0;
+  std::vector<Copy> copies;
+  unsigned group = 0;
+  bool unfenced = false;  // has written since its last fence
+  // By block: accesses with a lower Stamp::block come before this thread, or would after a fence.
+  std::vector<uint32_t> known, seen;
+};
+
+struct Meeting {
+  std::vector<Fibre*> here;
+  Site site = {};
+};
+
+struct Cluster {
+  unsigned expected = 0, arrived = 0, phases = 0;
+  std::vector<Fibre*> waiting;
+};
+
+struct Block {
+  unsigned index;
+  Cluster* cluster;
+  unsigned patience;  // it begins after so many turns of others
+  std::vector<Fibre> fibres;
+  std::vector<Meeting> warps;
+  Meeting meeting;
+  std::deque<Fibre*> ready;
+  unsigned done = 0;
+  bool begun = false, finished = false, turn = false;
+  bool unfenced = false;
+  Region dynamic, fixed;  // its shared memory
+  unsigned remote = 0;  // the latest Stamp::cluster of an access from another block, plus 1
+  jmp_buf home;
+  ucontext_t home_first;
+  std::condition_variable wake;
+  std::thread host;
+};
+
+struct Shape {
+  unsigned blocks, threads, cluster;
+  size_t bytes;
+  bool together;
+};
+
+struct Machine {
+  Shape shape;
+  Body body = {};
+  std::vector<std::unique_ptr<Block>> blocks;
+  std::vector<Cluster> clusters;
+  Meeting grid;
+  unsigned finished = 0, admitted = 0;
+  uint64_t random = 1;
+  unsigned policy = 0;
+  std::string failed;
+  std::mutex mutex;
+  std::condition_variable over;
+  struct Word {
+    unsigned before;  // the launch
+    std::vector<uint32_t> released;  // by block: accesses with a lower Stamp::block
+  };
+  std::map<unsigned*, Word> words;  // that atomics have changed
+  struct {
+    uint64_t block_barriers, cluster_barriers, warp_barriers, shuffles, remote_stores;
+  } counts = {};
+
+  uint32_t draw(uint32_t below);
+};
+
+extern Machine* machine;
+Fibre* current();
+
+// Ends the launch; never returns to the thread that it is called from.
+void fail(const std::string& what);
+std::string place_of(const Fibre& f);
+void yield_now(Fibre& f);  // lets others go on
+
+// memory.cpp
+void forget_readers();
+void access(const char* at, unsigned bytes, bool write, const void* pc);
+bool comes_after(const Fibre& f, const Stamp& stamp, uint32_t id);
+void fly(Fibre& f, char* to, unsigned bytes);  // marks what a copy has been asked for
+void land(Fibre& f, const Copy& copy);  // marks what a copy has brought
+Region* region_of(const char* at);
+
+// runtime.cpp
+std::vector<Region>& memory();  // of the device
+
+// Runs a grid; returns what went wrong, or "".
+std::string run_grid(const Shape& shape, const Body& body, uint64_t seed);
+
+}  // namespace simulator
