@@ -56,6 +56,8 @@ class Call:
 
 WARPS, BLOCKS = Call("kd", 9, 41), Call("kd", 5, 1001)
 CLUSTERS = Call("kd", 3, 8251, processors=16)
+SLTS = Call("slkd", 5, 1001)  # whose sums follow each other
+FUSED = Call("slkd", 3, 4203, processors=16)
 SCORES = Call("tf_nkd", 9, 41)
 FLOATS = Call("kd", 9, 33, torch.float32)
 
@@ -83,9 +85,9 @@ MUTATIONS = [
         "team.h",
         REUSE,
         "x[k] = __shfl_sync(kWholeWarp, x[k], 0);\n",
-        (BLOCKS,),
+        (SLTS,),
     ),
-    Mutation("cluster sets that do not alternate", "team.h", "    turn_ ^= 1;\n", "", (CLUSTERS,)),
+    Mutation("cluster sets that do not alternate", "team.h", "    turn_ ^= 1;\n", "", (FUSED,)),
     Mutation("no cluster barrier at entry", "grid.h", "  team.meet();\n", "", (CLUSTERS,)),
     Mutation(
         "a write to blocks that may not have begun",
@@ -96,10 +98,10 @@ MUTATIONS = [
         (CLUSTERS,),
     ),
     Mutation(
-        "no cluster barrier at exit",
+        "a cluster left while others still write",
         "kernels.h",
         "  Cluster::sync();  // nobody leaves while others may still write here\n",
-        "",
+        "  *cooperative_groups::cluster_group::map_shared_rank(team.sums(1), 0) = 0;\n",
         (CLUSTERS,),
     ),
     Mutation(
@@ -113,8 +115,8 @@ MUTATIONS = [
     Mutation(
         "a copy past the tensor's end",
         "prefetch.h",
-        "const int left = whole ? 16 * kUnits :",
-        "const int left = true ? 16 * kUnits :",
+        "const int inner = static_cast<unsigned>(span.classes + span.shift) / kChunk;",
+        "const int inner = span.chunks;",
         (FLOATS,),
     ),
     Mutation(
@@ -159,7 +161,7 @@ MUTATIONS = [
         "grid.h",
         "team.block_sums()[k] = 0;\n  team.sync_block();\n",
         "team.block_sums()[k] = 0;\n",
-        (BLOCKS,),
+        (WARPS,),
     ),
     Mutation(
         "sums of blocks in each other's places",
@@ -188,13 +190,6 @@ MUTATIONS = [
         "    if (row >= p_.rows) return;\n",
         "    if (row > p_.rows) return;\n",
         (WARPS,),
-    ),
-    Mutation(
-        "a team's memory taken again too early",
-        "any_rows.h",
-        "    of_row(team_, p_, row, span);\n    team_.sync();\n",
-        "    of_row(team_, p_, row, span);\n",
-        (Call("uskd", 23, 1101, torch.float32),),
     ),
     Mutation(
         "static memory forgotten by the launcher",
