@@ -47,7 +47,7 @@ def _cuda() -> str:
         )
     if not torch.cuda.is_available():
         return "torch sees no CUDA device"
-    return too_old(module.cuda_driver(), module.cuda_runtime)
+    return too_old(module.cuda_driver, module.cuda_runtime)
 
 
 def too_old(driver: int, runtime: int) -> str:

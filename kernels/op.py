@@ -278,11 +278,8 @@ def register(op: Op, namespace: str) -> None:
 
     def setup(ctx, inputs, output):
         students, teachers, indices, masses, target, denominator, divisor, _, *static, _ = inputs
-        ctx.divisor, ctx.static, ctx.counts = (
-            divisor,
-            static,
-            (len(students), len(teachers), len(indices)),
-        )
+        ctx.divisor, ctx.static = divisor, static
+        ctx.counts = (len(students), len(teachers), len(indices))
         ctx.save_for_backward(target, denominator, *students, *teachers, *indices, *masses)
         ctx.set_materialize_grads(False)
 

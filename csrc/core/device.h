@@ -1,6 +1,8 @@
 // Every PTX instruction of the kernels, each beside its host twin: the same function of the same bits. Logits come
 // in words: a float32 number, or two of 16 bits.
 #pragma once
+#include <cuda_pipeline_primitives.h>
+
 #include <cstdint>
 #include <cstring>
 
@@ -143,6 +145,30 @@ KDFUSE_HD uint32_t add_counts(uint32_t a, uint32_t b) {
   };
   return sum(a & 0xffffu, b & 0xffffu) | sum(a >> 16, b >> 16) << 16;
 #endif
+}
+
+// The same address, which the compiler is to hold in a register: it would make it again for every use.
+KDFUSE_DEVICE const char* kept(const char* at) {
+#if defined(__CUDA_ARCH__)
+  asm("" : "+l"(at));
+#endif
+  return at;
+}
+
+// 16 bytes from global to shared memory, on the way until wait_for_copies().
+KDFUSE_DEVICE void copy_async(void* to, const void* from) {
+#if defined(__CUDA_ARCH__)
+  const auto at = static_cast<unsigned>(__cvta_generic_to_shared(to));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(at), "l"(from) : "memory");
+#else
+  __pipeline_memcpy_async(to, from, 16);
+#endif
+}
+
+// For the copies of this thread.
+KDFUSE_DEVICE void wait_for_copies() {
+  __pipeline_commit();
+  __pipeline_wait_prior(0);
 }
 
 }  // namespace kdfuse

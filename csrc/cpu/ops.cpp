@@ -154,7 +154,7 @@ std::vector<std::string> levels() {
   return names;
 }
 
-// Of the CUDA kernels, as in "sm_90"; none where the CUDA part was not built.
+// The CUDA that the kernels were built with, as 13000; 0 where they were not.
 int cuda_runtime() {
 #if defined(KDFUSE_CUDA_ARCHS)
   return KDFUSE_CUDA_RUNTIME;
@@ -163,6 +163,7 @@ int cuda_runtime() {
 #endif
 }
 
+// The newest CUDA that the driver supports, as 13000; 0 without one.
 int cuda_driver() {
 #if defined(KDFUSE_CUDA_ARCHS)
   return driver_version();
@@ -171,6 +172,7 @@ int cuda_driver() {
 #endif
 }
 
+// Of the CUDA kernels, as in "sm_90"; none where the CUDA part was not built.
 std::vector<std::string> cuda_archs() {
   std::vector<std::string> names;
 #if defined(KDFUSE_CUDA_ARCHS)
@@ -224,7 +226,7 @@ PYBIND11_MODULE(_C, m) {
   m.attr("compiler") = __VERSION__;
   m.attr("cuda_archs") = cuda_archs();
   m.attr("cuda_runtime") = cuda_runtime();
-  m.def("cuda_driver", &cuda_driver, "What the CUDA driver supports, as 13000; 0 without one.");
+  m.attr("cuda_driver") = cuda_driver();  // a constant: torch.compile cannot trace a call
   m.def("levels", &levels, "SIMD levels that this machine runs, best first.");
   m.def("level", [] { return std::string(kLevelNames[current_level.load()]); }, "The SIMD level in use.");
   m.def("set_level", &set_level, pybind11::arg("name"), "Use another of levels().");

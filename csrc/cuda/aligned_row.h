@@ -52,15 +52,16 @@ class FastRows {
     if (row >= p_.rows) return;
 #pragma unroll
     for (int k = 0; k < kInputs; ++k) {
-      next_[k] = static_cast<const char*>(p_.logits[k]) + row * p_.strides[k] * bytes_of(type);
+      next_[k] = static_cast<const char*>(p_.logits[k]) + product(row, p_.steps[k]);
     }
-    stage_.fetch(next_, span_at(next_[0]));
+    const Span span = span_at(next_[0]);
+    stage_.fetch(next_, span, span.chunks - (row >= p_.guarded));
     if (labelled) next_label_ = p_.labels[row * p_.label_stride];
   }
 
  protected:
   KDFUSE_DEVICE_MEMBER void* gradient(int k, int64_t row) const {
-    return static_cast<char*>(p_.gradients[k]) + row * p_.classes * bytes_of(gradient_type<type>);
+    return static_cast<char*>(p_.gradients[k]) + product(row, p_.classes * bytes_of(gradient_type<type>));
   }
 
   // Takes the row from its places, makes its peaks and sends for the next row. last(k, x) may see each
@@ -73,7 +74,7 @@ class FastRows {
     at.span = span_at(at.logits[0]);
     if constexpr (labelled) open_label(at);
     wait_for_copies();
-    if (!p_.whole) stage_.trim(at.span);
+    if (!p_.whole) stage_.trim(at.logits, at.span, row >= p_.guarded);
     if (labelled && at.label.mine) take_label(at);
     uint32_t top[kInputs];
 #pragma unroll

@@ -50,8 +50,8 @@ KDFUSE_DEVICE void open_batch(const Team& team, const Call& p) {
     team.sum_block(valid);
   }
   if (team.thread() == 0) {
-    const double given = p.denominator.data ? number(p.denominator, 0) : p.divisor;
-    const double divisor = p.denominator.data || given != 0 ? given : valid[0] > 1 ? valid[0] : 1.;
+    const double rows = p.divisor > 0 ? p.divisor : valid[0] > 1 ? valid[0] : 1.;
+    const double divisor = p.denominator.data ? number(p.denominator, 0) : rows;
     assert(divisor > 0 && "kdfuse: denominator must be positive");
     team.batch() = {valid[0], p.mean ? 1 / divisor : 1., {0, 0}};
   }

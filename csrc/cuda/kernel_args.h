@@ -70,14 +70,20 @@ constexpr int kFastInputs = 4;  // of them at most 3 students
 // of the students, then of the teacher.
 struct FastTask : Call {
   const void* logits[kFastInputs];
-  int64_t strides[kFastInputs];
+  uint32_t steps[kFastInputs];  // bytes from row to row
   void* gradients[kFastInputs - 1];
   float params[12];
   float step;  // log2(e) / T
   KdWeight<float> kd;  // of the one teacher of kd
   bool hold;  // rows that are read twice stay in the block's memory
   bool whole;  // every row is of whole chunks, on 16-byte boundaries
+  int64_t guarded;  // from this row on, what lies behind a row may be no memory
 };
+
+// Of fast rows, of which fewer than 2^32 lie fewer than 2^32 bytes apart: one multiplication.
+KDFUSE_DEVICE uint64_t product(int64_t row, int64_t bytes) {
+  return uint64_t{static_cast<uint32_t>(row)} * static_cast<uint32_t>(bytes);
+}
 
 constexpr float kLog2e = 1.44269504088896340736f;
 

@@ -15,6 +15,7 @@ namespace kdfuse {
 namespace {
 
 constexpr int64_t kCountedApart = 16384;  // rows, from which on the blocks do not count them all themselves
+constexpr int64_t kMaxStep = 0xffffffff;  // of fast rows: their number, and the bytes from one to the next
 constexpr int kMaxSorted = 1 << 14;  // the longest row that is sorted
 constexpr int kWarpBytes = 16 * 1024;  // of memory for a warp's inputs in general kernels at most
 
@@ -172,16 +173,19 @@ bool make_fast(Loss loss, const Task& p, FastTask& fast) {
   const int inputs = p.num_students + p.num_teachers, slts = loss == Loss::slkd ? p.num_students - 1 : 0;
   const DType type = p.logits[0].type;
   if (loss == Loss::uskd || inputs > kFastInputs || p.num_teachers > 1 || slts > 2) return false;
-  if (type == DType::f64 || p.soft.data || p.sparse || !weighs_all(loss, p)) return false;
+  if (p.rows > kMaxStep || type == DType::f64 || p.soft.data || p.sparse || !weighs_all(loss, p)) return false;
   const int64_t size = type == DType::f32 ? 4 : 2, own = type == DType::bf16 ? 2 : 4;
   const auto first = reinterpret_cast<uintptr_t>(p.logits[0].data);
   if (first % size || (p.logits[0].stride - p.classes) % kChunk) return false;
   static_cast<Call&>(fast) = p;
+  bool overlap = false;  // rows of an input
   for (int k = 0; k < inputs; ++k) {
     const Matrix& m = p.logits[k];
     const auto at = reinterpret_cast<uintptr_t>(m.data);
     if (m.type != type || (at - first) % (kChunk * size) || (m.stride - p.classes) % kChunk) return false;
-    fast.logits[k] = m.data, fast.strides[k] = m.stride;
+    if (m.stride * size > kMaxStep) return false;
+    overlap |= m.stride < p.classes;
+    fast.logits[k] = m.data, fast.steps[k] = static_cast<uint32_t>(m.stride * size);
   }
   for (int k = 0; p.with_gradient && k < p.num_students; ++k) {
     const auto at = reinterpret_cast<uintptr_t>(p.gradients[k].data);
@@ -189,6 +193,7 @@ bool make_fast(Loss loss, const Task& p, FastTask& fast) {
     fast.gradients[k] = p.gradients[k].data;
   }
   fast.whole = p.classes % kChunk == 0 && first % (kChunk * size) == 0;
+  fast.guarded = fast.whole ? p.rows : overlap ? 0 : p.rows - 1;
   set_params(fast, p.params, sizeof(fast.params) / sizeof(float), loss != Loss::tf_nkd);
   return true;
 }

@@ -111,6 +111,7 @@ Result run(std::vector<Tensor> students, std::vector<Tensor> teachers, std::vect
   p.mean = reduction == kMean;
   p.denominator = numbers(denominator, 1, "denominator");
   p.divisor = divisor.value_or(0);
+  if (p.mean && divisor && !(*divisor > 0)) refuse("denominator must be positive, got " + std::to_string(*divisor));
   p.upstream = numbers(upstream, rows, "upstream");
   set_terms<Facts>(p);
 

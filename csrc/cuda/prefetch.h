@@ -2,35 +2,9 @@
 // places in the block's memory, a row ahead of its use. No other thread touches them, so nothing here
 // needs a barrier; a place takes single elements, where a register could not be indexed.
 #pragma once
-#include <cuda_pipeline_primitives.h>
-
 #include "vec8.h"
 
 namespace kdfuse {
-
-KDFUSE_DEVICE void copy_async(void* to, const void* from) {
-#if defined(__CUDA_ARCH__)
-  const auto at = static_cast<unsigned>(__cvta_generic_to_shared(to));
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(at), "l"(from) : "memory");
-#else
-  __pipeline_memcpy_async(to, from, 16);
-#endif
-}
-
-// The first `bytes` of 16, and zeros.
-KDFUSE_DEVICE void copy_part_async(void* to, const void* from, int bytes) {
-#if defined(__CUDA_ARCH__)
-  const auto at = static_cast<unsigned>(__cvta_generic_to_shared(to));
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(at), "l"(from), "r"(bytes) : "memory");
-#else
-  __pipeline_memcpy_async(to, from, 16, 16 - bytes);
-#endif
-}
-
-KDFUSE_DEVICE void wait_for_copies() {
-  __pipeline_commit();
-  __pipeline_wait_prior(0);
-}
 
 // kInputs rows of logits at a time, kChunks chunks of each by a thread: chunk u * size + rank is its u-th.
 template <DType type, int kInputs, int kChunks, class Team>
@@ -51,49 +25,43 @@ class Stage {
     for (int u = 0; u < kChunks; ++u) drop(u);
   }
 
-  // rows: class 0 of each input. Nothing behind a row is read, which may be the last of its memory; before it lie
-  // bytes of the same 16.
-  KDFUSE_DEVICE_MEMBER void fetch(const char* const (&rows)[kInputs], const Span& span) const {
+  // The first `chunks` chunks. rows: class 0 of each input. What the first and the last chunk have outside the row
+  // comes along: it is of the same 32 bytes, which are memory of the tensor.
+  KDFUSE_DEVICE_MEMBER void fetch(const char* const (&rows)[kInputs], const Span& span, int chunks) const {
     const int first = (kChunk * team_.rank() - span.shift) * kSize;
-    const int inner = static_cast<unsigned>(span.classes + span.shift) / kChunk;
+    const char* from[kInputs];
+#pragma unroll
+    for (int k = 0; k < kInputs; ++k) from[k] = kept(rows[k] + first);
 #pragma unroll
     for (int u = 0; u < kChunks; ++u) {
-      if (!has(span, u) || chunk(u) >= inner) continue;
-      const int64_t at = first + u * (kChunk * kSize) * static_cast<int64_t>(team_.size());
+      if (chunk(u) >= chunks) continue;
+      const int64_t at = u * (kChunk * kSize) * static_cast<int64_t>(team_.size());
 #pragma unroll
       for (int k = 0; k < kInputs; ++k) {
 #pragma unroll
-        for (int h = 0; h < kUnits; ++h) copy_async(place(k, u, h), rows[k] + at + 16 * h);
-      }
-    }
-    if (inner < span.chunks && inner % team_.size() == team_.rank()) fetch_last(rows, span, inner);
-  }
-
-  // The part of a row's last chunk that is in the row.
-  KDFUSE_DEVICE_MEMBER void fetch_last(const char* const (&rows)[kInputs], const Span& span, int inner) const {
-    const int u = inner / team_.size(), left = (span.classes - span.first(inner)) * kSize;
-    const int64_t at = static_cast<int64_t>(span.first(inner)) * kSize;
-#pragma unroll
-    for (int k = 0; k < kInputs; ++k) {
-#pragma unroll
-      for (int h = 0; h < kUnits; ++h) {
-        if (left <= 16 * h) continue;
-        copy_part_async(place(k, u, h), rows[k] + at + 16 * h, left < 16 * h + 16 ? left - 16 * h : 16);
+        for (int h = 0; h < Packed<type>::kUnits; ++h) copy_async(place(k, u, h), from[k] + at + 16 * h);
       }
     }
   }
 
   // The places that the row's first and last chunk have outside the row take no part, nor does a chunk that
-  // only other rows have.
-  KDFUSE_DEVICE_MEMBER void trim(const Span& span) const {
-    const int last = span.chunks - 1, inside = span.classes - span.first(last);
+  // only other rows have. unread: the last chunk has not been fetched; it comes class by class.
+  KDFUSE_DEVICE_MEMBER void trim(const char* const (&rows)[kInputs], const Span& span, bool unread) const {
+    const int last = span.chunks - 1, first = span.first(last);
+    if (last % team_.size() == team_.rank()) {
+#pragma unroll 1
+      for (int v = unread ? 0 : span.classes - first; v < kChunk; ++v) {
+        if (static_cast<unsigned>(first + v) < static_cast<unsigned>(span.classes)) {
+#pragma unroll
+          for (int k = 0; k < kInputs; ++k) put(k, last / team_.size(), v, load_bits<type>(rows[k], first + v));
+        } else {
+          drop(last / team_.size(), v);
+        }
+      }
+    }
     if (span.shift > 0 && team_.rank() == 0) {
 #pragma unroll 1
       for (int v = 0; v < span.shift; ++v) drop(0, v);
-    }
-    if (inside < kChunk && last % team_.size() == team_.rank()) {
-#pragma unroll 1
-      for (int v = inside; v < kChunk; ++v) drop(last / team_.size(), v);
     }
     if (span.chunks < max_chunks(span.classes) && span.chunks % team_.size() == team_.rank()) {
       drop(span.chunks / team_.size());
@@ -103,14 +71,7 @@ class Stage {
   // Class v of the u-th chunk, in every input.
   KDFUSE_DEVICE_MEMBER void drop(int u, int v) const {
 #pragma unroll
-    for (int k = 0; k < kInputs; ++k) {
-      char* const at = element(k, u, v);
-      if constexpr (type == DType::f32) {
-        *reinterpret_cast<float*>(at) = -INFINITY;
-      } else {
-        *reinterpret_cast<uint16_t*>(at) = static_cast<uint16_t>(nothing<type>().w[0]);
-      }
-    }
+    for (int k = 0; k < kInputs; ++k) put(k, u, v, nothing<type>().w[0]);
   }
 
   KDFUSE_DEVICE_MEMBER float peek(int k, int u, int v) const { return load_one<type>(element(k, u, v), 0); }
@@ -127,12 +88,20 @@ class Stage {
   }
 
  private:
-  static constexpr int kSize = type == DType::f32 ? 4 : 2, kUnits = Packed<type>::kUnits;
+  static constexpr int kSize = type == DType::f32 ? 4 : 2;
 
   KDFUSE_DEVICE_MEMBER char* place(int k, int u, int h) const {
     return base_ + ((k * kChunks + u) * Packed<type>::kUnits + h) * step_;
   }
   KDFUSE_DEVICE_MEMBER char* element(int k, int u, int v) const { return place(k, u, v * kSize / 16) + v * kSize % 16; }
+  KDFUSE_DEVICE_MEMBER void put(int k, int u, int v, uint32_t bits) const {
+    char* const at = element(k, u, v);
+    if constexpr (type == DType::f32) {
+      *reinterpret_cast<uint32_t*>(at) = bits;
+    } else {
+      *reinterpret_cast<uint16_t*>(at) = static_cast<uint16_t>(bits);
+    }
+  }
   // The u-th chunk, in every input.
   KDFUSE_DEVICE_MEMBER void drop(int u) const {
     const uint32_t w = nothing<type>().w[0];

@@ -31,9 +31,8 @@ class Tickets {
     const std::lock_guard<std::mutex> lock(all.mutex_);
     const auto known = all.taken_.find(key);
     if (known != all.taken_.end()) return known->second;
-    const unsigned ticket = all.next(device);
-    if (graph) all.leave_with(graph, key);
-    return all.taken_[key] = ticket;
+    if (graph) leave_with(graph, key);  // before a number is taken, which a failure would keep
+    return all.taken_[key] = all.next(device);
   }
 
  private:

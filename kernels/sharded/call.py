@@ -19,7 +19,17 @@ from torch import Tensor
 
 from .. import backends
 from ..checks import check_denominator, check_range
-from ..op import REDUCTIONS, Loss, Op, Options, named, refuse_second_derivative, scaled, unit_stride
+from ..op import (
+    REDUCTIONS,
+    Loss,
+    Op,
+    Options,
+    denominator_of,
+    named,
+    refuse_second_derivative,
+    scaled,
+    unit_stride,
+)
 from ..parts import ClassPart
 from ..sparse import SparseTeacher, Teacher
 from . import rows
@@ -54,11 +64,9 @@ def run(
     check_parts(gathered[..., -1], gathered[..., 1], part)
     merged = merge(gathered[..., :-1], at)
 
-    denominator = options.denominator
-    if isinstance(denominator, Tensor):
-        denominator = denominator.to(part.logits.device, torch.float64)
-    elif denominator is not None:  # filled on the device: a copy from the host would wait for it
-        denominator = torch.full((), denominator, dtype=torch.float64, device=part.logits.device)
+    denominator, divisor = denominator_of(options.denominator, part.logits.device)
+    if divisor is not None:  # filled on the device: a copy from the host would wait for it
+        denominator = torch.full((), divisor, dtype=torch.float64, device=part.logits.device)
     static = (list(params), REDUCTIONS[options.reduction], options.ignore_index)
     wanted = torch.is_grad_enabled() and any(x.requires_grad for x in students)
     call = partial(with_no_class if not held else with_classes, grad, where, static)
@@ -204,9 +212,9 @@ def gather(packed: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     if group is None and not (dist.is_available() and dist.is_initialized()):
         return packed[None]
     world = dist.get_world_size(group)
-    rows = packed.new_empty((world * packed.shape[0], packed.shape[1]))
-    dist.all_gather_into_tensor(rows, packed, group=group)
-    return rows.unflatten(0, (world, packed.shape[0]))
+    every = packed.new_empty((world * packed.shape[0], packed.shape[1]))
+    dist.all_gather_into_tensor(every, packed, group=group)
+    return every.unflatten(0, (world, packed.shape[0]))
 
 
 def with_classes(

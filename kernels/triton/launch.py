@@ -116,18 +116,25 @@ def counter(at: Tensor) -> Tensor:
     key = (at.get_device(), torch.cuda.current_stream(at.device).cuda_stream)
     if key not in _COUNTERS:
         made = torch.zeros(1, dtype=torch.int32, device=at.device)
-        if in_private_pool(made.data_ptr(), torch.cuda.memory_snapshot()):
+        if in_private_pool(made.data_ptr()):
             return made
         _COUNTERS[key] = made
     return _COUNTERS[key]
 
 
-def in_private_pool(address: int, segments: list[dict[str, Any]]) -> bool:
+_PRIVATE: set[range] = set()  # addresses of segments that were found to be of somebody's pool
+
+
+def in_private_pool(address: int) -> bool:
     """Whether memory belongs to a pool of somebody, who may recycle it whole, as CUDA graphs do.
 
-    segments: as torch.cuda.memory_snapshot() lists them.
+    A segment that was is looked up once: a pool's counter is made anew in every call.
     """
-    for segment in segments:
-        if 0 <= address - segment["address"] < segment["total_size"]:
-            return tuple(segment.get("segment_pool_id", (0, 0))) != (0, 0)
+    if any(address in known for known in _PRIVATE):
+        return True
+    for segment in torch.cuda.memory_snapshot():
+        held = range(segment["address"], segment["address"] + segment["total_size"])
+        if address in held and tuple(segment.get("segment_pool_id", (0, 0))) != (0, 0):
+            _PRIVATE.add(held)
+            return True
     return False

@@ -203,6 +203,13 @@ def test_what_only_the_device_can_see_stops_it(change):
     assert done.returncode != 0 and said in done.stdout + done.stderr
 
 
+@pytest.mark.parametrize("divisor", (0.0, -1.0, float("nan")))
+def test_a_number_that_is_no_denominator_is_refused(divisor):
+    z, params = torch.randn(4, 10, device="cuda"), [4.0, 16.0, 1.0, 0.0, 1.0]
+    with pytest.raises(RuntimeError, match="denominator must be positive"):
+        torch.ops.kdfuse.kd([z], [z], [], [], None, None, divisor, None, params, 1, -100, False)
+
+
 def test_other_devices_are_refused():
     z, t = torch.randn(4, 10, device="cuda"), torch.randn(4, 10)
     with pytest.raises(ValueError, match="cpu"):

@@ -31,8 +31,6 @@ BESIDE = (
     ("aligned_row.h", "leave_out"),
     ("aligned_row.h", "each_edge"),
     ("aligned_row.h", "take_label"),
-    ("prefetch.h", "fetch_last"),
-    ("prefetch.h", "copy_part_async"),
     ("prefetch.h", "trim"),
     ("prefetch.h", "drop"),
     ("grid.h", "row_weight"),
@@ -48,9 +46,9 @@ KL, WITH_CE, DKD = (
 # Instructions a class: what was reached, and the goal.
 GOALS = {KL: 26, WITH_CE: 34, DKD: 40}
 BUDGETS = {
-    "sm_80": {KL: 25.0, WITH_CE: 35.5, DKD: 39.5},  # compares bfloat16 one at a time
-    "sm_90": {KL: 25.0, WITH_CE: 34.5, DKD: 37.5},
-    "sm_100": {KL: 24.0, WITH_CE: 34.0, DKD: 38.5},
+    "sm_80": {KL: 24.5, WITH_CE: 34.5, DKD: 38.0},  # compares bfloat16 one at a time
+    "sm_90": {KL: 25.0, WITH_CE: 33.5, DKD: 37.0},
+    "sm_100": {KL: 24.0, WITH_CE: 33.5, DKD: 38.0},
 }
 
 pytestmark = [

@@ -51,13 +51,19 @@ def test_nothing_on_the_way_of_a_call_waits_for_the_device():
 
 
 @needs_triton
-def test_a_counter_in_memory_that_a_graph_may_recycle_is_not_kept():
-    from kdfuse.kernels.triton.launch import in_private_pool
+def test_a_counter_in_memory_that_a_graph_may_recycle_is_not_kept(monkeypatch):
+    from kdfuse.kernels.triton import launch
 
     own = {"address": 512, "total_size": 512, "segment_pool_id": (0, 0)}
     of_graph = {"address": 2048, "total_size": 1024, "segment_pool_id": (0, 7)}
-    for address, expected in ((512, False), (1023, False), (2048, True), (3071, True), (9, False)):
-        assert in_private_pool(address, [own, of_graph]) is expected
+    looks = []
+    snapshot = lambda: looks.append(1) or [own, of_graph]  # noqa: E731
+    monkeypatch.setattr(torch.cuda, "memory_snapshot", snapshot)
+    monkeypatch.setattr(launch, "_PRIVATE", set())
+    for address, expected in ((512, False), (1023, False), (2048, True), (9, False)):
+        assert launch.in_private_pool(address) is expected
+    looks.clear()
+    assert launch.in_private_pool(2048) and launch.in_private_pool(3071) and not looks
 
 
 def test_losses_need_no_triton():

@@ -24,6 +24,7 @@ def twin(tmp_path_factory):
     made = tmp_path_factory.mktemp("twins") / "twins.so"
     compiler = shutil.which("g++") or shutil.which("c++")
     flags = ["-std=c++17", "-O2", "-ffp-contract=off", "-shared", "-fPIC", "-x", "c++"]
+    flags += [f"-I{SOURCE.parent / 'include'}"]
     subprocess.run([compiler, *flags, str(SOURCE), "-o", str(made)], check=True)
     library = ctypes.CDLL(str(made))
 

@@ -191,6 +191,23 @@ def test_a_denominator_on_the_host_is_a_number(monkeypatch):
     assert op.denominator_of(kept, at)[0] is kept
 
 
+@pytest.mark.skipif(
+    backends.compiled()[0] is None, reason=f"nothing compiled: {backends.compiled()[1]}"
+)
+def test_the_choice_of_a_backend_can_be_traced(monkeypatch):
+    """torch.compile passes it on the way of every call on a GPU."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(backends.compiled()[0], "cuda_archs", ["sm_90"])
+    monkeypatch.setattr(backends.compiled()[0], "cuda_driver", 12000)
+
+    def said(x):
+        return x + len(backends._cuda())
+
+    torch._dynamo.reset()
+    traced = torch.compile(said, fullgraph=True, backend="eager")
+    assert traced(torch.zeros(())) == said(torch.zeros(())) > 0
+
+
 def test_reasons_of_an_old_driver():
     assert backends.too_old(13000, 13000) == backends.too_old(13020, 13000) == ""
     assert backends.too_old(12080, 12090) == ""
