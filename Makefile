@@ -44,6 +44,7 @@ test-variants: install
 
 # What of the CUDA kernels is too long for make test; ONLY=cluster takes the faults of that name alone.
 test-simulator: install
+	$(BIN)/python tests/simulator/sanitizers.py
 	$(BIN)/python tests/simulator/mutations.py $(ONLY)
 
 lint: install

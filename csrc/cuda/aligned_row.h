@@ -50,12 +50,10 @@ class FastRows {
 
   KDFUSE_DEVICE_MEMBER void fetch(int64_t row) {
     if (row >= p_.rows) return;
-#pragma unroll
-    for (int k = 0; k < kInputs; ++k) {
-      next_[k] = static_cast<const char*>(p_.logits[k]) + product(row, p_.steps[k]);
-    }
-    const Span span = span_at(next_[0]);
-    stage_.fetch(next_, span, span.chunks - (row >= p_.guarded));
+    const char* rows[kInputs];
+    find(row, rows);
+    const Span span = span_at(rows[0]);
+    stage_.fetch(rows, span, span.chunks - (row >= p_.guarded));
     if (labelled) next_label_ = p_.labels[row * p_.label_stride];
   }
 
@@ -69,8 +67,7 @@ class FastRows {
   KDFUSE_DEVICE_MEMBER Row open(int64_t row, int64_t next) {
     Row at = {};
     at.row = row;
-#pragma unroll
-    for (int k = 0; k < kInputs; ++k) at.logits[k] = next_[k];
+    find(row, at.logits);
     at.span = span_at(at.logits[0]);
     if constexpr (labelled) open_label(at);
     wait_for_copies();
@@ -150,6 +147,12 @@ class FastRows {
   Packed<type> x_[kInputs][kChunks];
 
  private:
+  // Class 0 of each input.
+  KDFUSE_DEVICE_MEMBER void find(int64_t row, const char* (&rows)[kInputs]) const {
+#pragma unroll
+    for (int k = 0; k < kInputs; ++k) rows[k] = static_cast<const char*>(p_.logits[k]) + product(row, p_.steps[k]);
+  }
+
   KDFUSE_DEVICE_MEMBER void open_label(Row& at) const {
     Label<kInputs>& y = at.label;
     at.skipped = next_label_ == p_.ignore_index;
@@ -178,9 +181,7 @@ class FastRows {
 
   KDFUSE_DEVICE_MEMBER Span span_at(const void* row) const { return fast_span(p_.classes, type, row); }
 
-  // Of the row that is on its way.
-  const char* next_[kInputs];
-  int64_t next_label_ = 0;
+  int64_t next_label_ = 0;  // of the row that is on its way
 };
 
 }  // namespace kdfuse

@@ -134,12 +134,13 @@ KDFUSE_DEVICE void label_scores(const Team& team, const Task& p, int64_t row, co
   T none[1];
   exponentiate(team, p, y, span, z, true, none, [](int, const T(&)[kChunk], const T(&)[kChunk], T*) {});
   join_labels(z, y);
-  if (team.rank() != 0) return;
+  T scores[2];
 #pragma unroll
   for (int k = 0; k < 2; ++k) {
-    const T score = k < y.count ? std::exp(z.log_label(k)) : T(0);
-    p.scores[2 * row + k] = squared ? score * score : score;
+    scores[k] = k < y.count ? std::exp(z.log_label(k)) : T(0);
+    if (squared) scores[k] *= scores[k];
   }
+  put_scores(team, p, row, scores[0], scores[1]);
 }
 
 template <class T, class Team>

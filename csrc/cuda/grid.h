@@ -10,6 +10,8 @@
 
 namespace kdfuse {
 
+constexpr int kLanes = 32;  // of a warp
+
 // Of a block's memory, for the batch and the sums of its teams.
 KDFUSE_HD int head_bytes(int teams, int columns) {
   return static_cast<int>((sizeof(Batch) + sizeof(double) * teams * columns + 15) / 16 * 16);
@@ -24,27 +26,65 @@ KDFUSE_DEVICE bool ignored(const Call& p, int64_t row) {
   return p.labels && p.labels[row * p.label_stride] == p.ignore_index;
 }
 
-// The rows that count, of those from `first` on in steps: labels outside the classes stop the kernel.
+// The rows that count, of those from `first` on in steps: labels outside the classes stop the kernel. Several
+// labels are on their way at a time: their latency is what this costs.
 KDFUSE_DEVICE double count_rows(const Call& p, int64_t first, int64_t step) {
+  constexpr int kAhead = 8;
   if (!p.labels) return first == 0 ? static_cast<double>(p.rows) : 0.;
   int valid = 0;
 #pragma unroll 1
-  for (int64_t row = first; row < p.rows; row += step) {
-    const int64_t y = p.labels[row * p.label_stride];
-    const bool counts = y != p.ignore_index;
-    assert((!counts || (y >= 0 && y < p.classes)) &&
-           "kdfuse: target outside the classes; mark rows to skip with ignore_index");
-    valid += counts;
+  for (int64_t row = first; row < p.rows; row += kAhead * step) {
+    int64_t y[kAhead];
+#pragma unroll
+    for (int u = 0; u < kAhead; ++u) {
+      const int64_t at = row + u * step;
+      y[u] = at < p.rows ? p.labels[at * p.label_stride] : p.ignore_index;
+    }
+#pragma unroll
+    for (int u = 0; u < kAhead; ++u) {
+      const bool counts = y[u] != p.ignore_index;
+      assert((!counts || (y[u] >= 0 && y[u] < p.classes)) &&
+             "kdfuse: target outside the classes; mark rows to skip with ignore_index");
+      valid += counts;
+    }
   }
   return valid;
 }
 
-// Every block counts for itself: the labels are few beside the logits, and nothing has to be waited for.
+// Numbers that other blocks have written.
+KDFUSE_DEVICE double fresh(const double* x) { return __ldcg(x); }
+
+// The sums over all blocks of a number of each, which comes back to every thread of the grid; at: of kBlockNumbers.
+template <int n, class Team>
+KDFUSE_DEVICE void sum_grid(const Team& team, const Call& p, int at, double (&x)[n]) {
+  team.sum_block(x);
+  if (team.thread() < n) {
+    double* const own = p.of_blocks + static_cast<int64_t>(team.block()) * kBlockNumbers + at;
+#pragma unroll
+    for (int k = 0; k < n; ++k) {
+      if (team.thread() == k) own[k] = x[k];
+    }
+  }
+  team.sync_grid();
+#pragma unroll
+  for (double& sum : x) sum = 0;
+#pragma unroll 1
+  for (int b = team.thread(); b < team.blocks(); b += team.threads()) {
+#pragma unroll
+    for (int k = 0; k < n; ++k) x[k] += fresh(p.of_blocks + static_cast<int64_t>(b) * kBlockNumbers + at + k);
+  }
+  team.sum_block(x);
+}
+
+// Every block counts for itself: the labels are few beside the logits, and nothing has to be waited for. Of many
+// rows each counts a part.
 template <class Team>
 KDFUSE_DEVICE void open_batch(const Team& team, const Call& p) {
   double valid[1];
-  if (p.counted) {
-    valid[0] = *p.counted;
+  if (p.count_apart) {
+    const int64_t thread = static_cast<int64_t>(team.block()) * team.threads() + team.thread();
+    valid[0] = count_rows(p, thread, static_cast<int64_t>(team.blocks()) * team.threads());
+    sum_grid(team, p, 0, valid);
   } else {
     valid[0] = count_rows(p, team.thread(), team.threads());
     team.sum_block(valid);
@@ -114,30 +154,38 @@ KDFUSE_DEVICE void write_no_values(const Team& team, const Call& p, int64_t row)
   if (p.each_row && team.rank() == 0) put(p.loss, p.type, row, 0);
 }
 
-// Numbers that other blocks have written.
-KDFUSE_DEVICE double fresh(const double* x) { return __ldcg(x); }
+// A row's label scores, kept for its second reading and summed up.
+template <class Team>
+KDFUSE_DEVICE void put_scores(const Team& team, const Call& p, int64_t row, double first, double second) {
+  if (team.rank() != 0) return;
+  p.scores[2 * row] = first, p.scores[2 * row + 1] = second;
+  double* const sums = team.sums(p.columns());
+  sums[0] += first, sums[1] += second;
+}
 
-// The means of the label scores, after every team has written its rows'.
+// The means of the label scores, after every team has put its rows'.
 template <class Team>
 KDFUSE_DEVICE void average_scores(const Team& team, const Call& p) {
+  team.sync_block();
   double sums[2] = {0, 0};
-  team.sync_grid();
-#pragma unroll 1
-  for (int64_t row = team.thread(); row < p.rows; row += team.threads()) {
-    if (ignored(p, row)) continue;
+  const int columns = p.columns();
+  if (team.thread() < Team::kTeams) {
 #pragma unroll
-    for (int k = 0; k < 2; ++k) sums[k] += fresh(p.scores + 2 * row + k);
+    for (int k = 0; k < 2; ++k) {
+      double& sum = team.block_sums()[team.thread() * columns + k];
+      sums[k] = sum, sum = 0;
+    }
   }
-  team.sum_block(sums);
+  sum_grid(team, p, 1, sums);
   const double valid = team.batch().valid > 1 ? team.batch().valid : 1;
   team.sync_block();
   if (team.thread() == 0) team.batch().score_mean[0] = sums[0] / valid, team.batch().score_mean[1] = sums[1] / valid;
   team.sync_block();
 }
 
-// The last block adds up what all have summed.
+// The last block adds up what all have summed, a warp a column.
 template <class Team>
-KDFUSE_DEVICE void close_batch(const Team& team, const Call& p, unsigned* ticket) {
+KDFUSE_DEVICE void close_batch(const Team& team, const Call& p, unsigned* tickets) {
   const int columns = p.columns();
   team.sync_block();
 #pragma unroll 1
@@ -147,17 +195,18 @@ KDFUSE_DEVICE void close_batch(const Team& team, const Call& p, unsigned* ticket
     for (int t = 0; t < Team::kTeams; ++t) sum += team.block_sums()[t * columns + k];
     p.partial[static_cast<int64_t>(team.block()) * columns + k] = sum;
   }
-  if (!team.is_last(ticket)) return;
+  if (!team.is_last(tickets + p.ticket)) return;
   const double valid = team.batch().valid;
+  const int lane = team.thread() % kLanes, warps = team.threads() / kLanes;
 #pragma unroll 1
-  for (int k = 0; k < columns; ++k) {
+  for (int k = team.thread() / kLanes; k < columns; k += warps) {
     double sum[1] = {0};
-#pragma unroll 1
-    for (int b = team.thread(); b < team.blocks(); b += team.threads()) {
+#pragma unroll 4
+    for (int b = lane; b < team.blocks(); b += kLanes) {
       sum[0] += fresh(p.partial + static_cast<int64_t>(b) * columns + k);
     }
-    team.sum_block(sum);
-    if (team.thread() != 0) continue;
+    team.sum_lanes(sum);
+    if (lane != 0) continue;
     if (k == 0) {
       if (!p.each_row) put(p.loss, p.type, 0, sum[0] * team.batch().scale);
       put(p.terms, p.type, p.num_terms, valid);
@@ -171,7 +220,7 @@ KDFUSE_DEVICE void close_batch(const Team& team, const Call& p, unsigned* ticket
 // A batch in one launch: rows of a team are a grid's length apart. While a row is worked on the next one may
 // be on its way.
 template <class Rows, class Team, class Task>
-KDFUSE_DEVICE void run_batch(const Team& team, const Task& p, unsigned* ticket) {
+KDFUSE_DEVICE void run_batch(const Team& team, const Task& p, unsigned* tickets) {
   Rows rows(team, p);
   const int64_t first = team.index(), step = team.teams();
   rows.fetch(first);
@@ -184,7 +233,7 @@ KDFUSE_DEVICE void run_batch(const Team& team, const Task& p, unsigned* ticket) 
   }
 #pragma unroll 1
   for (int64_t row = first; row < p.rows; row += step) rows.run(row, row + step);
-  close_batch(team, p, ticket);
+  close_batch(team, p, tickets);
 }
 
 }  // namespace kdfuse

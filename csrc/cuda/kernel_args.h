@@ -9,6 +9,8 @@ namespace kdfuse {
 constexpr int kMaxLogits = kMaxStreams - 4;
 constexpr int kMaxParams = kMaxStreams + 8;
 constexpr int kMaxTopK = 8;  // teachers, where some are top-k ones
+constexpr int kMaxBlocks = 4096;  // of a grid
+constexpr int kBlockNumbers = 3;
 constexpr int kMaxColumns = 256;  // the loss and its terms
 
 // float or double numbers on the device, or none.
@@ -38,8 +40,9 @@ struct Call {
   int64_t ignore_index;
   double divisor;  // the denominator where it is known on the host, else 0
   Numbers denominator, upstream;
-  const double* counted;  // the valid rows, where a kernel before this one has counted them, or null
+  bool count_apart;  // each block counts the labels of a part of the rows
   double* partial;  // (blocks, columns): each block's sums of its rows' losses and terms
+  double* of_blocks;  // (blocks, kBlockNumbers): its count, and the sums of its rows' label scores
   double* scores;  // (rows, 2), of the ops that need their batch mean
   unsigned ticket;  // where the blocks that have finished are counted
   void* loss;  // one number, or each row's
@@ -96,6 +99,17 @@ inline void set_params(FastTask& p, const double* params, int count, bool temper
     const auto kd = kd_weight_of(params[4], params[2], params[1], t);
     p.kd = {static_cast<float>(kd.value), static_cast<float>(kd.step)};
   }
+}
+
+// Scratch of a call, in doubles: partial, of_blocks, and scores where there are some.
+inline int64_t scratch_numbers(const Call& p, bool scored) {
+  return int64_t{kMaxBlocks} * (p.columns() + kBlockNumbers) + (scored ? 2 * p.rows : 0);
+}
+
+inline void set_scratch(Call& p, double* scratch) {
+  p.partial = scratch;
+  p.of_blocks = scratch + int64_t{kMaxBlocks} * p.columns();
+  p.scores = p.of_blocks + int64_t{kMaxBlocks} * kBlockNumbers;
 }
 
 static_assert(sizeof(Task) < 4096, "a kernel's arguments are limited to 4 KB");

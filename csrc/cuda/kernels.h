@@ -16,40 +16,39 @@ __device__ unsigned tickets[kTickets];  // each is 0 again after a launch
 template <class Rows, int kBlocks>
 __global__ void __launch_bounds__(Warp::kTeams* kWarp, kBlocks) fast_warps(const __grid_constant__ FastTask p) {
   const Warp team(head_bytes(Warp::kTeams, p.columns()), kWarp * Rows::kThreadBytes);
-  run_batch<Rows>(team, p, tickets + p.ticket);
+  run_batch<Rows>(team, p, tickets);
 }
 
 template <class Rows>
 __global__ void __launch_bounds__(kFastBlock, 1) fast_blocks(const __grid_constant__ FastTask p) {
   const Block team(head_bytes(1, p.columns()), 0);
-  run_batch<Rows>(team, p, tickets + p.ticket);
+  run_batch<Rows>(team, p, tickets);
 }
 
 template <template <class> class Rows>
 __global__ void __launch_bounds__(kFastBlock, 1) fast_clusters(const __grid_constant__ FastTask p) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
   const Cluster team(head_bytes(1, p.columns()), 0);
-  run_batch<Rows<Cluster>>(team, p, tickets + p.ticket);
-  Cluster::sync();  // nobody leaves while others may still write here
+  run_batch<Rows<Cluster>>(team, p, tickets);
 #endif
 }
 
 template <class Rows>
 __global__ void __launch_bounds__(kStreamBlock, 3) fast_streams(const __grid_constant__ FastTask p) {
   const Block team(head_bytes(1, p.columns()), 0);
-  run_batch<Rows>(team, p, tickets + p.ticket);
+  run_batch<Rows>(team, p, tickets);
 }
 
 template <class Rows>
 __global__ void __launch_bounds__(Warp::kTeams* kWarp, 2) general_warps(const __grid_constant__ Task p) {
   const Warp team(head_bytes(Warp::kTeams, p.columns()), p.team_bytes);
-  run_batch<Rows>(team, p, tickets + p.ticket);
+  run_batch<Rows>(team, p, tickets);
 }
 
 template <class Rows>
 __global__ void __launch_bounds__(kGeneralBlock) general_blocks(const __grid_constant__ Task p) {
   const Block team(head_bytes(1, p.columns()), 0);
-  run_batch<Rows>(team, p, tickets + p.ticket);
+  run_batch<Rows>(team, p, tickets);
 }
 
 template <class Kernel>

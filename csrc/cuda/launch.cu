@@ -14,16 +14,12 @@
 namespace kdfuse {
 namespace {
 
-constexpr int64_t kCountedApart = 16384;  // rows, from which on the blocks do not count them all themselves
+// Rows, from which on a block counts a part of them, and all have to meet. Clusters count them all themselves: their
+// rows are long.
+constexpr int64_t kCountedApart = 16384;
 constexpr int64_t kMaxStep = 0xffffffff;  // of fast rows: their number, and the bytes from one to the next
 constexpr int kMaxSorted = 1 << 14;  // the longest row that is sorted
 constexpr int kWarpBytes = 16 * 1024;  // of memory for a warp's inputs in general kernels at most
-
-__global__ void __launch_bounds__(kMaxBlock) count_valid(const __grid_constant__ Call p, double* counted) {
-  double valid[1] = {count_rows(p, threadIdx.x, blockDim.x)};
-  join_block<Sum>(valid);
-  if (threadIdx.x == 0) *counted = valid[0];
-}
 
 __global__ void __launch_bounds__(kMaxBlock) scale_rows(const __grid_constant__ Scaling s) {
   scale(s, int64_t{blockIdx.x} * blockDim.x + threadIdx.x, int64_t{gridDim.x} * blockDim.x);
@@ -142,13 +138,10 @@ void enqueue(void (*kernel)(Arguments...), const Launch& l, int blocks, cudaStre
 }
 
 template <class T>
-void start(const Launch& l, T& task, int device, cudaStream_t stream) {
+void start(Launch l, T& task, int device, cudaStream_t stream) {
   task.ticket = Tickets::take(device, stream);
-  if (task.labels && task.rows > kCountedApart) {
-    double* const counted = task.partial + int64_t{kMaxBlocks} * task.columns();
-    enqueue(count_valid, {nullptr, kMaxBlock}, 1, stream, static_cast<Call>(task), counted);
-    task.counted = counted;
-  }
+  task.count_apart = task.labels && task.rows > kCountedApart && l.cluster == 1;
+  l.together |= task.count_apart;
   const int64_t teams_per_block = l.teams, wanted = (task.rows + teams_per_block - 1) / teams_per_block * l.cluster;
   const int blocks = static_cast<int>(std::clamp<int64_t>(wanted, l.cluster, blocks_at_once(l, device)));
   enqueue(reinterpret_cast<void (*)(T)>(const_cast<void*>(l.kernel)), l, blocks, stream, task);
@@ -220,7 +213,7 @@ int whole_warps(int threads) { return std::max(kWarp, (threads + kWarp - 1) / kW
 // block, then a cluster of them; rows beyond all registers are read twice.
 bool shape_fast(Loss loss, const FastKernels& k, FastTask& p, DType type, int device, Launch& l) {
   const Device& d = device_of(device);
-  const int chunks = max_chunks(p.classes);
+  const int chunks = p.whole ? p.classes / kChunk : max_chunks(p.classes);
   l.together = loss == Loss::tf_nkd;
   if (chunks <= kWarp * k.chunks && p.rows > 4 * d.processors) {
     l.kernel = k.warps, l.teams = Warp::kTeams, l.threads = Warp::kTeams * kWarp;
@@ -247,7 +240,7 @@ bool shape_fast(Loss loss, const FastKernels& k, FastTask& p, DType type, int de
   if (!k.streams) return false;
   l.kernel = k.streams, l.threads = kStreamBlock;
   const int rows = loss == Loss::tf_nkd ? 1 : 2;
-  const int64_t row = int64_t{chunks} * rows * (type == DType::f32 ? 32 : 16);
+  const int64_t row = int64_t{max_chunks(p.classes)} * rows * (type == DType::f32 ? 32 : 16);
   p.hold = p.with_gradient && head + row <= kernel_of(k.streams, device).memory;
   l.bytes = head + static_cast<int>(p.hold ? row : 0);
   return true;

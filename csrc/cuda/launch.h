@@ -6,10 +6,8 @@
 
 namespace kdfuse {
 
-constexpr int kMaxBlocks = 4096;  // of a grid: each leaves its sums in Call::partial
-
-// Runs one op on a stream of a device, in one launch (two for more than kCountedApart rows with labels).
-// Nothing waits for the device. wide: compute in double. Returns "" or what went wrong.
+// Runs one op on a stream of a device, in one launch. Nothing waits for the device. wide: compute in double. Returns ""
+// or what went wrong.
 std::string launch(Loss loss, Task task, bool wide, int device, void* stream);
 
 // Multiplies gradients by one number for all rows, or one for each; a factor that is 1 costs no traffic.

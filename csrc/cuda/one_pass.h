@@ -23,7 +23,7 @@ class Resident : public FastRows<type, 1, loss != Loss::tf_nkd, labelled, kChunk
     float sums[S::kCount];
     exponentiate(at, sums);
     const Split<float> one = split(Stats<float>{sums[S::student1], of(at).far(at.label.values[0], 0).student1});
-    if (team_.rank() == 0) p_.scores[2 * row] = one.label, p_.scores[2 * row + 1] = 0;
+    put_scores(team_, p_, row, one.label, 0);
   }
 
   KDFUSE_DEVICE_MEMBER void run(int64_t row, int64_t next) {

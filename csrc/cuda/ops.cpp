@@ -132,11 +132,8 @@ Result run(std::vector<Tensor> students, std::vector<Tensor> teachers, std::vect
   p.type = wide ? DType::f64 : DType::f32;
   p.each_row = reduction == kNone;
 
-  // The blocks' sums, the count of a large batch, and the rows' label scores.
-  const int64_t sums = int64_t{kMaxBlocks} * p.columns() + 1;
-  Tensor scratch = torch::stable::new_empty(student, {sums + (Facts::scored ? 2 * rows : 0)}, ScalarType::Double);
-  p.partial = static_cast<double*>(scratch.data_ptr());
-  p.scores = p.partial + sums;
+  Tensor scratch = torch::stable::new_empty(student, {scratch_numbers(p, Facts::scored)}, ScalarType::Double);
+  set_scratch(p, static_cast<double*>(scratch.data_ptr()));
 
   void* stream = nullptr;
   if (aoti_torch_get_current_cuda_stream(device, &stream)) refuse("torch has no current CUDA stream");

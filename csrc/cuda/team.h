@@ -10,7 +10,7 @@
 namespace kdfuse {
 
 constexpr unsigned kWholeWarp = 0xffffffffu;
-constexpr int kWarp = 32;
+constexpr int kWarp = kLanes;
 constexpr int kMaxBlock = 512;  // threads
 constexpr int kMaxWarps = kMaxBlock / kWarp;
 constexpr int kMaxCluster = 16;  // blocks
@@ -115,16 +115,19 @@ class Place {
   __device__ static void sum_block(double (&x)[n]) {
     join_block<Sum>(x);
   }
+  __device__ static void sum_lanes(double (&x)[1]) { join_lanes<Sum, kWarp>(x); }
   __device__ static Batch& batch() { return *reinterpret_cast<Batch*>(block_memory); }
   __device__ static double* block_sums() { return reinterpret_cast<double*>(block_memory) + sizeof(Batch) / 8; }
   // Whether this block is the last one of the grid to come here; it then sees what the others wrote.
   __device__ static bool is_last(unsigned* ticket) {
     __shared__ bool last;
-    __threadfence();
     __syncthreads();
-    if (threadIdx.x == 0) last = atomicInc(ticket, gridDim.x - 1) == gridDim.x - 1;  // ends at 0
+    if (threadIdx.x == 0) {  // one thread's fences stand for all that have met it at a barrier
+      __threadfence();
+      last = atomicInc(ticket, gridDim.x - 1) == gridDim.x - 1;  // ends at 0
+      __threadfence();
+    }
     __syncthreads();
-    __threadfence();
     return last;
   }
 };

@@ -32,7 +32,7 @@ class Streamed {
     float sums[S::kCount];
     sum_up(at, sums);
     const Split<float> one = split(Stats<float>{sums[S::student1], of(at).far(at.values[0], 0).student1});
-    if (team_.rank() == 0) p_.scores[2 * row] = one.label, p_.scores[2 * row + 1] = 0;
+    put_scores(team_, p_, row, one.label, 0);
   }
 
   KDFUSE_DEVICE_MEMBER void run(int64_t row, int64_t) {

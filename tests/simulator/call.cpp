@@ -2,40 +2,11 @@
 #include <cstdio>
 
 #include "../../csrc/cuda/launch.h"
+#include "record.h"
 #include "simulator.h"
+#include "world.h"
 
 using namespace kdfuse;
-
-// A matrix as the tests hand it over; type: a DType's number.
-struct Given {
-  void* data;
-  int64_t stride;
-  int64_t type;
-};
-
-// What a top-k teacher has beside its values; count 0: its logits are whole.
-struct Listed {
-  const int64_t* classes;
-  int64_t count;
-  Given mass;
-};
-
-struct Asked {
-  int64_t op, rows, classes, students, teachers, wide, reduction, ignore_index, num_params, num_terms;
-  const Given *logits, *gradients;  // gradients: null without
-  const Listed* listed;  // null without
-  const int64_t* labels;
-  int64_t label_stride;
-  const Given* soft;
-  const double* params;
-  const Given *denominator, *upstream;
-  double divisor;
-  const uint64_t* counts;
-  double *partial, *scores;  // kMaxBlocks * columns + 1, and 2 * rows or null
-  void *loss, *terms;
-  void* stream;
-  int64_t device;
-};
 
 namespace {
 
@@ -50,6 +21,43 @@ char message[512];
 const char* said(const std::string& text) {
   std::snprintf(message, sizeof(message), "%s", text.c_str());
   return message;
+}
+
+FILE* records = nullptr;
+
+template <class T>
+void put(const T& x) {
+  std::fwrite(&x, sizeof(x), 1, records);
+}
+
+void put_bytes(const void* data, size_t bytes) {
+  put(static_cast<uint64_t>(bytes));
+  if (bytes) std::fwrite(data, 1, bytes, records);
+}
+
+// Of every tensor.
+std::vector<std::vector<char>> contents() {
+  std::vector<std::vector<char>> all;
+  for (const auto& r : simulator::memory()) {
+    if (records) all.emplace_back(r.at, r.at + r.bytes);
+  }
+  return all;
+}
+
+void keep(const Asked& a, const std::vector<std::vector<char>>& before) {
+  put(simulator::device_in_use()), put(simulator::seed_in_use()), put(a);
+  const auto& all = simulator::memory();
+  put(static_cast<uint64_t>(all.size()));
+  for (size_t k = 0; k < all.size(); ++k) {
+    put(reinterpret_cast<uintptr_t>(all[k].at)), put_bytes(all[k].name.data(), all[k].name.size());
+    put(all[k].writable), put_bytes(before[k].data(), before[k].size()), put_bytes(all[k].at, all[k].bytes);
+  }
+  put_bytes(a.logits, (a.students + a.teachers) * sizeof(Given));
+  put_bytes(a.gradients, a.gradients ? a.students * sizeof(Given) : 0);
+  for (const Given* one : {a.soft, a.denominator, a.upstream}) put_bytes(one, one ? sizeof(Given) : 0);
+  put_bytes(a.listed, a.listed ? a.teachers * sizeof(Listed) : 0);
+  put_bytes(a.params, a.num_params * sizeof(double));
+  put_bytes(a.counts, kMaxColumns / 64 * sizeof(uint64_t));
 }
 
 struct Named {
@@ -69,7 +77,12 @@ size_t add(Named* all, size_t count, const void* kernel, const char* kind, const
 
 extern "C" {
 
-// "" or what the launcher says.
+// From here on calls are kept in a file, for replay.cpp; null: no longer.
+void record(const char* path) {
+  if (records) std::fclose(records);
+  records = path ? std::fopen(path, "wb") : nullptr;
+}
+
 const char* run(const Asked& a) {
   Task p = {};
   p.rows = a.rows, p.classes = static_cast<int>(a.classes);
@@ -89,10 +102,13 @@ const char* run(const Asked& a) {
   for (int k = 0; k < a.num_params; ++k) p.params[k] = a.params[k];
   p.mean = a.reduction == 1, p.each_row = a.reduction == 0;
   p.denominator = numbers(a.denominator), p.divisor = a.divisor, p.upstream = numbers(a.upstream);
-  p.partial = a.partial, p.scores = a.scores;
+  set_scratch(p, a.scratch);
   p.loss = a.loss, p.terms = a.terms, p.type = a.wide ? DType::f64 : DType::f32;
   for (int k = 0; k < kMaxColumns / 64; ++k) p.counts[k] = a.counts[k];
-  return said(launch(static_cast<Loss>(a.op), p, a.wide != 0, static_cast<int>(a.device), a.stream));
+  const auto before = contents();
+  const std::string failed = launch(static_cast<Loss>(a.op), p, a.wide != 0, static_cast<int>(a.device), a.stream);
+  if (records) keep(a, before);
+  return said(failed);
 }
 
 // Into a graph each, which is gone before the next one, or none of which is.
@@ -116,7 +132,12 @@ const char* scale(const Given* gradients, int64_t count, int64_t rows, int64_t c
                            nullptr));
 }
 
-int64_t max_blocks() { return kMaxBlocks; }
+// Doubles.
+int64_t scratch(int64_t rows, int64_t terms) {
+  Call p = {};
+  p.rows = rows, p.num_terms = static_cast<int>(terms);
+  return scratch_numbers(p, true);
+}
 
 // Every kernel of the table, with the names that the disassembly gives them.
 size_t table(Named* all) {

@@ -9,7 +9,7 @@
 
 namespace kdfuse {
 // The dynamic shared memory of the kernels.
-alignas(1024) __shared__ uint4 block_memory[simulator::kSharedBytes / sizeof(uint4)];
+alignas(1024) __constinit __shared__ uint4 block_memory[simulator::kSharedBytes / sizeof(uint4)] = {};
 }  // namespace kdfuse
 
 namespace simulator {
@@ -61,6 +61,42 @@ std::string at(const Site& site) {
 
 bool same(const Site& a, const Site& b) { return a.line == b.line && std::strcmp(a.file, b.file) == 0; }
 
+#if defined(KDFUSE_SANITIZED)
+
+// Back to the block's loop.
+void leave(Fibre& f) {
+  const bool over = f.state == State::done;
+  leave_for(f.kept, f.block->home_kept, over);
+  swapcontext(&f.first, &f.block->home_first);
+  arrive_at(f.kept, nullptr);
+}
+
+void begin_fibre() {
+  Fibre& f = *running;
+  arrive_at(f.kept, &f.block->home_kept);
+  machine->body.run(machine->body.given);
+  f.state = State::done;
+  leave(f);
+}
+
+void resume(Fibre& f) {
+  running = &f;
+  if (!f.begun) {
+    f.begun = true;
+    f.stack = take_stack();
+    f.kept.bottom = f.stack, f.kept.size = kStack;
+    getcontext(&f.first);
+    f.first.uc_stack.ss_sp = f.stack, f.first.uc_stack.ss_size = kStack, f.first.uc_link = nullptr;
+    makecontext(&f.first, begin_fibre, 0);
+  }
+  leave_for(f.block->home_kept, f.kept, false);
+  swapcontext(&f.block->home_first, &f.first);
+  arrive_at(f.block->home_kept, nullptr);
+  running = nullptr;
+}
+
+#else
+
 // Back to the block's loop.
 void leave(Fibre& f) {
   if (!_setjmp(f.at)) _longjmp(f.block->home, 1);
@@ -86,6 +122,8 @@ void resume(Fibre& f) {
   }
   running = nullptr;
 }
+
+#endif
 
 void make_ready(Fibre& f) {
   f.state = State::ready;
@@ -113,7 +151,7 @@ void fail(const std::string& what) {
 
 namespace {
 
-// Whether f is the last of `expected` to come; the others wait. Then meet() is called for each.
+// The last of `expected` to come calls meet_one with all of them, and they go on.
 template <class F>
 void meet(Meeting& m, Fibre& f, size_t expected, const Site& site, F meet_one) {
   if (m.here.empty()) {

@@ -9,7 +9,7 @@ namespace {
 Device device = {};  // the current one
 int number = 0;
 std::map<int, Device> devices;
-uint64_t seed = 0;
+uint64_t seed = 0, first_seed = 0;  // of the next launch, and of the call
 std::map<std::pair<const void*, int>, int> dynamic_bytes;  // what a kernel has been allowed on a device
 std::vector<Launched> launches;
 std::string failure;
@@ -35,6 +35,9 @@ int blocks_of_processor(int threads, size_t bytes) {
 }
 
 }  // namespace
+
+const Device& device_in_use() { return devices[number]; }
+uint64_t seed_in_use() { return first_seed; }
 
 std::vector<Region>& memory() {
   static std::vector<Region> regions;
@@ -176,7 +179,7 @@ cudaError_t cudaGraphRetainUserObject(cudaGraph_t graph, cudaUserObject_t object
 
 // For the tests.
 
-void use_device(int which, const Device& of, uint64_t of_seed) { devices[which] = of, seed = of_seed; }
+void use_device(int which, const Device& of, uint64_t of_seed) { devices[which] = of, seed = first_seed = of_seed; }
 
 void add_memory(void* at, size_t bytes, const char* name, bool writable, bool filled) {
   memory().push_back({static_cast<char*>(at), bytes, name, writable, false, filled});

@@ -48,7 +48,7 @@ class Listed(ctypes.Structure):
 
 
 _NUMBERS = "op rows classes students teachers wide reduction ignore_index num_params num_terms"
-_POINTERS = "counts partial scores loss terms stream"
+_POINTERS = "counts scratch loss terms stream"
 
 
 class Asked(ctypes.Structure):
@@ -80,7 +80,7 @@ class _Launched(ctypes.Structure):
 
 @dataclass(frozen=True)
 class Launched:
-    kernel: str  # as in sass.Kernel, or "count_valid", "scale_rows"
+    kernel: str  # as in sass.Kernel, or "other" for scale_rows
     blocks: int
     threads: int
     cluster: int
@@ -192,7 +192,7 @@ class Gpu:
         lib = self._lib = ctypes.CDLL(str(self.library))
         for name in ("run", "capture", "scale", "failed"):
             getattr(lib, name).restype = ctypes.c_char_p
-        lib.max_blocks.restype = ctypes.c_int64
+        lib.scratch.restype = ctypes.c_int64
         lib.launched.restype = lib.table.restype = ctypes.c_size_t
         lib.use_device.argtypes = [ctypes.c_int, ctypes.POINTER(Device), ctypes.c_uint64]
         lib.add_memory.argtypes = [
@@ -205,6 +205,11 @@ class Gpu:
         found = (_Named * 256)()
         count = lib.table(found)
         self.kernels = {x.kernel: x.name.decode() for x in found[:count]}
+
+    def record(self, file: Path | None) -> "Gpu":
+        """From here on all calls of this library are kept in `file`, for replay.cpp; or no more."""
+        self._lib.record(str(file).encode() if file else None)
+        return self
 
     def _number(self) -> int:
         """The launcher keeps what it has learnt of a device: each kind is one of its own."""
@@ -290,9 +295,8 @@ class Gpu:
         out_terms = torch.empty(len(terms) + 1, dtype=real)
         types = [torch.float32 if x.dtype == torch.float16 else x.dtype for x in students]
         gradients = [torch.empty(rows, classes, dtype=t) for t in types] if with_gradient else []
-        sums = self._lib.max_blocks() * (len(terms) + 1) + 1
-        partial = torch.empty(sums, dtype=torch.float64)
-        scores = torch.empty(2 * rows, dtype=torch.float64)
+        size = self._lib.scratch(ctypes.c_int64(rows), ctypes.c_int64(len(terms)))
+        scratch = torch.empty(size, dtype=torch.float64)
         hard = target is not None and target.dim() == 1
         tensors = {f"student {k}": x for k, x in enumerate(students)}
         tensors |= {f"teacher {k}": x for k, x in enumerate(teachers)}
@@ -300,8 +304,8 @@ class Gpu:
         tensors |= {f"indices {k}": x for k, x in enumerate(indices)}
         tensors |= {f"mass {k}": x for k, x in enumerate(masses)}
         tensors |= {"target": target, "denominator": denominator, "upstream": upstream}
-        tensors |= {"loss": out, "terms": out_terms, "partial": partial, "scores": scores}
-        names = self._open(tensors, ("gradient", "loss", "terms", "partial", "scores"))
+        tensors |= {"loss": out, "terms": out_terms, "scratch": scratch}
+        names = self._open(tensors, ("gradient", "loss", "terms", "scratch"))
         asked = Asked(
             op=LOSSES.index(name),
             rows=rows,
@@ -315,8 +319,7 @@ class Gpu:
             num_terms=len(terms),
             labels=target.data_ptr() if hard else None,
             label_stride=target.stride(0) if hard else 0,
-            partial=partial.data_ptr(),
-            scores=scores.data_ptr(),
+            scratch=scratch.data_ptr(),
             loss=out.data_ptr(),
             terms=out_terms.data_ptr(),
             divisor=divisor,

@@ -67,11 +67,10 @@ def fresh(library):
     return copy
 
 
-@pytest.mark.parametrize("which", (1, 2))
-def test_a_launch_that_fails_is_told(library, which):
-    case = cast(make("kd", 16_400, 5), torch.float32)
+def test_a_launch_that_fails_is_told(library):
+    case = cast(make("kd", 4, 5), torch.float32)
     with pytest.raises(RuntimeError, match="unspecified launch failure"):
-        run(Gpu(library, device("H100", refused=which)), "kd", case)
+        run(Gpu(library, device("H100", refused=1)), "kd", case)
 
 
 def test_captured_calls_give_their_tickets_back(library):
@@ -106,7 +105,7 @@ def options(name, n, c):
 @pytest.mark.parametrize("name", sass.LOSSES)
 def test_one_launch_a_direction(library, name, of):
     gpu = Gpu(library, simulator.whole(of))
-    for n, c in ((0, 9), (8, 2), (256, 100), (16_384, 10), (16, 1000), (2, 8200)):
+    for n, c in ((0, 9), (8, 2), (256, 100), (16_384, 10), (16, 1000), (2, 8200), (20_000, 10)):
         if name == "uskd" and c > 5000:
             continue
         for case in options(name, n, c):

@@ -88,6 +88,6 @@ def test_rows_of_mixed_types_move_once(library, name):
 def test_scratch_is_a_few_numbers_a_block(library):
     got = moved(library, "kd", 20, 64, torch.bfloat16)
     blocks, columns = got.launches[0].blocks, 5
-    partial = got.traffic["partial"]
-    assert partial.read + partial.read_singly == 8 * blocks * columns
-    assert partial.written_singly == 8 * blocks * columns
+    scratch = got.traffic["scratch"]
+    assert scratch.read + scratch.read_singly == 8 * blocks * columns
+    assert scratch.written_singly == 8 * blocks * columns

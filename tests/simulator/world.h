@@ -13,6 +13,8 @@
 #include <vector>
 
 #include "machine.h"
+#include "sanitizer.h"
+#include "simulator.h"
 
 namespace simulator {
 
@@ -71,6 +73,7 @@ struct Fibre {
   char* stack = nullptr;
   ucontext_t first;
   jmp_buf at;
+  Stack kept;
   uint64_t given = 0, got = 0;  // of a shuffle
   int from = 0;
   std::vector<Copy> copies;
@@ -105,6 +108,7 @@ struct Block {
   unsigned remote = 0;  // the latest Stamp::cluster of an access from another block, plus 1
   jmp_buf home;
   ucontext_t home_first;
+  Stack home_kept;
   std::condition_variable wake;
   std::thread host;
 };
@@ -157,6 +161,8 @@ Region* region_of(const char* at);
 
 // runtime.cpp
 std::vector<Region>& memory();  // of the device
+const Device& device_in_use();
+uint64_t seed_in_use();
 
 // Runs a grid; returns what went wrong, or "".
 std::string run_grid(const Shape& shape, const Body& body, uint64_t seed);
