@@ -74,7 +74,7 @@ class Mutation:
 JOIN = "  __syncthreads();\n  const bool there"
 REUSE = "x[k] = __shfl_sync(kWholeWarp, x[k], 0);\n  __syncthreads();\n"
 TICKET = "atomicInc(ticket, gridDim.x - 1)"
-FENCE = "    __threadfence();\n    __syncthreads();\n    if (threadIdx.x == 0) last"
+FENCE = "      __threadfence();\n"
 
 MUTATIONS = [
     Mutation(
@@ -92,15 +92,16 @@ MUTATIONS = [
     Mutation(
         "a write to blocks that may not have begun",
         "kernels.h",
-        "  run_batch<Rows<Cluster>>(team, p, tickets + p.ticket);\n",
+        "  run_batch<Rows<Cluster>>(team, p, tickets);\n",
         "  float early[1] = {0};\n  team.sum(early);\n"
-        "  run_batch<Rows<Cluster>>(team, p, tickets + p.ticket);\n",
+        "  run_batch<Rows<Cluster>>(team, p, tickets);\n",
         (CLUSTERS,),
     ),
     Mutation(
         "a cluster left while others still write",
         "kernels.h",
-        "  Cluster::sync();  // nobody leaves while others may still write here\n",
+        "  run_batch<Rows<Cluster>>(team, p, tickets);\n",
+        "  run_batch<Rows<Cluster>>(team, p, tickets);\n"
         "  *cooperative_groups::cluster_group::map_shared_rank(team.sums(1), 0) = 0;\n",
         (CLUSTERS,),
     ),
@@ -114,9 +115,9 @@ MUTATIONS = [
     Mutation("a wait dropped", "aligned_row.h", "    wait_for_copies();\n", "", (WARPS,)),
     Mutation(
         "a copy past the tensor's end",
-        "prefetch.h",
-        "const int inner = static_cast<unsigned>(span.classes + span.shift) / kChunk;",
-        "const int inner = span.chunks;",
+        "launch.cu",
+        "overlap ? 0 : p.rows - 1;",
+        "overlap ? 0 : p.rows;",
         (FLOATS,),
     ),
     Mutation(
@@ -129,8 +130,8 @@ MUTATIONS = [
     Mutation(
         "a mask off by one: behind the row",
         "prefetch.h",
-        "for (int v = inside; v < kChunk; ++v)",
-        "for (int v = inside + 1; v < kChunk; ++v)",
+        "unread ? 0 : span.classes - first;",
+        "unread ? 0 : span.classes - first + 1;",
         (WARPS,),
     ),
     Mutation(
@@ -144,16 +145,23 @@ MUTATIONS = [
     Mutation(
         "no fence before the ticket",
         "team.h",
-        FENCE,
-        FENCE.replace("    __threadfence();\n", "", 1),
+        FENCE + "      last =",
+        "      last =",
         (WARPS,),
     ),
     Mutation(
         "no fence behind the ticket",
         "team.h",
-        "    __syncthreads();\n    __threadfence();\n    return last;",
-        "    __syncthreads();\n    return last;",
+        "// ends at 0\n" + FENCE,
+        "// ends at 0\n",
         (WARPS,),
+    ),
+    Mutation(
+        "a block's scores that others read too early",
+        "grid.h",
+        "  team.sync_grid();\n",
+        "  if (at == 0) team.sync_grid();\n",
+        (SCORES,),
     ),
     Mutation("no barrier of the grid", "grid.h", "  team.sync_grid();\n", "", (SCORES,)),
     Mutation(
@@ -173,8 +181,8 @@ MUTATIONS = [
     Mutation(
         "a barrier that some threads miss",
         "grid.h",
-        "  if (!team.is_last(ticket)) return;\n",
-        "  if (team.thread() == 1) return;\n  if (!team.is_last(ticket)) return;\n",
+        "  if (!team.is_last(tickets + p.ticket)) return;\n",
+        "  if (team.thread() == 1) return;\n  if (!team.is_last(tickets + p.ticket)) return;\n",
         (BLOCKS,),
     ),
     Mutation(
@@ -190,6 +198,13 @@ MUTATIONS = [
         "    if (row >= p_.rows) return;\n",
         "    if (row > p_.rows) return;\n",
         (WARPS,),
+    ),
+    Mutation(
+        "a team's memory taken again too early",
+        "any_rows.h",
+        "    of_row(team_, p_, row, span);\n    team_.sync();\n",
+        "    of_row(team_, p_, row, span);\n",
+        (Call("uskd", 23, 1101, torch.float32),),
     ),
     Mutation(
         "static memory forgotten by the launcher",
