@@ -59,7 +59,7 @@ class FastRows {
 
  protected:
   KDFUSE_DEVICE_MEMBER void* gradient(int k, int64_t row) const {
-    return static_cast<char*>(p_.gradients[k]) + product(row, p_.classes * bytes_of(gradient_type<type>));
+    return static_cast<char*>(p_.gradients[k]) + row * p_.classes * bytes_of(gradient_type<type>);
   }
 
   // Takes the row from its places, makes its peaks and sends for the next row. last(k, x) may see each

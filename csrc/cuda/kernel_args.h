@@ -77,6 +77,7 @@ struct FastTask : Call {
   void* gradients[kFastInputs - 1];
   float params[12];
   float step;  // log2(e) / T
+  float square_by_t;  // the factor T^2, or 1, by T
   KdWeight<float> kd;  // of the one teacher of kd
   bool hold;  // rows that are read twice stay in the block's memory
   bool whole;  // every row is of whole chunks, on 16-byte boundaries
@@ -95,6 +96,7 @@ inline void set_params(FastTask& p, const double* params, int count, bool temper
   for (int k = 0; k < count; ++k) p.params[k] = static_cast<float>(params[k]);
   const double t = temperature ? params[0] : 1;
   p.step = static_cast<float>(1.4426950408889634 / t);
+  if (temperature) p.square_by_t = static_cast<float>(params[1] / t);
   if (temperature && count > 4) {
     const auto kd = kd_weight_of(params[4], params[2], params[1], t);
     p.kd = {static_cast<float>(kd.value), static_cast<float>(kd.step)};

@@ -40,7 +40,7 @@ class ResidentSlkd : public FastRows<type, 1 + K, 1, true, kChunks, Team> {
     split_all<4>(stats, of);
     const auto pair = kl(stats[0], of[0], stats[1], of[1], kLn2 * sums[kMixed]);
     const auto fused = kl(stats[0], of[0], stats[2], of[2], kLn2 * sums[kMixedFused]);
-    const float step = q_.square / q_.temperature, ce_weight = q_.ce_weight + q_.fused_ce_weight;
+    const float step = p_.square_by_t, ce_weight = q_.ce_weight + q_.fused_ce_weight;
     const float ce = cross_entropy(of[3], 1.f, stats[3].label);
     const Hit hit = this->hit(at, 0, sums[kRank]);
     const float kd = q_.square * pair.value, fused_kd = q_.square * fused.value;
@@ -208,7 +208,7 @@ class ResidentSlkd : public FastRows<type, 1 + K, 1, true, kChunks, Team> {
     const Hit hit = this->hit(at, 1 + k, sums[kOwnRank]);
     write_values(team_, p_, at.row, 6 + 4 * k, {kd, ce, hit.top1, hit.top5});
     if (p_.with_gradient) {
-      const float step = weight * q_.square / q_.temperature * q_.kd_weight;
+      const float step = weight * p_.square_by_t * q_.kd_weight;
       const float at_label = step * own.label - weight * q_.ce_weight * of[1].rest + pulled.label;
       write_slt(at, k, {step * own.a, weight * q_.ce_weight * of[1].unit, -step * own.b, pulled.scale, at_label, 0},
                 pulled);

@@ -59,7 +59,7 @@ class Streamed {
     return static_cast<const char*>(p_.logits[k]) + product(row, p_.steps[k]);
   }
   KDFUSE_DEVICE_MEMBER void* gradient(int64_t row) const {
-    return static_cast<char*>(p_.gradients[0]) + product(row, p_.classes * bytes_of(gradient_type<type>));
+    return static_cast<char*>(p_.gradients[0]) + row * p_.classes * bytes_of(gradient_type<type>);
   }
   KDFUSE_DEVICE_MEMBER Of of(const Row& at) const { return {p_, at.peak[0], at.peak[kInputs - 1]}; }
 

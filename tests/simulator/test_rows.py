@@ -304,7 +304,8 @@ def test_one_row_for_all(library):
     given = {"with_gradient": False}
     got = Gpu(library).run("kd", students, teachers, target, params, **given)
     true = Gpu(library).run("kd", students, whole.teachers, target, params)
-    assert got.launches[0].kernel.startswith("fast_") and torch.equal(got.loss, true.loss)
+    assert got.launches[0].kernel.startswith("fast_")
+    torch.testing.assert_close(got.loss, true.loss)
 
 
 @ways
