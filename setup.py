@@ -136,7 +136,7 @@ class Cuda:
         archs, self.nvcc = _archs(), _nvcc()
         release = _release(self.nvcc)
         if release[0] != int(torch.version.cuda.split(".")[0]):
-            # The runtime that would be linked asks for a newer driver than torch's does, or an older.
+            # The runtime to be linked would ask for a newer driver than torch's does, or an older.
             raise NoCuda(
                 f"{self.nvcc} is of CUDA {release[0]}.{release[1]} and torch of CUDA "
                 f"{torch.version.cuda}; point CUDA_HOME to a toolkit of torch's major version"

@@ -124,7 +124,8 @@ def test_top_k_teachers(library, name, dtype, k, rest):
     indices = [top.indices, empty][: len(teachers)]
     masses = [torch.empty(0) if mass is None else mass, torch.empty(0)][: len(teachers)]
     lists = (students, teachers, indices, masses)
-    true = getattr(torch.ops.kdfuse, name).default(*lists, target, *[None] * 3, params, 0, -100, True)
+    op = getattr(torch.ops.kdfuse, name).default
+    true = op(*lists, target, None, None, None, params, 0, -100, True)
     more = {"indices": indices, "masses": masses}
     got = Gpu(library, WAYS["warps"]).run(name, students, teachers, target, params, **more)
     loose = 1e-11 if dtype == torch.float64 else 1e-4
