@@ -197,8 +197,8 @@ unsigned cluster_size() { return machine->shape.cluster; }
 void sync_warp(const Site& site) {
   Fibre& f = *running;
   land_some(f);
-  ++machine->counts.warp_barriers;
   meet(f.block->warps[f.thread / kWarp], f, kWarp, site, [](std::vector<Fibre*>& all) {
+    ++counts().warp_barriers;
     for (Fibre* x : all) ++x->now.warp;
   });
 }
@@ -206,11 +206,11 @@ void sync_warp(const Site& site) {
 uint64_t shuffle(unsigned mask, uint64_t value, int lane, const Site& site) {
   Fibre& f = *running;
   land_some(f);
-  ++machine->counts.shuffles;
   if (mask != 0xffffffffu) fail("a shuffle of some lanes only: " + place_of(f) + " at " + at(site));
   if (lane < 0 || lane >= static_cast<int>(kWarp)) fail("a shuffle from lane " + std::to_string(lane));
   f.given = value, f.from = lane;
   meet(f.block->warps[f.thread / kWarp], f, kWarp, site, [](std::vector<Fibre*>& all) {
+    ++counts().shuffles;
     uint64_t given[kWarp];
     for (Fibre* x : all) given[x->thread % kWarp] = x->given;
     for (Fibre* x : all) x->got = given[x->from];
@@ -222,8 +222,8 @@ void sync_block(const Site& site) {
   Fibre& f = *running;
   land_some(f);
   Block& b = *f.block;
-  ++machine->counts.block_barriers;
   meet(b.meeting, f, machine->shape.threads, site, [&b](std::vector<Fibre*>& all) {
+    ++counts().block_barriers;
     std::vector<uint32_t> known, seen;
     for (Fibre* x : all) {
       ++x->now.block;
@@ -240,6 +240,7 @@ void sync_grid(const Site& site) {
   land_some(f);
   if (!machine->shape.together) fail("grid.sync() in a launch that is not cooperative");
   meet(machine->grid, f, size_t{machine->shape.threads} * machine->shape.blocks, site, [](std::vector<Fibre*>& all) {
+    ++counts().grid_barriers;
     for (Fibre* x : all) ++x->now.grid, x->unfenced = false, x->block->unfenced = false;
   });
 }
@@ -250,6 +251,7 @@ namespace {
 void complete_phase(Cluster& c) {
   if (c.arrived < c.expected || c.arrived == 0) return;
   c.arrived = 0, ++c.phases;
+  ++counts().cluster_barriers;
   for (Fibre* x : c.waiting) make_ready(*x);
   c.waiting.clear();
 }
@@ -259,7 +261,6 @@ void complete_phase(Cluster& c) {
 void arrive_at_cluster(const Site& site) {
   Fibre& f = *running;
   land_some(f);
-  ++machine->counts.cluster_barriers;
   Cluster& c = *f.block->cluster;
   if (f.arrived != f.met) fail("a second arrival without a wait: " + place_of(f) + " at " + at(site));
   ++f.arrived, f.now.cluster = f.arrived;

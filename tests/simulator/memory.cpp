@@ -150,7 +150,7 @@ void access(const char* at, unsigned bytes, bool write, const void* pc) {
   if (write && !r->writable) return fail("read-only: " + place_of(*f) + deed + text(at, *r, bytes) + " " + hex(pc));
   if (owner && owner != f->block) {
     check_remote(*f, *owner, at, *r, bytes, pc);
-    machine->counts.remote_stores += write;
+    counts().remote_stores += write;
   }
   if (!r->shared) {
     const bool whole = bytes == 16;

@@ -44,6 +44,11 @@ std::vector<Region>& memory() {
   return regions;
 }
 
+Counts& counts() {
+  static Counts all;
+  return all;
+}
+
 cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, const Body& body) {
   Shape shape = {config.gridDim.x, config.blockDim.x, 1, config.dynamicSmemBytes, false};
   for (unsigned k = 0; k < config.numAttrs; ++k) {
@@ -189,12 +194,14 @@ void clear() {
   memory().clear();
   launches.clear();
   failure.clear();
+  counts() = {};
 }
 const char* failed() { return failure.c_str(); }
 size_t launched(Launched* all, size_t most) {
   for (size_t k = 0; k < std::min(most, launches.size()); ++k) all[k] = launches[k];
   return launches.size();
 }
+void counted(Counts* all) { *all = counts(); }
 void traffic(size_t which, uint64_t (*bytes)[4]) {
   const Region& r = memory()[which];
   (*bytes)[0] = r.read, (*bytes)[1] = r.written, (*bytes)[2] = r.read_singly, (*bytes)[3] = r.written_singly;

@@ -22,6 +22,12 @@ struct Launched {
   bool together;
 };
 
+// How often threads have met: each meeting once, whoever takes part; a shuffle is one of a warp.
+struct Counts {
+  uint64_t block_barriers, cluster_barriers, grid_barriers, warp_barriers, shuffles;
+  uint64_t remote_stores;  // of threads, into other blocks' memory
+};
+
 }  // namespace simulator
 
 extern "C" {
@@ -33,6 +39,7 @@ void clear();
 void destroy_graph(void* stream);  // into which it was captured
 const char* failed();  // "" where nothing did
 size_t launched(simulator::Launched* all, size_t most);
+void counted(simulator::Counts* counts);  // since clear()
 // Bytes of accesses: read in 16, written in 16, read and written in smaller ones.
 void traffic(size_t which, uint64_t (*bytes)[4]);
 }

@@ -170,6 +170,19 @@ class Traffic:
     written_singly: int
 
 
+@dataclass(frozen=True)
+class Counts:
+    """How often threads have met: a barrier once for all that take part in it, a shuffle once for
+    its warp; and how often a thread wrote into the memory of another block."""
+
+    block_barriers: int
+    cluster_barriers: int
+    grid_barriers: int
+    warp_barriers: int
+    shuffles: int
+    remote_stores: int
+
+
 @dataclass
 class Result:
     loss: Tensor
@@ -177,6 +190,7 @@ class Result:
     gradients: list[Tensor]
     launches: list[Launched]
     traffic: dict[str, Traffic]  # by tensor
+    counts: Counts
 
 
 _KINDS: dict[tuple[str, bytes], int] = {}
@@ -347,7 +361,7 @@ class Gpu:
         else:
             said = self._lib.run(ctypes.byref(asked))
         launches = self._close(said)
-        return Result(out, out_terms, gradients, launches, self._traffic(names))
+        return Result(out, out_terms, gradients, launches, self._traffic(names), self._counts())
 
     def capture(self, inputs: tuple, count: int, destroyed: bool) -> None:
         """As many calls of kd as given, each captured into a graph of its own."""
@@ -369,7 +383,13 @@ class Gpu:
                 outputs, *size, ctypes.byref(given(factor)), ctypes.c_int64(self._number())
             )
         )
-        return Result(factor, factor, gradients, launches, self._traffic(names))
+        traffic = self._traffic(names)
+        return Result(factor, factor, gradients, launches, traffic, self._counts())
+
+    def _counts(self) -> Counts:
+        six = (ctypes.c_uint64 * 6)()
+        self._lib.counted(ctypes.byref(six))
+        return Counts(*six)
 
     def _traffic(self, names: list[str]) -> dict[str, Traffic]:
         found = {}

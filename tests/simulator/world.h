@@ -136,9 +136,6 @@ struct Machine {
     std::vector<uint32_t> released;  // by block: accesses with a lower Stamp::block
   };
   std::map<unsigned*, Word> words;  // that atomics have changed
-  struct {
-    uint64_t block_barriers, cluster_barriers, warp_barriers, shuffles, remote_stores;
-  } counts = {};
 
   uint32_t draw(uint32_t below);
 };
@@ -161,6 +158,7 @@ Region* region_of(const char* at);
 
 // runtime.cpp
 std::vector<Region>& memory();  // of the device
+Counts& counts();  // of a call's launches
 const Device& device_in_use();
 uint64_t seed_in_use();
 

@@ -1,0 +1,139 @@
+"""What a row of the fast kernels waits for: barriers, shuffles and remote stores, to the last one.
+
+A row costs its joins, in which all threads of its team come to the same numbers, and the shuffles
+by which the lanes of a warp share out its softmaxes. What a launch costs once cancels between calls
+of few and of many rows in the same grid.
+"""
+
+from dataclasses import astuple
+
+import pytest
+import torch
+from calls import arguments
+from sass import Kernel
+from simulator import Counts, Gpu, Launched, device
+from test_cuda_build import the_table
+from test_kernels import LONG, a_case
+
+pytestmark = pytest.mark.slow(15)
+
+# The numbers that a row is summed up to (Sums in coefficients.h). At T the student, the teacher and
+# their mixed sum; at T = 1 the student, with NKD the teacher; the label's rank.
+SUMMED = {"bare": 3, "kd": 3 + 1 + 1, "dkd": 3 + 1 + 1, "nkd": 3 + 2 + 1, "tf_nkd": 1 + 1}
+# Softmaxes that the lanes of a warp share out (split_all), five numbers of each: of the student and
+# the teacher at T and of the student at 1; with NKD of both at 1. Without a label two numbers of
+# each (split_rest). The one of TF-NKD every thread makes for itself.
+SHARED = {"bare": 2 * 2, "kd": 3 * 5, "dkd": 3 * 5, "nkd": 2 * 5, "tf_nkd": 0}
+
+
+def joins(kernel: Kernel) -> list[tuple[str, int]]:
+    """Of a row: what is joined, and how many numbers at a time."""
+    slts = int(kernel.variant) if kernel.loss == "slkd" else 0
+    inputs = {"tf_nkd": 1, "slkd": 2 + slts}.get(kernel.loss, 2)
+    peaks = inputs
+    if kernel.type != "f32" and kernel.kind != "fast_streams":
+        peaks = (inputs + 1) // 2  # two of 16 bits to a word
+    if kernel.loss == "slkd":
+        # The fused SL-Ts have a peak of their own. Sums: the student at T and at 1, the teacher and
+        # the fused SL-Ts, each alone and mixed with the student, a rank; then of each SL-T its own
+        # at T and at 1, mixed with the teacher, a rank.
+        return [("max", peaks), ("max", 1), ("sum", 7), *[("sum", 4)] * slts]
+    row = [("max", peaks), ("sum", SUMMED[name(kernel)])]
+    return 2 * row if kernel.loss == "tf_nkd" else row  # once before the batch's mean is known
+
+
+def name(kernel: Kernel) -> str:
+    return "bare" if kernel.variant == "bare" else kernel.loss
+
+
+def shared(kernel: Kernel) -> int:
+    """Shuffles of a warp."""
+    if kernel.loss == "slkd":
+        return 4 * 5 + int(kernel.variant) * 2 * 5
+    return SHARED[name(kernel)]
+
+
+def shuffles_of_a_warp(what: str, numbers: int) -> int:
+    """Five steps for each number. Sums go four at a time (sum_four): in two steps, of two shuffles
+    and of one, a lane comes to have one of them, three steps end it, and all four are told to all.
+    """
+    if what == "max":
+        return 5 * numbers
+    return (2 + 1 + 3 + 4) * (numbers // 4) + 5 * (numbers % 4)
+
+
+def a_row(kernel: Kernel, launch: Launched, found: list[tuple[str, int]], beside: int) -> Counts:
+    """With so many shuffles of each warp beside the joins."""
+    warps = launch.threads // 32
+    if kernel.kind == "fast_warps":
+        return Counts(0, 0, 0, 0, beside + sum(shuffles_of_a_warp(*join) for join in found), 0)
+    numbers = sum(count for _, count in found)
+    if warps == 1:
+        return Counts(0, 0, 0, 0, beside + 5 * numbers, 0)
+    # A join of a block: five steps in each warp, four over the numbers of all warps, 16 at most,
+    # which lane 0 tells the others; a barrier before those numbers are read, and one behind.
+    blocks = launch.cluster
+    of_blocks, shuffles = blocks * 2 * len(found), blocks * warps * (beside + (5 + 4 + 1) * numbers)
+    if kernel.kind != "fast_clusters":
+        return Counts(of_blocks, 0, 0, 0, shuffles, 0)
+    # Then each block sends 8 numbers, needed or not, to every other one, and all meet.
+    remote = len(found) * blocks * (blocks - 1) * 8
+    return Counts(of_blocks, len(found), 0, 0, shuffles, remote)
+
+
+ONE, TWO, EIGHT = (device(processors=n) for n in (1, 2, 8))
+NARROW = device(processors=1, memory_of_processor=16 << 10)  # has room for one block of a warp
+OLD = device("A100", processors=1)
+
+
+def calls(kernel: Kernel):
+    """GPU, classes, and two numbers of rows that its blocks, all in use, take in turn."""
+    long = LONG.get(kernel.loss, {}).get(kernel.type, 8250)
+    middle = 700 if kernel.loss == "slkd" else 1500
+    return {
+        "fast_warps": [(ONE, 33, 12, 24)],
+        "fast_blocks": [(NARROW, 100, 1, 4), (ONE, middle, 4, 8), (ONE, middle, 12, 24)],
+        "fast_clusters": [(TWO, long, 2, 4), (TWO, 2 * long + 3, 1, 3), (EIGHT, 8 * long, 1, 2)],
+        "fast_streams": [(OLD, 8251, 1, 3)],
+    }[kernel.kind]
+
+
+def more(library, kernel, gpu, c, few, many, ignored=False) -> tuple[Launched, Counts]:
+    """What the call of many rows takes beyond the one of few."""
+    got = []
+    for n in (few, many):
+        case, settings = a_case(kernel, n, c)
+        if case.target is not None:
+            case.target[:] = torch.arange(n) % c
+            case.target[few:] = -100 if ignored else 1
+        inputs = arguments(kernel.loss, case, **settings)
+        got.append(Gpu(library, gpu).run(kernel.loss, *inputs, reduction="mean"))
+    assert got[0].launches == got[1].launches
+    assert [x.kernel for x in got[0].launches] == [str(kernel)]
+    two = zip(astuple(got[1].counts), astuple(got[0].counts), strict=True)
+    return got[0].launches[0], Counts(*[a - b for a, b in two])
+
+
+FAST = sorted((k for k in the_table() if k.kind.startswith("fast")), key=str)
+
+
+@pytest.mark.parametrize("kernel", FAST, ids=str)
+def test_a_row(library, kernel):
+    for gpu, c, few, many in calls(kernel):
+        launch, found = more(library, kernel, gpu, c, few, many)
+        one = a_row(kernel, launch, joins(kernel), shared(kernel))
+        assert found == Counts(*[(many - few) * x for x in astuple(one)])
+
+
+@pytest.mark.parametrize("kernel", [k for k in FAST if k.variant != "bare"], ids=str)
+def test_an_ignored_row(library, kernel):
+    """Its peaks are joined before it is left out; a row that is read twice is left out first."""
+    gpu, c, few, many = calls(kernel)[:2][-1]
+    launch, found = more(library, kernel, gpu, c, few, many, ignored=True)
+    peaks = [join for join in joins(kernel) if join[0] == "max"]
+    if kernel.kind == "fast_streams":
+        peaks = []
+    if kernel.loss == "slkd":
+        peaks = peaks[:1]  # not those of the fused SL-Ts
+    one = a_row(kernel, launch, peaks, 0)
+    assert found == Counts(*[(many - few) * x for x in astuple(one)])
