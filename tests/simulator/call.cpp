@@ -111,17 +111,21 @@ const char* run(const Asked& a) {
   return said(failed);
 }
 
-// Into a graph each, which is gone before the next one, or none of which is.
+// Into a graph each, which is gone before the next one begins, or with all others at the end. No graph of an earlier
+// call comes again, so that what has not been given back stays taken.
 const char* capture(const Asked& asked, int64_t count, int64_t destroyed) {
+  static int64_t first = 0;
+  const auto stream = [](int64_t k) { return reinterpret_cast<void*>(2 * (first + k) + 1); };
   Asked a = asked;
-  for (int64_t k = 0; k < count; ++k) {
-    a.stream = reinterpret_cast<void*>(2 * k + 1);
-    const char* const failed = run(a);
-    if (*failed) return failed;
+  const char* failed = "";
+  for (int64_t k = 0; k < count && !*failed; ++k) {
+    a.stream = stream(k);
+    failed = run(a);
     if (destroyed) destroy_graph(a.stream);
   }
-  for (int64_t k = 0; k < count; ++k) destroy_graph(reinterpret_cast<void*>(2 * k + 1));
-  return "";
+  for (int64_t k = 0; k < count; ++k) destroy_graph(stream(k));
+  first += count;
+  return failed;
 }
 
 const char* scale(const Given* gradients, int64_t count, int64_t rows, int64_t classes, const Given* factor,

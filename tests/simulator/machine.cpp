@@ -61,19 +61,12 @@ std::string at(const Site& site) {
 
 bool same(const Site& a, const Site& b) { return a.line == b.line && std::strcmp(a.file, b.file) == 0; }
 
-#if defined(KDFUSE_SANITIZED)
-
 // Back to the block's loop.
-void leave(Fibre& f) {
-  const bool over = f.state == State::done;
-  leave_for(f.kept, f.block->home_kept, over);
-  swapcontext(&f.first, &f.block->home_first);
-  arrive_at(f.kept, nullptr);
-}
+void leave(Fibre& f) { go(f.context, f.block->home, f.state == State::done); }
 
 void begin_fibre() {
   Fibre& f = *running;
-  arrive_at(f.kept, &f.block->home_kept);
+  arrive(f.block->home);
   machine->body.run(machine->body.given);
   f.state = State::done;
   leave(f);
@@ -81,49 +74,14 @@ void begin_fibre() {
 
 void resume(Fibre& f) {
   running = &f;
-  if (!f.begun) {
-    f.begun = true;
+  if (f.stack) {
+    go(f.block->home, f.context, false);
+  } else {
     f.stack = take_stack();
-    f.kept.bottom = f.stack, f.kept.size = kStack;
-    getcontext(&f.first);
-    f.first.uc_stack.ss_sp = f.stack, f.first.uc_stack.ss_size = kStack, f.first.uc_link = nullptr;
-    makecontext(&f.first, begin_fibre, 0);
-  }
-  leave_for(f.block->home_kept, f.kept, false);
-  swapcontext(&f.block->home_first, &f.first);
-  arrive_at(f.block->home_kept, nullptr);
-  running = nullptr;
-}
-
-#else
-
-// Back to the block's loop.
-void leave(Fibre& f) {
-  if (!_setjmp(f.at)) _longjmp(f.block->home, 1);
-}
-
-void begin_fibre() {
-  Fibre& f = *running;
-  machine->body.run(machine->body.given);
-  f.state = State::done;
-  leave(f);
-}
-
-void resume(Fibre& f) {
-  running = &f;
-  if (!_setjmp(f.block->home)) {
-    if (f.begun) _longjmp(f.at, 1);
-    f.begun = true;
-    f.stack = take_stack();
-    getcontext(&f.first);
-    f.first.uc_stack.ss_sp = f.stack, f.first.uc_stack.ss_size = kStack, f.first.uc_link = nullptr;
-    makecontext(&f.first, begin_fibre, 0);
-    setcontext(&f.first);
+    begin(f.block->home, f.context, f.stack, kStack, begin_fibre);
   }
   running = nullptr;
 }
-
-#endif
 
 void make_ready(Fibre& f) {
   f.state = State::ready;

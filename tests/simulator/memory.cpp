@@ -20,6 +20,8 @@ std::string text(const char* at, const Region& r, unsigned bytes) {
   return std::to_string(bytes) + " bytes at " + std::to_string(at - r.at) + " of " + r.name;
 }
 
+std::string doing(const Fibre& f, bool write) { return place_of(f) + (write ? " writes " : " reads "); }
+
 std::string hex(const void* pc) {
   char buffer[32];
   std::snprintf(buffer, sizeof(buffer), "@%p", pc);
@@ -30,6 +32,24 @@ unsigned block_of(uint32_t id) { return (id - 1) / machine->shape.threads; }
 
 std::string name_of(uint32_t id) {
   return "block " + std::to_string(block_of(id)) + ", thread " + std::to_string((id - 1) % machine->shape.threads);
+}
+
+bool comes_after(const Fibre& f, const Stamp& stamp, uint32_t id) {
+  const unsigned block = block_of(id), own = f.block->index, size = machine->shape.cluster;
+  if (f.now.grid > stamp.grid) return true;
+  if (block / size == own / size && f.met > stamp.cluster) return true;
+  if (block == own && f.now.block > stamp.block) return true;
+  if (block == own && (id - 1) % machine->shape.threads / kWarp == f.thread / kWarp && f.now.warp > stamp.warp) {
+    return true;
+  }
+  return !f.known.empty() && f.known[block] > stamp.block;
+}
+
+Region* region_of(const char* at) {
+  for (Region& r : memory()) {
+    if (at >= r.at && at < r.at + r.bytes) return &r;
+  }
+  return nullptr;
 }
 
 // The shared memory of any block of the cluster.
@@ -63,7 +83,7 @@ void check_cells(Fibre& f, Region& r, const char* at, unsigned bytes, bool write
   for (size_t k = first; k <= last; ++k) {
     Cell& cell = r.cells[k];
     const auto report = [&](const std::string& what) {
-      fail(what + ": " + place_of(f) + (write ? " writes " : " reads ") + text(at, r, bytes) + " " + hex(pc));
+      fail(what + ": " + doing(f, write) + text(at, r, bytes) + " " + hex(pc));
     };
     if (cell.writer & kFlying) return report("a copy is still on its way there");
     if (cell.writer && cell.writer != kBefore && cell.writer != f.id && !comes_after(f, cell.stamp, cell.writer)) {
@@ -100,24 +120,6 @@ void forget_readers() {
   }
 }
 
-bool comes_after(const Fibre& f, const Stamp& stamp, uint32_t id) {
-  const unsigned block = block_of(id), own = f.block->index, size = machine->shape.cluster;
-  if (f.now.grid > stamp.grid) return true;
-  if (block / size == own / size && f.met > stamp.cluster) return true;
-  if (block == own && f.now.block > stamp.block) return true;
-  if (block == own && (id - 1) % machine->shape.threads / kWarp == f.thread / kWarp && f.now.warp > stamp.warp) {
-    return true;
-  }
-  return !f.known.empty() && f.known[block] > stamp.block;
-}
-
-Region* region_of(const char* at) {
-  for (Region& r : memory()) {
-    if (at >= r.at && at < r.at + r.bytes) return &r;
-  }
-  return nullptr;
-}
-
 void access(const char* at, unsigned bytes, bool write, const void* pc) {
 #if defined(KDFUSE_SANITIZED)
   return;
@@ -128,7 +130,6 @@ void access(const char* at, unsigned bytes, bool write, const void* pc) {
   Block* owner = nullptr;
   Region* r = shared_region(*f, at, owner);
   if (!r) r = region_of(at);
-  const std::string deed = write ? " writes " : " reads ";
   if (!r) {
     // Beside what there is, by a few bytes as a rule: the nearest says what was meant.
     const Region* near = nullptr;
@@ -137,17 +138,17 @@ void access(const char* at, unsigned bytes, bool write, const void* pc) {
     }
     const std::string where =
         near && at - near->at < static_cast<long>(near->bytes) + 4096 ? text(at, *near, bytes) : "nothing known";
-    return fail("out of bounds: " + place_of(*f) + deed + where + " " + hex(pc));
+    return fail("out of bounds: " + doing(*f, write) + where + " " + hex(pc));
   }
   if (at + bytes > r->at + r->bytes) {
-    return fail("out of bounds: " + place_of(*f) + deed + text(at, *r, bytes) + ", which has " +
-                std::to_string(r->bytes) + " " + hex(pc));
+    return fail("out of bounds: " + doing(*f, write) + text(at, *r, bytes) + ", which has " + std::to_string(r->bytes) +
+                " " + hex(pc));
   }
   const bool together = bytes <= 16 && (bytes & (bytes - 1)) == 0;  // else a part of a copy, or several accesses
   if (together && reinterpret_cast<uintptr_t>(at) % bytes) {
-    return fail("misaligned: " + place_of(*f) + deed + text(at, *r, bytes) + " " + hex(pc));
+    return fail("misaligned: " + doing(*f, write) + text(at, *r, bytes) + " " + hex(pc));
   }
-  if (write && !r->writable) return fail("read-only: " + place_of(*f) + deed + text(at, *r, bytes) + " " + hex(pc));
+  if (write && !r->writable) return fail("read-only: " + doing(*f, write) + text(at, *r, bytes) + " " + hex(pc));
   if (owner && owner != f->block) {
     check_remote(*f, *owner, at, *r, bytes, pc);
     counts().remote_stores += write;

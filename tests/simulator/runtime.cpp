@@ -1,4 +1,6 @@
 // The CUDA runtime that the launcher calls: devices of a few kinds, and launches that are run at once.
+#include <set>
+
 #include "include/cuda_runtime.h"
 #include "simulator.h"
 #include "world.h"
@@ -10,7 +12,9 @@ Device device = {};  // the current one
 int number = 0;
 std::map<int, Device> devices;
 uint64_t seed = 0, first_seed = 0;  // of the next launch, and of the call
-std::map<std::pair<const void*, int>, int> dynamic_bytes;  // what a kernel has been allowed on a device
+using OnDevice = std::pair<const void*, int>;  // a kernel on a device, and what it has been allowed there
+std::map<OnDevice, int> dynamic_bytes;
+std::set<OnDevice> non_portable;
 std::vector<Launched> launches;
 std::string failure;
 cudaError_t last = cudaSuccess;
@@ -26,6 +30,15 @@ constexpr int kRegisters = 168, kRegistersOfProcessor = 65536, kThreadsOfProcess
 size_t allowed_bytes(const void* kernel) {
   const auto found = dynamic_bytes.find({kernel, number});
   return found == dynamic_bytes.end() ? 48 * 1024 : static_cast<size_t>(found->second);
+}
+
+// Code for this device, or for an older one.
+bool has_code() { return device.built_for / 10 <= device.major; }
+
+constexpr unsigned kPortable = 8;  // blocks of a cluster, which every device with clusters can have
+
+bool is_allowed(const void* kernel, unsigned cluster) {
+  return cluster <= kPortable || non_portable.count({kernel, number});
 }
 
 int blocks_of_processor(int threads, size_t bytes) {
@@ -56,18 +69,20 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, const B
     if (a.id == cudaLaunchAttributeClusterDimension) shape.cluster = a.val.clusterDim.x;
     if (a.id == cudaLaunchAttributeCooperative) shape.together = a.val.cooperative;
   }
+  if (!has_code()) return done(cudaErrorNoKernelImageForDevice);
   if (shape.bytes > allowed_bytes(kernel) || shape.blocks == 0 || shape.threads == 0 || shape.threads % kWarp ||
-      shape.blocks % shape.cluster || (shape.cluster > 1 && device.major < 9)) {
+      shape.blocks % shape.cluster || shape.cluster > device.cluster) {
     return done(cudaErrorInvalidConfiguration);
   }
-  if (shape.cluster > device.cluster) return done(cudaErrorInvalidConfiguration);
+  if (!is_allowed(kernel, shape.cluster)) return done(cudaErrorInvalidClusterSize);
   const int at_once = blocks_of_processor(static_cast<int>(shape.threads), shape.bytes) * device.processors;
   if (shape.together && static_cast<int>(shape.blocks) > at_once) return done(cudaErrorCooperativeLaunchTooLarge);
   if (shape.bytes + static_cast<size_t>(device.static_bytes) > static_cast<size_t>(device.memory)) {
     return done(cudaErrorInvalidConfiguration);
   }
   if (static_cast<int>(launches.size()) + 1 == device.refused) return done(cudaErrorLaunchFailure);
-  launches.push_back({kernel, shape.blocks, shape.threads, shape.cluster, shape.bytes, shape.together});
+  launches.push_back({kernel, shape.blocks, shape.threads, shape.cluster, shape.bytes, shape.together,
+                      non_portable.count({kernel, number}) > 0});
   if (!device.runs || !failure.empty()) return cudaSuccess;
   // A kernel whose code for an older architecture is empty.
   if (shape.cluster > 1 && device.built_for < 90) return cudaSuccess;
@@ -109,6 +124,8 @@ const char* cudaGetErrorString(cudaError_t error) {
       return "unspecified launch failure";
     case cudaErrorNoKernelImageForDevice:
       return "no kernel image is available for execution on the device";
+    case cudaErrorInvalidClusterSize:
+      return "cluster misconfiguration";
     case cudaErrorMemoryAllocation:
       return "out of memory";
     default:
@@ -126,6 +143,7 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
 
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* facts, const void* kernel) {
   if (devices[number].failing > 0 && devices[number].failing-- > 0) return done(cudaErrorMemoryAllocation);
+  if (!has_code()) return done(cudaErrorNoKernelImageForDevice);
   const int allowed = static_cast<int>(allowed_bytes(kernel));
   *facts = {static_cast<size_t>(device.static_bytes), kRegisters, device.built_for, device.built_for, allowed};
   return cudaSuccess;
@@ -136,6 +154,7 @@ cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute
     if (value < 0 || value + device.static_bytes > device.memory) return done(cudaErrorInvalidValue);
     dynamic_bytes[{kernel, number}] = value;
   }
+  if (attribute == cudaFuncAttributeNonPortableClusterSizeAllowed && value) non_portable.insert({kernel, number});
   return cudaSuccess;
 }
 
@@ -145,11 +164,12 @@ cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const voi
 }
 
 cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, const void* kernel, const cudaLaunchConfig_t* config) {
-  const int size = static_cast<int>(config->attrs[0].val.clusterDim.x);
+  const unsigned size = config->attrs[0].val.clusterDim.x;
+  if (!is_allowed(kernel, size)) return done(cudaErrorInvalidClusterSize);
   int blocks = 0;
   cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, static_cast<int>(config->blockDim.x),
                                                 config->dynamicSmemBytes);
-  *clusters = size > static_cast<int>(device.cluster) ? 0 : blocks * device.processors / size;
+  *clusters = size > device.cluster ? 0 : blocks * device.processors / static_cast<int>(size);
   return cudaSuccess;
 }
 

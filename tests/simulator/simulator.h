@@ -19,7 +19,7 @@ struct Launched {
   const void* kernel;
   unsigned blocks, threads, cluster;
   size_t bytes;
-  bool together;
+  bool together, non_portable;  // non_portable: the kernel may have clusters of more than 8 blocks
 };
 
 // How often threads have met: each meeting once, whoever takes part; a shuffle is one of a warp.

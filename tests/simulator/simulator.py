@@ -14,53 +14,20 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
+from asked import LOSSES, Call, Given, ask, given
 from torch import Tensor
-
-from kdfuse.kernels.table import OPS
 
 HERE = Path(__file__).parent
 CSRC = HERE.parents[1] / "csrc"
-LOSSES = ("kd", "dkd", "nkd", "tf_nkd", "uskd", "slkd")  # as in csrc/cuda/kernel_table.h
 UNITS = (*LOSSES, "launch")  # of csrc/cuda
 OWN = ("machine", "memory", "hooks", "runtime", "call")
 FLAGS = ["-std=c++17", "-g1", "-fPIC", "-ffp-contract=off", "-fno-threadsafe-statics", "-pthread"]
 FLAGS += ["-fno-gnu-unique"]  # each library has its own statics
 FLAGS += ["-U_FORTIFY_SOURCE", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Wno-sign-compare"]
-TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
-REDUCTIONS = ("none", "mean", "sum")
 
 
 class Failed(AssertionError):
     """What a kernel has done that no kernel may do."""
-
-
-class Given(ctypes.Structure):
-    _fields_ = [
-        ("data", ctypes.c_void_p),
-        ("stride", ctypes.c_int64),
-        ("type", ctypes.c_int64),
-    ]
-
-
-class Listed(ctypes.Structure):
-    _fields_ = [("classes", ctypes.c_void_p), ("count", ctypes.c_int64), ("mass", Given)]
-
-
-_NUMBERS = "op rows classes students teachers wide reduction ignore_index num_params num_terms"
-_POINTERS = "counts scratch loss terms stream"
-
-
-class Asked(ctypes.Structure):
-    _fields_ = [
-        *((name, ctypes.c_int64) for name in _NUMBERS.split()),
-        *((name, ctypes.c_void_p) for name in ("logits", "gradients", "listed", "labels")),
-        ("label_stride", ctypes.c_int64),
-        *((name, ctypes.c_void_p) for name in ("soft", "params", "denominator", "upstream")),
-        ("divisor", ctypes.c_double),
-        *((name, ctypes.c_void_p) for name in _POINTERS.split()),
-        ("device", ctypes.c_int64),
-    ]
 
 
 class _Named(ctypes.Structure):
@@ -75,17 +42,19 @@ class _Launched(ctypes.Structure):
         ("cluster", ctypes.c_uint),
         ("bytes", ctypes.c_size_t),
         ("together", ctypes.c_bool),
+        ("non_portable", ctypes.c_bool),
     ]
 
 
 @dataclass(frozen=True)
 class Launched:
-    kernel: str  # as in sass.Kernel, or "other" for scale_rows
+    kernel: str  # str() of its sass.Kernel; "other" of scale_rows, which has none
     blocks: int
     threads: int
     cluster: int
     bytes: int
     together: bool
+    non_portable: bool  # the kernel may have clusters of more than 8 blocks
 
 
 class Device(ctypes.Structure):
@@ -105,21 +74,24 @@ class Device(ctypes.Structure):
     ]
 
 
+_AMPERE = {"major": 8, "memory": 163 << 10, "memory_of_processor": 164 << 10, "cluster": 1}
+_HOPPER = {"major": 9, "memory": 227 << 10, "memory_of_processor": 228 << 10, "cluster": 16}
+GPUS = {
+    "A100": {"processors": 108, **_AMPERE, "built_for": 80},
+    "H100": {"processors": 132, **_HOPPER, "built_for": 90},
+    "H200": {"processors": 132, **_HOPPER, "built_for": 90},
+    "B200": {"processors": 148, **_HOPPER, "major": 10, "built_for": 100},
+}
+
+
 def device(name: str = "H100", **other: int) -> Device:
     """One of the GPUs that are known here, by default with 2 multiprocessors."""
-    ampere = {"major": 8, "memory": 163 << 10, "memory_of_processor": 164 << 10, "cluster": 1}
-    hopper = {"major": 9, "memory": 227 << 10, "memory_of_processor": 228 << 10, "cluster": 16}
-    known = {"A100": (108, ampere), "H100": (132, hopper), "H200": (132, hopper)}
-    known["B200"] = (148, {**hopper, "major": 10})
-    _, sizes = known[name]
-    built = {"A100": 80, "B200": 100}.get(name, 90)
-    given = {"processors": 2, **sizes, "built_for": built, "static_bytes": 5648, "runs": 1}
-    return Device(**{**given, **other})
+    return Device(**{**GPUS[name], "processors": 2, "static_bytes": 5648, "runs": 1, **other})
 
 
 def whole(name: str) -> Device:
     """With all its multiprocessors; it takes launches down and runs none."""
-    return device(name, processors={"A100": 108, "B200": 148}.get(name, 132), runs=0)
+    return device(name, processors=GPUS[name]["processors"], runs=0)
 
 
 def build(
@@ -152,12 +124,6 @@ def build(
     link = [compiler, "-shared", "-pthread", *map(str, objects), "-o", str(library)]
     subprocess.run(link, check=True)
     return library
-
-
-def given(x: Tensor | None) -> Given | None:
-    if x is None:
-        return None
-    return Given(x.data_ptr(), x.stride(0) if x.numel() > 1 and x.dim() else 0, TYPES[x.dtype])
 
 
 @dataclass(frozen=True)
@@ -259,6 +225,7 @@ class Gpu:
                 x.cluster,
                 x.bytes,
                 x.together,
+                x.non_portable,
             )
             for x in found[:count]
         ]
@@ -279,6 +246,13 @@ class Gpu:
 
         return re.sub(r"@(0x[0-9a-f]+)", lines, text)
 
+    def _ask(self, *inputs, **options) -> tuple[Call, list[str]]:
+        """A call on this GPU, and the names of its tensors."""
+        call = ask(self._scratch, *inputs, **options)
+        names = self._open(call.tensors, ("gradient", "loss", "terms", "scratch"))
+        call.asked.device = self._number()
+        return call, names
+
     def run(
         self,
         name: str,
@@ -286,90 +260,23 @@ class Gpu:
         teachers: list[Tensor],
         target: Tensor | None,
         params: list[float],
-        *,
-        reduction: str = "none",
-        denominator: Tensor | None = None,
-        divisor: float = 0.0,
-        upstream: Tensor | None = None,
-        with_gradient: bool = True,
-        indices: Sequence[Tensor] = (),
-        masses: Sequence[Tensor] = (),
-        ignore_index: int = -100,
-        stream: int = 0,
+        **options,
     ) -> Result:
-        """Loss, terms and gradients, as torch.ops.kdfuse.<name> returns them."""
-        rows, classes = students[0].shape
-        wide = torch.float64 in [x.dtype for x in (*students, *teachers)]
-        real = torch.float64 if wide else torch.float32
-        terms = OPS[name].terms(len(students))
-        counts = (ctypes.c_uint64 * 4)()
-        for k, term in enumerate(terms):
-            counts[k // 64] |= ("top" in term) << (k % 64)
-        out = torch.empty(rows if reduction == "none" else (), dtype=real)
-        out_terms = torch.empty(len(terms) + 1, dtype=real)
-        types = [torch.float32 if x.dtype == torch.float16 else x.dtype for x in students]
-        gradients = [torch.empty(rows, classes, dtype=t) for t in types] if with_gradient else []
-        size = self._lib.scratch(ctypes.c_int64(rows), ctypes.c_int64(len(terms)))
-        scratch = torch.empty(size, dtype=torch.float64)
-        hard = target is not None and target.dim() == 1
-        tensors = {f"student {k}": x for k, x in enumerate(students)}
-        tensors |= {f"teacher {k}": x for k, x in enumerate(teachers)}
-        tensors |= {f"gradient {k}": x for k, x in enumerate(gradients)}
-        tensors |= {f"indices {k}": x for k, x in enumerate(indices)}
-        tensors |= {f"mass {k}": x for k, x in enumerate(masses)}
-        tensors |= {"target": target, "denominator": denominator, "upstream": upstream}
-        tensors |= {"loss": out, "terms": out_terms, "scratch": scratch}
-        names = self._open(tensors, ("gradient", "loss", "terms", "scratch"))
-        asked = Asked(
-            op=LOSSES.index(name),
-            rows=rows,
-            classes=classes,
-            students=len(students),
-            teachers=len(teachers),
-            wide=wide,
-            reduction=REDUCTIONS.index(reduction),
-            ignore_index=ignore_index,
-            num_params=len(params),
-            num_terms=len(terms),
-            labels=target.data_ptr() if hard else None,
-            label_stride=target.stride(0) if hard else 0,
-            scratch=scratch.data_ptr(),
-            loss=out.data_ptr(),
-            terms=out_terms.data_ptr(),
-            divisor=divisor,
-            stream=stream,
-            device=self._number(),
-        )
-        keep = [(Given * 64)(*[given(x) for x in (*students, *teachers)]), counts]
-        asked.logits, asked.counts = (ctypes.addressof(x) for x in keep)
-        keep += [(ctypes.c_double * max(1, len(params)))(*params)]
-        asked.params = ctypes.addressof(keep[-1])
-        if with_gradient:
-            keep += [(Given * 64)(*[given(x) for x in gradients])]
-            asked.gradients = ctypes.addressof(keep[-1])
-        if indices:
-            lists = zip(indices, masses, strict=True)
-            keep += [(Listed * 8)(*[_listed(*pair) for pair in lists])]
-            asked.listed = ctypes.addressof(keep[-1])
-        soft = None if hard else target
-        for key, x in (("soft", soft), ("denominator", denominator), ("upstream", upstream)):
-            if x is not None:
-                keep += [given(x)]
-                setattr(asked, key, ctypes.addressof(keep[-1]))
-        if hasattr(self, "_captures"):
-            said = self._lib.capture(ctypes.byref(asked), *map(ctypes.c_int64, self._captures))
-        else:
-            said = self._lib.run(ctypes.byref(asked))
-        launches = self._close(said)
-        return Result(out, out_terms, gradients, launches, self._traffic(names), self._counts())
+        """Loss, terms and gradients, as torch.ops.kdfuse.<name> returns them; options: of ask()."""
+        call, names = self._ask(name, students, teachers, target, params, **options)
+        launches = self._close(self._lib.run(ctypes.byref(call.asked)))
+        traffic = self._traffic(names)
+        return Result(call.loss, call.terms, call.gradients, launches, traffic, self._counts())
 
     def capture(self, inputs: tuple, count: int, destroyed: bool) -> None:
-        """As many calls of kd as given, each captured into a graph of its own."""
-        self._captures = count, destroyed
-        try:
-            self.run("kd", *inputs)
-        finally:
-            del self._captures
+        """As many calls of kd, each into a graph of its own, which is destroyed before the next
+        one is captured or, as all the others, at the end."""
+        call, _ = self._ask("kd", *inputs)
+        how = ctypes.c_int64(count), ctypes.c_int64(destroyed)
+        self._close(self._lib.capture(ctypes.byref(call.asked), *how))
+
+    def _scratch(self, rows: int, terms: int) -> int:
+        return self._lib.scratch(ctypes.c_int64(rows), ctypes.c_int64(terms))
 
     def scale(self, gradients: list[Tensor], factor: Tensor) -> Result:
         """In place, by one number or one for each row."""
@@ -398,10 +305,3 @@ class Gpu:
             self._lib.traffic(ctypes.c_size_t(k), ctypes.byref(four))
             found[name] = Traffic(*four)
         return found
-
-
-def _listed(indices: Tensor, mass: Tensor) -> Listed:
-    if not indices.numel():
-        return Listed()
-    of_mass = given(mass) if mass.numel() else Given()
-    return Listed(indices.data_ptr(), indices.shape[1], of_mass)

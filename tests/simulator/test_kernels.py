@@ -101,17 +101,16 @@ def test_reductions(library, name, reduction):
     inputs = arguments(name, case, **FULL[name])
     rows = Gpu(library).run(name, *inputs)
     valid = int((case.target >= 0).sum())
-    for divisor in (None, torch.tensor(7.5), torch.tensor(7.5, dtype=torch.float64)):
+    seven = torch.tensor(7.5)
+    for by in ({}, {"divisor": 7.5}, {"denominator": seven}, {"denominator": seven.double()}):
         for seed in range(SEEDS):
-            got = Gpu(library, seed=seed).run(
-                name, *inputs, reduction=reduction, denominator=divisor
-            )
-            by = 1.0 if reduction == "sum" else valid if divisor is None else 7.5
+            got = Gpu(library, seed=seed).run(name, *inputs, reduction=reduction, **by)
+            n = 1.0 if reduction == "sum" else 7.5 if by else valid
             assert len(got.launches) == 1
-            torch.testing.assert_close(got.loss.double(), rows.loss.double().sum() / by)
+            torch.testing.assert_close(got.loss.double(), rows.loss.double().sum() / n)
             assert got.terms[-1] == valid
             for a, b in zip(got.gradients, rows.gradients, strict=True):
-                torch.testing.assert_close(a, b / by)
+                torch.testing.assert_close(a, b / n)
 
 
 @pytest.mark.parametrize("name", ("kd", "uskd"))

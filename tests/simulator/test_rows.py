@@ -1,8 +1,8 @@
 """Rows of every kind through the launcher's own choice of kernel, against the ops on the CPU."""
 
 import pytest
-import simulator
 import torch
+from asked import REDUCTIONS
 from calls import FULL, NAMES, PAIR, WITH_PROBABILITIES, Case, arguments, cast, make, probabilities
 from simulator import Gpu, device
 
@@ -29,7 +29,7 @@ def settings_for(name, c, **more):
 def check(library, name, case, settings, way="warps", *, reduction="none", seed=0):
     students, teachers, target, params = arguments(name, case, **settings)
     op = getattr(torch.ops.kdfuse, name).default
-    number = simulator.REDUCTIONS.index(reduction)
+    number = REDUCTIONS.index(reduction)
     true = op(students, teachers, [], [], target, None, None, None, params, number, -100, True)
     gpu = Gpu(library, WAYS[way], seed)
     got = gpu.run(name, students, teachers, target, params, reduction=reduction)
@@ -144,7 +144,7 @@ def test_temperatures(library, name, temperature):
 
 
 @ways
-@pytest.mark.parametrize("reduction", simulator.REDUCTIONS)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("name", NAMES)
 def test_ignored_rows(library, name, reduction, way):
     case = cast(make(name, 9, 33), torch.float32)
@@ -333,7 +333,7 @@ def test_equal_logits_give_exactly_zero(library, name, dtype, way):
 
 
 @pytest.mark.parametrize("with_gradient", (True, False))
-@pytest.mark.parametrize("reduction", simulator.REDUCTIONS)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("name", NAMES)
 def test_no_rows(library, name, reduction, with_gradient):
     case = cast(make(name, 0, 33), torch.float32)

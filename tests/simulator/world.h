@@ -1,8 +1,5 @@
 // The state of a running grid, for machine.cpp, memory.cpp and runtime.cpp.
 #pragma once
-#include <setjmp.h>
-#include <ucontext.h>
-
 #include <condition_variable>
 #include <deque>
 #include <map>
@@ -12,8 +9,8 @@
 #include <thread>
 #include <vector>
 
+#include "context.h"
 #include "machine.h"
-#include "sanitizer.h"
 #include "simulator.h"
 
 namespace simulator {
@@ -32,7 +29,7 @@ struct Stamp {
 struct Cell {
   Stamp stamp = {};  // of the last write
   uint32_t writer = 0;  // a thread's id, 0: nobody
-  uint32_t readers = 0;  // a place in Memory::readers, 0: nobody since
+  uint32_t readers = 0;  // a place in readers (memory.cpp), 0: nobody since
 };
 struct Reader {
   Stamp stamp;
@@ -69,11 +66,8 @@ struct Fibre {
   Site site = {};  // where it waits
   Stamp now = {};
   unsigned arrived = 0, met = 0;  // at cluster barriers; how many of them it has waited for
-  bool begun = false;
-  char* stack = nullptr;
-  ucontext_t first;
-  jmp_buf at;
-  Stack kept;
+  char* stack = nullptr;  // since it has begun
+  Context context;
   uint64_t given = 0, got = 0;  // of a shuffle
   int from = 0;
   std::vector<Copy> copies;
@@ -106,9 +100,7 @@ struct Block {
   bool unfenced = false;
   Region dynamic, fixed;  // its shared memory
   unsigned remote = 0;  // the latest Stamp::cluster of an access from another block, plus 1
-  jmp_buf home;
-  ucontext_t home_first;
-  Stack home_kept;
+  Context home;  // of its loop
   std::condition_variable wake;
   std::thread host;
 };
@@ -151,10 +143,8 @@ void yield_now(Fibre& f);  // lets others go on
 // memory.cpp
 void forget_readers();
 void access(const char* at, unsigned bytes, bool write, const void* pc);
-bool comes_after(const Fibre& f, const Stamp& stamp, uint32_t id);
 void fly(Fibre& f, char* to, unsigned bytes);  // marks what a copy has been asked for
 void land(Fibre& f, const Copy& copy);  // marks what a copy has brought
-Region* region_of(const char* at);
 
 // runtime.cpp
 std::vector<Region>& memory();  // of the device

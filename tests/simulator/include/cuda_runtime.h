@@ -107,6 +107,7 @@ enum cudaError_t {
   cudaErrorNoKernelImageForDevice = 209,
   cudaErrorCooperativeLaunchTooLarge = 720,
   cudaErrorLaunchFailure = 719,
+  cudaErrorInvalidClusterSize = 912,
 };
 enum cudaDeviceAttr {
   cudaDevAttrMultiProcessorCount = 16,
