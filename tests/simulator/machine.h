@@ -1,5 +1,6 @@
-// A GPU's execution on the host, as the kernels see it. What a kernel calls is below; machine.cpp has how blocks,
-// warps and threads run, memory.cpp what becomes of each access, runtime.cpp the CUDA runtime.
+// A GPU's execution on the host, as the kernels see it. What a kernel calls is below: turns.cpp has how blocks
+// and threads take turns, meetings.cpp how they wait for each other, memory.cpp what becomes of each access,
+// runtime.cpp the CUDA runtime.
 //
 // Each block of a running grid is a thread of the host, so that its shared memory is that thread's own, and each
 // thread of it is a fibre. One fibre runs at a time, of all blocks: which one is drawn from the schedule's seed.

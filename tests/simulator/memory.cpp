@@ -162,6 +162,25 @@ void access(const char* at, unsigned bytes, bool write, const void* pc) {
   if (machine->draw(256) == 0) yield_now(*f);
 }
 
+void* of_block(void* at, int block) {
+  Fibre& f = *current();
+  const unsigned size = machine->shape.cluster;
+  if (block < 0 || block >= static_cast<int>(size)) fail("block " + std::to_string(block) + " of a cluster");
+  Block& other = *machine->blocks[f.block->index / size * size + block];
+  // Before it has begun it has no memory at all.
+  if (!other.begun) {
+    fail("remote memory: " + place_of(f) + " reaches into block " + std::to_string(other.index) +
+         ", which has not begun");
+  }
+  const char* const here = static_cast<char*>(at);
+  for (auto part : {&Block::dynamic, &Block::fixed}) {
+    const Region& own = f.block->*part;
+    if (here >= own.at && here < own.at + own.bytes) return const_cast<char*>((other.*part).at) + (here - own.at);
+  }
+  fail("map_shared_rank of what is not shared memory: " + place_of(f));
+  return nullptr;
+}
+
 void copy_16(void* to, const void* from) {
   const void* const pc = __builtin_return_address(0);
   access(static_cast<const char*>(from), 16, false, pc);

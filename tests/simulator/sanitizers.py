@@ -26,7 +26,7 @@ from simulator import CSRC, FLAGS, UNITS, Gpu  # noqa: E402
 from test_cuda_build import the_table  # noqa: E402
 from test_kernels import a_case, of_device, sizes, upstream_of  # noqa: E402
 
-OWN = ("machine", "memory", "runtime", "call", "replay")
+OWN = ("turns", "meetings", "memory", "runtime", "call", "replay")
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 HERE = Path(__file__).parent
 CSRC = HERE.parents[1] / "csrc"
 UNITS = (*LOSSES, "launch")  # of csrc/cuda
-OWN = ("machine", "memory", "hooks", "runtime", "call")
+OWN = ("turns", "meetings", "memory", "hooks", "runtime", "call")
 FLAGS = ["-std=c++17", "-g1", "-fPIC", "-ffp-contract=off", "-fno-threadsafe-statics", "-pthread"]
 FLAGS += ["-fno-gnu-unique"]  # each library has its own statics
 FLAGS += ["-U_FORTIFY_SOURCE", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Wno-sign-compare"]

@@ -1,4 +1,4 @@
-// The state of a running grid, for machine.cpp, memory.cpp and runtime.cpp.
+// The state of a running grid, for turns.cpp, meetings.cpp, memory.cpp and runtime.cpp.
 #pragma once
 #include <condition_variable>
 #include <deque>
@@ -132,13 +132,21 @@ struct Machine {
   uint32_t draw(uint32_t below);
 };
 
+// turns.cpp
 extern Machine* machine;
 Fibre* current();
-
 // Ends the launch; never returns to the thread that it is called from.
 void fail(const std::string& what);
 std::string place_of(const Fibre& f);
+std::string line_of(const Site& site);
+void make_ready(Fibre& f);
+void wait(Fibre& f, const Site& site);  // until somebody makes it ready
 void yield_now(Fibre& f);  // lets others go on
+// Runs a grid; returns what went wrong, or "".
+std::string run_grid(const Shape& shape, const Body& body, uint64_t seed);
+
+// meetings.cpp
+void complete_phase(Cluster& c);  // where all threads that are left have arrived
 
 // memory.cpp
 void forget_readers();
@@ -151,8 +159,5 @@ std::vector<Region>& memory();  // of the device
 Counts& counts();  // of a call's launches
 const Device& device_in_use();
 uint64_t seed_in_use();
-
-// Runs a grid; returns what went wrong, or "".
-std::string run_grid(const Shape& shape, const Body& body, uint64_t seed);
 
 }  // namespace simulator

@@ -1,4 +1,4 @@
-// How blocks, warps and threads run, and where they wait for each other.
+// How blocks and their threads take turns: one fibre runs at a time, of all blocks, and which one is drawn.
 #include <link.h>
 #include <sys/mman.h>
 
@@ -52,14 +52,12 @@ std::string place_of(const Fibre& f) {
   return "block " + std::to_string(f.block->index) + ", thread " + std::to_string(f.thread);
 }
 
-namespace {
-
-std::string at(const Site& site) {
+std::string line_of(const Site& site) {
   const char* const file = std::strrchr(site.file, '/');
   return std::string(site.what) + " (" + (file ? file + 1 : site.file) + ":" + std::to_string(site.line) + ")";
 }
 
-bool same(const Site& a, const Site& b) { return a.line == b.line && std::strcmp(a.file, b.file) == 0; }
+namespace {
 
 // Back to the block's loop.
 void leave(Fibre& f) { go(f.context, f.block->home, f.state == State::done); }
@@ -83,6 +81,8 @@ void resume(Fibre& f) {
   running = nullptr;
 }
 
+}  // namespace
+
 void make_ready(Fibre& f) {
   f.state = State::ready;
   f.block->ready.push_back(&f);
@@ -92,8 +92,6 @@ void wait(Fibre& f, const Site& site) {
   f.state = State::waiting, f.site = site;
   leave(f);
 }
-
-}  // namespace
 
 void yield_now(Fibre& f) {
   make_ready(f);
@@ -107,209 +105,11 @@ void fail(const std::string& what) {
   leave(*running);
 }
 
-namespace {
-
-// The last of `expected` to come calls meet_one with all of them, and they go on.
-template <class F>
-void meet(Meeting& m, Fibre& f, size_t expected, const Site& site, F meet_one) {
-  if (m.here.empty()) {
-    m.site = site;
-  } else if (!same(m.site, site)) {
-    fail("divergent barrier: " + place_of(f) + " is at " + at(site) + ", " + place_of(*m.here[0]) + " at " +
-         at(m.site));
-  }
-  m.here.push_back(&f);
-  if (m.here.size() < expected) return wait(f, site);
-  std::vector<Fibre*> all;
-  all.swap(m.here);
-  meet_one(all);
-  for (Fibre* other : all) {
-    if (other != &f) make_ready(*other);
-  }
-  if (machine->draw(2)) yield_now(f);
-}
-
-void merge(std::vector<uint32_t>& into, const std::vector<uint32_t>& from) {
-  if (from.empty()) return;
-  if (into.empty()) into.resize(from.size());
-  for (size_t k = 0; k < from.size(); ++k) into[k] = std::max(into[k], from[k]);
-}
-
-void land_some(Fibre& f) {
-  for (Copy& copy : f.copies) {
-    if (copy.landed || machine->draw(4)) continue;
-    std::memcpy(copy.to, copy.from, copy.bytes - copy.zeros);
-    std::memset(copy.to + copy.bytes - copy.zeros, 0, copy.zeros);
-    copy.landed = true;
-  }
-}
-
-}  // namespace
-
 Index thread_index() { return {running->thread, 0, 0}; }
 Index block_index() { return {running->block->index, 0, 0}; }
 Index block_size() { return {machine->shape.threads, 1, 1}; }
 Index grid_size() { return {machine->shape.blocks, 1, 1}; }
 unsigned cluster_size() { return machine->shape.cluster; }
-
-void sync_warp(const Site& site) {
-  Fibre& f = *running;
-  land_some(f);
-  meet(f.block->warps[f.thread / kWarp], f, kWarp, site, [](std::vector<Fibre*>& all) {
-    ++counts().warp_barriers;
-    for (Fibre* x : all) ++x->now.warp;
-  });
-}
-
-uint64_t shuffle(unsigned mask, uint64_t value, int lane, const Site& site) {
-  Fibre& f = *running;
-  land_some(f);
-  if (mask != 0xffffffffu) fail("a shuffle of some lanes only: " + place_of(f) + " at " + at(site));
-  if (lane < 0 || lane >= static_cast<int>(kWarp)) fail("a shuffle from lane " + std::to_string(lane));
-  f.given = value, f.from = lane;
-  meet(f.block->warps[f.thread / kWarp], f, kWarp, site, [](std::vector<Fibre*>& all) {
-    ++counts().shuffles;
-    uint64_t given[kWarp];
-    for (Fibre* x : all) given[x->thread % kWarp] = x->given;
-    for (Fibre* x : all) x->got = given[x->from];
-  });
-  return f.got;
-}
-
-void sync_block(const Site& site) {
-  Fibre& f = *running;
-  land_some(f);
-  Block& b = *f.block;
-  meet(b.meeting, f, machine->shape.threads, site, [&b](std::vector<Fibre*>& all) {
-    ++counts().block_barriers;
-    std::vector<uint32_t> known, seen;
-    for (Fibre* x : all) {
-      ++x->now.block;
-      b.unfenced |= x->unfenced, x->unfenced = false;
-      merge(known, x->known), merge(seen, x->seen);
-    }
-    if (known.empty() && seen.empty()) return;
-    for (Fibre* x : all) x->known = known, x->seen = seen;
-  });
-}
-
-void sync_grid(const Site& site) {
-  Fibre& f = *running;
-  land_some(f);
-  if (!machine->shape.together) fail("grid.sync() in a launch that is not cooperative");
-  meet(machine->grid, f, size_t{machine->shape.threads} * machine->shape.blocks, site, [](std::vector<Fibre*>& all) {
-    ++counts().grid_barriers;
-    for (Fibre* x : all) ++x->now.grid, x->unfenced = false, x->block->unfenced = false;
-  });
-}
-
-namespace {
-
-// Those who have left count as there.
-void complete_phase(Cluster& c) {
-  if (c.arrived < c.expected || c.arrived == 0) return;
-  c.arrived = 0, ++c.phases;
-  ++counts().cluster_barriers;
-  for (Fibre* x : c.waiting) make_ready(*x);
-  c.waiting.clear();
-}
-
-}  // namespace
-
-void arrive_at_cluster(const Site& site) {
-  Fibre& f = *running;
-  land_some(f);
-  Cluster& c = *f.block->cluster;
-  if (f.arrived != f.met) fail("a second arrival without a wait: " + place_of(f) + " at " + at(site));
-  ++f.arrived, f.now.cluster = f.arrived;
-  ++c.arrived;
-  complete_phase(c);
-}
-
-void wait_for_cluster(const Site& site) {
-  Fibre& f = *running;
-  Cluster& c = *f.block->cluster;
-  if (f.arrived == f.met) fail("a wait without an arrival: " + place_of(f) + " at " + at(site));
-  while (c.phases < f.arrived) {
-    c.waiting.push_back(&f);
-    wait(f, site);
-  }
-  f.met = f.arrived;
-  if (machine->draw(2)) yield_now(f);
-}
-
-void* of_block(void* at, int block) {
-  Fibre& f = *running;
-  const unsigned size = machine->shape.cluster;
-  if (block < 0 || block >= static_cast<int>(size)) fail("block " + std::to_string(block) + " of a cluster");
-  Block& other = *machine->blocks[f.block->index / size * size + block];
-  // Before it has begun it has no memory at all.
-  if (!other.begun) {
-    fail("remote memory: " + place_of(f) + " reaches into block " + std::to_string(other.index) +
-         ", which has not begun");
-  }
-  const char* const here = static_cast<char*>(at);
-  for (auto part : {&Block::dynamic, &Block::fixed}) {
-    const Region& own = f.block->*part;
-    if (here >= own.at && here < own.at + own.bytes) return const_cast<char*>((other.*part).at) + (here - own.at);
-  }
-  fail("map_shared_rank of what is not shared memory: " + place_of(f));
-  return nullptr;
-}
-
-void fence() {
-  Fibre& f = *running;
-  f.unfenced = f.block->unfenced = false;
-  merge(f.known, f.seen);
-}
-
-unsigned begin_atomic(unsigned* at) {
-  Fibre& f = *running;
-  yield_now(f);
-  auto& released = machine->words.emplace(at, Machine::Word{*at, {}}).first->second.released;
-  released.resize(machine->blocks.size());
-  merge(f.seen, released);
-  // Only what a fence stands behind is passed on.
-  if (!f.unfenced && !f.block->unfenced) {
-    released[f.block->index] = std::max(released[f.block->index], static_cast<uint32_t>(f.now.block));
-    merge(released, f.known);
-  }
-  return *at;
-}
-
-void end_atomic(unsigned* at, unsigned value) { *at = value; }
-
-void copy_async(void* to, const void* from, unsigned bytes, unsigned zeros) {
-  Fibre& f = *running;
-  const auto target = reinterpret_cast<uintptr_t>(to), source = reinterpret_cast<uintptr_t>(from);
-  if (bytes != 16 || zeros > bytes) fail("an asynchronous copy of " + std::to_string(bytes) + " bytes");
-  if (target % 16 || source % 16) fail("a misaligned asynchronous copy: " + place_of(f));
-  if (zeros < bytes) access(static_cast<const char*>(from), bytes - zeros, false, __builtin_return_address(0));
-  fly(f, static_cast<char*>(to), bytes);
-  std::memset(to, 0xff, bytes);
-  f.copies.push_back({static_cast<char*>(to), static_cast<const char*>(from), bytes, zeros, f.group, false});
-}
-
-void commit_copies() { ++running->group; }
-
-void wait_for_copies(unsigned groups) {
-  Fibre& f = *running;
-  std::vector<Copy> left;
-  for (Copy& copy : f.copies) {
-    if (copy.group + groups >= f.group) {
-      left.push_back(copy);
-      continue;
-    }
-    if (!copy.landed) {
-      std::memcpy(copy.to, copy.from, copy.bytes - copy.zeros);
-      std::memset(copy.to + copy.bytes - copy.zeros, 0, copy.zeros);
-    }
-    land(f, copy);
-  }
-  f.copies.swap(left);
-}
-
-// The order of blocks.
 
 namespace {
 
@@ -350,7 +150,7 @@ std::string stuck() {
     if (!b || b->finished) continue;
     std::map<std::string, std::pair<unsigned, unsigned>> waiting;  // how many, the first of them
     for (const Fibre& f : b->fibres) {
-      const std::string where = f.state == State::done ? "has left" : "waits at " + at(f.site);
+      const std::string where = f.state == State::done ? "has left" : "waits at " + line_of(f.site);
       auto& found = waiting.emplace(where, std::make_pair(0u, f.thread)).first->second;
       ++found.first;
     }
@@ -509,6 +309,6 @@ std::string run_grid(const Shape& shape, const Body& body, uint64_t seed) {
 // An assertion of a kernel ends its launch, not this process.
 extern "C" __attribute__((visibility("hidden"), noreturn)) void __assert_fail(const char* what, const char* file,
                                                                               unsigned line, const char*) noexcept {
-  simulator::fail("assertion: " + simulator::at({what, file, static_cast<int>(line)}));
+  simulator::fail("assertion: " + simulator::line_of({what, file, static_cast<int>(line)}));
   std::abort();
 }
