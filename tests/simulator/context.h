@@ -1,13 +1,15 @@
-// From one stack of the host to another, and what the address sanitizer has to be told of that. Under it the accesses
-// are its own affair: memory.cpp looks at none.
+// From one stack of the host to another, and what a sanitizer has to be told of that.
 #pragma once
 #include <setjmp.h>
+#include <sys/mman.h>
 #include <ucontext.h>
 
 #include <cstddef>
 
-#if defined(KDFUSE_SANITIZED)
+#if defined(KDFUSE_SANITIZED_ADDRESS)
 #include <sanitizer/common_interface_defs.h>
+#elif defined(KDFUSE_SANITIZED_THREAD)
+#include <sanitizer/tsan_interface.h>
 #endif
 
 namespace simulator {
@@ -18,7 +20,7 @@ inline void prepare(ucontext_t& at, char* stack, size_t bytes, void (*run)()) {
   makecontext(&at, run, 0);
 }
 
-#if defined(KDFUSE_SANITIZED)
+#if defined(KDFUSE_SANITIZED_ADDRESS)
 
 struct Context {
   ucontext_t at;
@@ -41,6 +43,32 @@ inline void begin(Context& from, Context& to, char* stack, size_t bytes, void (*
 }
 
 inline void arrive(Context& from) { __sanitizer_finish_switch_fiber(nullptr, &from.bottom, &from.bytes); }
+inline void discard(Context&) {}
+
+#elif defined(KDFUSE_SANITIZED_THREAD)
+
+// To the sanitizer a thread of its own: to come to run after others makes no order.
+struct Context {
+  ucontext_t at;
+  void* fibre = nullptr;
+};
+
+inline void go(Context& from, Context& to, bool) {
+  if (!from.fibre) from.fibre = __tsan_get_current_fiber();
+  __tsan_switch_to_fiber(to.fibre, __tsan_switch_to_fiber_no_sync);
+  swapcontext(&from.at, &to.at);
+}
+
+inline void begin(Context& from, Context& to, char* stack, size_t bytes, void (*run)()) {
+  // No longer the stack of another fibre: of memory that is mapped the sanitizer knows nothing.
+  mmap(stack, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0);
+  prepare(to.at, stack, bytes, run);
+  to.fibre = __tsan_create_fiber(0);
+  go(from, to, false);
+}
+
+inline void arrive(Context&) {}
+inline void discard(Context& over) { __tsan_destroy_fiber(over.fibre); }
 
 #else
 
@@ -61,6 +89,7 @@ inline void begin(Context& from, Context&, char* stack, size_t bytes, void (*run
 }
 
 inline void arrive(Context&) {}
+inline void discard(Context&) {}
 
 #endif
 

@@ -67,6 +67,7 @@ void begin_fibre() {
   arrive(f.block->home);
   machine->body.run(machine->body.given);
   f.state = State::done;
+  release(machine);  // what follows the launch comes after all of it
   leave(f);
 }
 
@@ -166,6 +167,7 @@ void run_block(Block& b, std::unique_lock<std::mutex>& lock);
 
 void start_host(Block& b) {
   b.host = std::thread([&b] {
+    const Unwatched ours;
     std::unique_lock<std::mutex> lock(machine->mutex);
     b.wake.wait(lock, [&] { return b.turn; });
     run_block(b, lock);
@@ -251,6 +253,7 @@ void run_block(Block& b, std::unique_lock<std::mutex>& lock) {
     resume(*f);
     if (f->state != State::done) continue;
     ++b.done;
+    discard(f->context);
     stacks().push_back(f->stack);
     f->stack = nullptr;
     Cluster& c = *b.cluster;
@@ -296,6 +299,7 @@ std::string run_grid(const Shape& shape, const Body& body, uint64_t seed) {
   for (auto& b : m.blocks) {
     if (b && b->host.joinable()) b->host.join();
   }
+  acquire(machine);
   machine = nullptr;
   // A GPU's context ends with a fault; here the next launch finds its tickets as this one did.
   if (!m.failed.empty()) {

@@ -11,6 +11,7 @@
 
 #include "context.h"
 #include "machine.h"
+#include "order.h"
 #include "simulator.h"
 
 namespace simulator {
@@ -73,18 +74,31 @@ struct Fibre {
   std::vector<Copy> copies;
   unsigned group = 0;
   bool unfenced = false;  // has written since its last fence
+  // Since its last barrier: whether a fence stands before what comes next, and what an atomic has changed.
+  bool fenced = false;
+  unsigned* word = nullptr;
   // By block: accesses with a lower Stamp::block come before this thread, or would after a fence.
   std::vector<uint32_t> known, seen;
+};
+
+// Where a meeting and the next one are ordered, each apart: who is late to leave the one does not come after what the
+// others bring to the next.
+struct Order {
+  char places[2];
+  void* at(unsigned meeting) { return &places[meeting % 2]; }
 };
 
 struct Meeting {
   std::vector<Fibre*> here;
   Site site = {};
+  unsigned number = 0;  // of meetings before this one
+  Order order;
 };
 
 struct Cluster {
   unsigned expected = 0, arrived = 0, phases = 0;
   std::vector<Fibre*> waiting;
+  Order order;
 };
 
 struct Block {
