@@ -1,7 +1,6 @@
 // From one stack of the host to another, and what a sanitizer has to be told of that.
 #pragma once
 #include <setjmp.h>
-#include <sys/mman.h>
 #include <ucontext.h>
 
 #include <cstddef>
@@ -10,6 +9,7 @@
 #include <sanitizer/common_interface_defs.h>
 #elif defined(KDFUSE_SANITIZED_THREAD)
 #include <sanitizer/tsan_interface.h>
+#include <sys/mman.h>
 #endif
 
 namespace simulator {

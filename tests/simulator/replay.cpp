@@ -1,5 +1,5 @@
-// Calls that were recorded (call.cpp), run again by a program of their own, as the compiler's address sanitizer wants
-// it: each tensor is memory of its own, and what comes out has to be the same bits.
+// Calls that were recorded (call.cpp), run again by a program of their own, as the compiler's sanitizers want it: each
+// tensor is memory of its own, and what comes out has to be the same bits.
 //
 //     replay FILE     says what went wrong; leaves with the number of calls that did
 #include <cstdio>

@@ -141,12 +141,12 @@ class Counts:
     """How often threads have met: a barrier once for all that take part in it, a shuffle once for
     its warp; and how often a thread wrote into the memory of another block."""
 
-    block_barriers: int
-    cluster_barriers: int
-    grid_barriers: int
-    warp_barriers: int
-    shuffles: int
-    remote_stores: int
+    block_barriers: int = 0
+    cluster_barriers: int = 0
+    grid_barriers: int = 0
+    warp_barriers: int = 0
+    shuffles: int = 0
+    remote_stores: int = 0
 
 
 @dataclass

@@ -5,7 +5,7 @@ by which the lanes of a warp share out its softmaxes. What a launch costs once c
 of few and of many rows in the same grid.
 """
 
-from dataclasses import astuple
+from dataclasses import astuple, replace
 
 import pytest
 import torch
@@ -37,7 +37,8 @@ def joins(kernel: Kernel) -> list[tuple[str, int]]:
         # The fused SL-Ts have a peak of their own. Sums: the student at T and at 1, the teacher and
         # the fused SL-Ts, each alone and mixed with the student, a rank; then of each SL-T its own
         # at T and at 1, mixed with the teacher, a rank.
-        return [("max", peaks), ("max", 1), ("sum", 7), *[("sum", 4)] * slts]
+        students = ("sum", 2 + 2 * 2 + 1), *[("sum", 2 + 1 + 1)] * slts
+        return [("max", peaks), ("max", 1), *students]
     row = [("max", peaks), ("sum", SUMMED[name(kernel)])]
     return 2 * row if kernel.loss == "tf_nkd" else row  # once before the batch's mean is known
 
@@ -64,21 +65,23 @@ def shuffles_of_a_warp(what: str, numbers: int) -> int:
 
 def a_row(kernel: Kernel, launch: Launched, found: list[tuple[str, int]], beside: int) -> Counts:
     """With so many shuffles of each warp beside the joins."""
-    warps = launch.threads // 32
+    blocks, warps = launch.cluster, launch.threads // 32
     if kernel.kind == "fast_warps":
-        return Counts(0, 0, 0, 0, beside + sum(shuffles_of_a_warp(*join) for join in found), 0)
+        return Counts(shuffles=beside + sum(shuffles_of_a_warp(*join) for join in found))
     numbers = sum(count for _, count in found)
     if warps == 1:
-        return Counts(0, 0, 0, 0, beside + 5 * numbers, 0)
+        return Counts(shuffles=beside + 5 * numbers)
     # A join of a block: five steps in each warp, four over the numbers of all warps, 16 at most,
     # which lane 0 tells the others; a barrier before those numbers are read, and one behind.
-    blocks = launch.cluster
-    of_blocks, shuffles = blocks * 2 * len(found), blocks * warps * (beside + (5 + 4 + 1) * numbers)
+    one = Counts(
+        block_barriers=blocks * 2 * len(found),
+        shuffles=blocks * warps * (beside + (5 + 4 + 1) * numbers),
+    )
     if kernel.kind != "fast_clusters":
-        return Counts(of_blocks, 0, 0, 0, shuffles, 0)
+        return one
     # Then each block sends 8 numbers, needed or not, to every other one, and all meet.
-    remote = len(found) * blocks * (blocks - 1) * 8
-    return Counts(of_blocks, len(found), 0, 0, shuffles, remote)
+    sent = len(found) * blocks * (blocks - 1) * 8
+    return replace(one, cluster_barriers=len(found), remote_stores=sent)
 
 
 ONE, TWO, EIGHT = (device(processors=n) for n in (1, 2, 8))
