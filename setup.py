@@ -37,6 +37,10 @@ FLAGS = [
     # GCC's AVX-512 headers
     "-Wno-maybe-uninitialized",
 ]
+# The ops of csrc/losses/all.def that one source is compiled for, with their facts.
+TAUGHT = re.findall(
+    r"^KDFUSE_TAUGHT\((\w+), (\w+)\)", (ROOT / "csrc/losses/all.def").read_text(), re.M
+)
 LEVELS = {"base": []}
 if platform.machine() in ("x86_64", "AMD64"):
     LEVELS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
@@ -154,21 +158,25 @@ class Cuda:
         used = [
             str(p.relative_to(ROOT))
             for folder in ("core", "cuda", "losses")
-            for p in sorted((ROOT / "csrc" / folder).glob("*.h"))
+            for p in sorted((ROOT / "csrc" / folder).glob("*.[hd]*"))
             if not p.match("op_*.h")
         ]
+        names = sorted(p.stem for p in (ROOT / "csrc/cuda").glob("*.cu") if p.stem != "taught")
+        units = [(name, f"csrc/cuda/{name}.cu", []) for name in names]
+        for op, facts in TAUGHT:
+            defined = [f"-DKDFUSE_OP={op}", f"-DKDFUSE_FACTS={facts}"]
+            units.append((op, "csrc/cuda/taught.cu", defined))
         self.objects, self.stale = [], []
-        for source in sorted((ROOT / "csrc/cuda").glob("*.cu")):
-            made = target / f"{source.stem}.o"
-            self.objects.append(str(made))
-            name = str(source.relative_to(ROOT))
-            if newer_group([name, "setup.py", *used], str(made)):
-                self.stale.append((name, str(made)))
+        for name, source, defined in units:
+            made = str(target / f"{name}.o")
+            self.objects.append(made)
+            if newer_group([source, "setup.py", *used], made):
+                self.stale.append((source, made, defined))
         self.pool = ThreadPoolExecutor(os.cpu_count() or 1)
-        self.running = [self.pool.submit(self.compile, *pair) for pair in self.stale]
+        self.running = [self.pool.submit(self.compile, *unit) for unit in self.stale]
 
-    def compile(self, source: str, made: str) -> int:
-        command = [self.nvcc, "-c", source, "-o", made, *NVCC_FLAGS, *self.gencodes]
+    def compile(self, source: str, made: str, defined: list[str]) -> int:
+        command = [self.nvcc, "-c", source, "-o", made, *defined, *NVCC_FLAGS, *self.gencodes]
         print(" ".join(command), flush=True)
         status = subprocess.run(command, check=False).returncode
         if status:
@@ -203,7 +211,7 @@ def _extension() -> Extension | None:
     return Extension(
         "kdfuse.kernels._C",
         ["csrc/cpu/ops.cpp", "csrc/sharded/ops.cpp"],
-        depends=[str(p.relative_to(ROOT)) for p in sorted((ROOT / "csrc").rglob("*.[hc]*"))],
+        depends=[str(p.relative_to(ROOT)) for p in sorted((ROOT / "csrc").rglob("*.[hcd]*"))],
         include_dirs=[str(torch_root / "include"), pybind11.get_include()],
         library_dirs=[str(torch_root / "lib")],
         libraries=["torch_cpu"],
@@ -223,14 +231,19 @@ class BuildLevels(build_ext):
         if not (marker.is_file() and marker.read_text() == parts):
             self.force = True
         try:
+            units = [("others", "csrc/cpu/others.cpp", [])]
+            for op, facts in TAUGHT:
+                defined = [("KDFUSE_OP", op), ("KDFUSE_FACTS", facts)]
+                units.append((op, "csrc/cpu/taught.cpp", defined))
             for level, flags in LEVELS.items():
-                ext.extra_objects += self.compiler.compile(
-                    ["csrc/cpu/rows.cpp"],
-                    output_dir=os.path.join(self.build_temp, level),
-                    macros=[("KDFUSE_LEVEL", level)],
-                    extra_postargs=FLAGS + flags,
-                    depends=ext.depends,
-                )
+                for name, source, defined in units:
+                    ext.extra_objects += self.compiler.compile(
+                        [source],
+                        output_dir=os.path.join(self.build_temp, level, name),
+                        macros=[("KDFUSE_LEVEL", level), *defined],
+                        extra_postargs=FLAGS + flags,
+                        depends=ext.depends,
+                    )
             if not (cuda and self.build_with(cuda, ext)):
                 super().build_extension(ext)
             marker.write_text(parts)

@@ -10,6 +10,7 @@ from .kernels.sparse import SparseTeacher
 from .kernels.table import OPS
 from .kernels.tf_nkd import TfNKDLoss, tf_nkd_loss
 from .kernels.uskd import USKDLoss, uskd_loss
+from .kernels.wttm import WTTMLoss, wttm_loss
 
 __version__ = "0.1.0"
 
@@ -23,6 +24,7 @@ __all__ = [
     "SparseTeacher",
     "TfNKDLoss",
     "USKDLoss",
+    "WTTMLoss",
     "backends",
     "dkd_loss",
     "kd_loss",
@@ -30,4 +32,5 @@ __all__ = [
     "slkd_loss",
     "tf_nkd_loss",
     "uskd_loss",
+    "wttm_loss",
 ]

@@ -14,6 +14,7 @@ from .call import run
 from .checks import positive, scale, weight
 from .op import Loss, LossModule, Op, Options
 from .parts import Logits
+from .sharded import whole
 from .triton.lang import jit, tl
 from .triton.rows import gated, kl_rest, number, param, spread
 
@@ -39,6 +40,25 @@ def rows(students, teachers, y, params):
     return loss, {"tckd": tckd, "nckd": nckd, "ce": ce, "top1": top1, "top5": top5}
 
 
+def from_stats(zs, ts, pairs, params, valid, labelled):
+    """The same from the statistics of all parts of the rows; see `sharded/whole.py`."""
+    temperature, square, alpha, beta, ce_weight = params
+    (z,), (t,), step = zs, ts, square / temperature
+    q_rest = (t.log_rest - t.lse).exp()
+    ratio = whole.gated(q_rest, (t.log_rest - t.lse) - (z.log_rest - z.lse))
+    tckd = square * (whole.gated(t.p_label, (t.label - t.lse) - (z.label - z.lse)) + ratio)
+    none, empty = t.total == 0, z.total == 0
+    b, own = torch.where(none, 0.0, 1 / t.total), torch.where(empty, 0.0, 1 / z.total)
+    nckd = pairs[0] * b + (z.log_rest - t.log_rest)
+    nckd = square * torch.where(none, 0.0, torch.where(empty, torch.inf, nckd))
+    gap = z.p_label - t.p_label
+    a = step * (whole.gated(beta, torch.where(none, 0.0, own)) - alpha * gap * own)
+    g = whole.Gradient(a, torch.zeros_like(a), step * alpha * gap, [(-step * beta * b, 0)])
+    ce = whole.cross_entropy(z, ce_weight, g)
+    loss = whole.gated(alpha, tckd) + whole.gated(beta, nckd) + whole.gated(ce_weight, ce)
+    return loss, [[tckd, nckd, ce]], [g], None
+
+
 @jit
 def coefficients(params, z, taught, REAL: tl.constexpr):
     """From the statistics of a row (triton/taught.py) to its value and the gradient's factors."""
@@ -60,7 +80,15 @@ def coefficients(params, z, taught, REAL: tl.constexpr):
     return own, (tckd, nckd), a, number(0, REAL), (step * (beta * b),), at_label, ce_weight
 
 
-OP = Op("dkd", rows, lambda _: ("tckd", "nckd", "ce", "top1", "top5"), labels=0)
+OP = Op(
+    "dkd",
+    rows,
+    lambda _: ("tckd", "nckd", "ce", "top1", "top5"),
+    coefficients,
+    from_stats,
+    labels=0,
+    rest_weight=3,
+)
 
 
 def dkd_loss(

@@ -16,6 +16,7 @@ from .call import run
 from .checks import as_list, check_weights, positive, scale, weight
 from .op import Loss, LossModule, Op, Options
 from .parts import Logits
+from .sharded import whole
 from .sparse import SparseTeacher
 from .triton.lang import jit, tl
 from .triton.rows import gated, joined, kl, none, number, param
@@ -41,6 +42,23 @@ def rows(students, teachers, y, params):
     return loss, {"kd": kd, "ce": ce, "top1": top1, "top5": top5}
 
 
+def from_stats(zs, ts, pairs, params, valid, labelled):
+    """The same from the statistics of all parts of the rows; see `sharded/whole.py`."""
+    temperature, square, kd_weight, ce_weight, *weights = params
+    (z,), g = zs, whole.no_gradient(zs[0].lse)
+    value = torch.zeros_like(z.lse)
+    for k, w in enumerate(weights):
+        if w == 0:
+            continue
+        pair, step = whole.kl(z, ts[k], pairs[k]), kd_weight * w * square / temperature
+        value = value + w * square * pair.value
+        g.a = g.a + whole.gated(step, pair.a)
+        g.label = g.label + whole.gated(step, pair.label)
+        g.others.append((-whole.gated(step, pair.b), k))
+    ce = whole.cross_entropy(z, ce_weight, g) if labelled else torch.zeros_like(value)
+    return whole.gated(kd_weight, value) + whole.gated(ce_weight, ce), [[value, ce]], [g], None
+
+
 @jit
 def coefficients(params, z, taught, REAL: tl.constexpr):
     """From the statistics of a row (triton/taught.py) to its value and the gradient's factors."""
@@ -60,7 +78,16 @@ def coefficients(params, z, taught, REAL: tl.constexpr):
     return gated(kd_weight, value), (value,), a, number(0, REAL), bs, at_label, ce_weight
 
 
-OP = Op("kd", rows, lambda _: ("kd", "ce", "top1", "top5"), needs_target=False, sparse=True)
+OP = Op(
+    "kd",
+    rows,
+    lambda _: ("kd", "ce", "top1", "top5"),
+    coefficients,
+    from_stats,
+    needs_target=False,
+    sparse=True,
+    teacher_weights=4,
+)
 
 
 def kd_loss(

@@ -17,6 +17,7 @@ from .call import run
 from .checks import positive, scale, weight
 from .op import Loss, LossModule, Op, Options
 from .parts import Logits
+from .sharded import whole
 from .sparse import SparseTeacher
 from .triton.lang import jit, tl
 from .triton.rows import INF, gated, param, spread
@@ -37,6 +38,23 @@ def rows(students, teachers, y, params):
     return loss, {"target": target, "others": others, "ce": ce, "top1": top1, "top5": top5}
 
 
+def from_stats(zs, ts, pairs, params, valid, labelled):
+    """The same from the statistics of all parts of the rows; see `sharded/whole.py`."""
+    temperature, square, gamma, ce_weight = params
+    (z,), (t,), step = zs, ts, gamma * square / temperature
+    weight = t.log_label.exp()
+    target = whole.gated(weight, -z.log_label)
+    none, empty = t.total == 0, z.total == 0
+    b = torch.where(none, 0.0, 1 / t.total)
+    others = torch.where(empty, torch.inf, z.log_rest - pairs[0] * b)
+    others = square * torch.where(none, 0.0, others)
+    a = step * torch.where(none | empty, 0.0, 1 / z.total)
+    g = whole.Gradient(a, weight * z.unit_at_one, weight * z.log_label.expm1(), [(-step * b, 0)])
+    ce = whole.cross_entropy(z, ce_weight, g)
+    loss = target + whole.gated(gamma, others) + whole.gated(ce_weight, ce)
+    return loss, [[target, others, ce]], [g], None
+
+
 @jit
 def coefficients(params, z, taught, REAL: tl.constexpr):
     """From the statistics of a row (triton/taught.py) to its value and the gradient's factors."""
@@ -55,7 +73,17 @@ def coefficients(params, z, taught, REAL: tl.constexpr):
     return own, (target, others), a, c, (b,), at_label, param(params, 3, REAL)
 
 
-OP = Op("nkd", rows, lambda _: ("target", "others", "ce", "top1", "top5"), sparse=True)
+OP = Op(
+    "nkd",
+    rows,
+    lambda _: ("target", "others", "ce", "top1", "top5"),
+    coefficients,
+    from_stats,
+    sparse=True,
+    rest_weight=2,
+    teacher_at_1=True,
+    entropy=False,
+)
 
 
 def nkd_loss(

@@ -31,14 +31,29 @@ Rows = Callable[
 
 @dataclass(frozen=True)
 class Op:
-    """One loss: its reference, and what the compiled op of the same name reports."""
+    """One loss: its forms in Python, and what the compiled op of the same name takes and reports.
+
+    The facts of a loss of one student under teachers are those of its header, csrc/losses/.
+    """
 
     name: str
-    rows: Rows
+    rows: Rows  # in plain PyTorch
     terms: Callable[[int], tuple[str, ...]]  # of the number of students
+    coefficients: Callable[..., Any]  # in Triton
+    from_stats: Callable[..., Any] | None  # of rows in parts (sharded/); None: it needs whole rows
+    own_rows: bool = False  # not one student under teachers: it has row passes of its own
     labels: int = 1  # labels taken from class probabilities; 0: only class indices
     needs_target: bool = True
     sparse: bool = False  # takes SparseTeacher; params[0] is then the temperature
+    # Places in params:
+    temperature: int | None = 0  # None: there is no temperature
+    teacher_weights: int | None = None  # the first weight of any number of teachers; None: one
+    fusion: int | None = None  # the first weight of the SL-Ts in the fused teacher
+    rest_weight: int | None = None  # a weight that C = 2 leaves without a meaning
+    # Of a student under teachers:
+    student_at_1: bool = False  # compared at T = 1, not at T, with the teacher at T
+    teacher_at_1: bool = False  # the teacher's softmax at T = 1 is read too
+    entropy: bool = True  # the teacher's exponents are part of the sum over both
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,9 @@ class ClassPart:
     """The student's logits where each process of a group holds some of the classes of every row.
 
     `kd_loss(ClassPart(student, first_class=..., classes=..., group=...), teacher, target)` and
-    dkd_loss, nkd_loss, tf_nkd_loss and slkd_loss in the same way. The other logits are this
-    process's part too, plain tensors of the student's shape; `target` holds class indices among all
-    classes. The parts may differ in size, and together they hold every class once.
+    dkd_loss, nkd_loss, wttm_loss, tf_nkd_loss and slkd_loss in the same way. The other logits are
+    this process's part too, plain tensors of the student's shape; `target` holds class indices
+    among all classes. The parts may differ in size, and together they hold every class once.
 
     Every process of the group calls the loss with the same rows, target and settings, and gets the
     same loss, that of the whole rows; backward() gives each the gradient of its own logits. A call

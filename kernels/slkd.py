@@ -20,6 +20,7 @@ from .call import run
 from .checks import as_list, check_weights, positive, scale, weight
 from .op import Loss, LossModule, Op, Options
 from .parts import Logits
+from .sharded import whole
 from .triton.lang import jit, tl
 from .triton.rows import gated, joined, none, number, param
 
@@ -54,6 +55,34 @@ def term_names(students: int) -> tuple[str, ...]:
     own = ("kd", "fused_kd", "ce", "top1", "top5")
     each = ("kd", "ce", "top1", "top5")
     return own + tuple(f"slt{k}_{name}" for k in range(students - 1) for name in each)
+
+
+def from_stats(zs, ts, pairs, params, valid, labelled):
+    """The same from the statistics of all parts of the rows; see `sharded/whole.py`."""
+    temperature, square, kd_weight, ce_weight, fused_kd, fused_ce, detach, *fusion = params
+    z, (t, f), step = zs[0], ts, square / temperature
+    own, fused = whole.kl(z, t, pairs[0]), whole.kl(z, f, pairs[1])
+    g = whole.no_gradient(z.lse)
+    g.a = step * (kd_weight * own.a + fused_kd * fused.a)
+    g.label = step * (kd_weight * own.label + fused_kd * fused.label)
+    g.others = [(-step * kd_weight * own.b, 0), (-step * fused_kd * fused.b, 1)]
+    ce = whole.cross_entropy(z, ce_weight + fused_ce, g)
+    values, gradients = [[square * own.value, square * fused.value, ce]], [g]
+    loss = whole.gated(kd_weight, values[0][0]) + whole.gated(fused_kd, values[0][1])
+    loss = loss + whole.gated(ce_weight + fused_ce, ce)
+    for k, s in enumerate(zs[1:]):
+        own, g = whole.kl(s, t, pairs[2 + k]), whole.no_gradient(s.lse)
+        g.a, g.label = step * kd_weight * own.a, step * kd_weight * own.label
+        g.others = [(-step * kd_weight * own.b, 0)]
+        if not detach:
+            g.others.append((fusion[k] * fused_kd * step * fused.b, -1))
+            pulled = whole.gated(f.p_label, f.label - z.label - fused.drift)
+            g.label = g.label + fusion[k] * fused_kd * step * pulled
+        slt_ce = whole.cross_entropy(s, ce_weight, g)
+        values.append([square * own.value, slt_ce])
+        gradients.append(g)
+        loss = loss + whole.gated(kd_weight, square * own.value) + whole.gated(ce_weight, slt_ce)
+    return loss, values, gradients, fused.drift
 
 
 @jit
@@ -105,7 +134,7 @@ def coefficients(
     return own, terms, factors
 
 
-OP = Op("slkd", rows, term_names)
+OP = Op("slkd", rows, term_names, coefficients, from_stats, own_rows=True, fusion=7)
 
 
 def slkd_loss(

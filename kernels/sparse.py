@@ -24,7 +24,7 @@ MASS_TYPES = (torch.float32, torch.float64)
 
 @dataclass(frozen=True, eq=False)  # == of tensors is no bool
 class SparseTeacher:
-    """k of a teacher's C logits a row; `kd_loss` and `nkd_loss` take it in place of whole logits.
+    """k of a teacher's C logits a row, which kd_loss, nkd_loss and wttm_loss take for whole ones.
 
     Args:
         values: (N, k) logits of any floating type, in any order; 1 <= k < C.

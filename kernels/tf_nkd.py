@@ -17,6 +17,7 @@ from .call import run
 from .checks import weight as finite
 from .op import Loss, LossModule, Op, Options
 from .parts import Logits
+from .sharded import whole
 from .triton.lang import jit, tl
 from .triton.rows import param
 
@@ -32,13 +33,34 @@ def rows(students, teachers, y, params):
     return loss, {"target": value, "ce": ce, "top1": top1, "top5": top5}
 
 
+def from_stats(zs, ts, pairs, params, valid, labelled):
+    """The same from the statistics of all parts of the rows; see `sharded/whole.py`."""
+    gain, ce_weight = params
+    (z,), g = zs, whole.no_gradient(zs[0].lse)
+    score = torch.where(valid, z.log_label.exp(), 0.0)
+    w = score + 1 - score.sum() / valid.sum().clamp(min=1)
+    target = whole.gated(w, -z.log_label)
+    g.c, g.label = gain * w * z.unit_at_one, gain * w * z.log_label.expm1()
+    ce = whole.cross_entropy(z, ce_weight, g)
+    return whole.gated(gain, target) + whole.gated(ce_weight, ce), [[target, ce]], [g], None
+
+
 @jit
 def coefficients(params, REAL: tl.constexpr):
     """The weights of the smoothed target and of cross-entropy, whose sum a row is."""
     return param(params, 0, REAL), param(params, 1, REAL)
 
 
-OP = Op("tf_nkd", rows, lambda _: ("target", "ce", "top1", "top5"), labels=2)
+OP = Op(
+    "tf_nkd",
+    rows,
+    lambda _: ("target", "ce", "top1", "top5"),
+    coefficients,
+    from_stats,
+    own_rows=True,
+    labels=2,
+    temperature=None,
+)
 
 
 def tf_nkd_loss(

@@ -63,7 +63,16 @@ def coefficients(params, REAL: tl.constexpr):
     return alpha, beta, param(params, 2, REAL), param(params, 4, REAL)
 
 
-OP = Op("uskd", rows, lambda _: ("target", "others", "weak", "ce", "top1", "top5"), labels=2)
+OP = Op(
+    "uskd",
+    rows,
+    lambda _: ("target", "others", "weak", "ce", "top1", "top5"),
+    coefficients,
+    None,
+    own_rows=True,
+    labels=2,
+    temperature=None,
+)
 
 
 def uskd_loss(

@@ -1,5 +1,6 @@
-// What the row pass is asked to do, and the passes of each instruction-set level. No framework types.
+// What a row pass is asked to do, and what each op is on the CPU. No framework types.
 #pragma once
+#include <cstddef>
 #include <cstdint>
 
 namespace kdfuse {
@@ -51,6 +52,22 @@ struct Problem {
   bool wide;  // compute in double
 };
 
+// The ops, in the order of losses/all.def.
+enum class Loss {
+#define KDFUSE_OTHER(name) name,
+#include "../losses/all.def"
+};
+
+// What an op takes, and what it reports.
+struct OpFacts {
+  bool (*fits)(size_t students, size_t teachers, size_t params);
+  int (*terms)(int students);
+  bool (*counts)(int term);  // it counts rows; else it is a mean over them
+  bool takes_top_k, needs_target;
+  bool scored;  // needs the batch mean of its label scores
+  bool fused;  // has a fused teacher
+};
+
 struct RowPass {
   // Rows [begin, end) of scores, for the ops that need their batch mean; null for the others.
   void (*score)(const Problem&, int64_t begin, int64_t end);
@@ -60,23 +77,18 @@ struct RowPass {
 
 struct SplitProblem;  // sharded/types.h
 
-// The same for one part of the classes.
+// The same for one part of the classes; null where an op needs whole rows.
 struct SplitPass {
   void (*stats)(const SplitProblem&, int64_t begin, int64_t end);
   void (*run)(const SplitProblem&, int64_t begin, int64_t end);
 };
 
-struct RowPasses {
-  RowPass kd, dkd, nkd, tf_nkd, uskd, slkd;
-  SplitPass split_kd, split_dkd, split_nkd, split_tf_nkd, split_slkd;
+struct OpOnCpu {
+  OpFacts facts;
+  RowPass rows;
+  SplitPass parts;
 };
 
-RowPasses row_passes();  // of the level in use
-
-RowPasses row_passes_base();
-#if defined(__x86_64__)
-RowPasses row_passes_avx2();
-RowPasses row_passes_avx512();
-#endif
+OpOnCpu op_on_cpu(Loss loss);  // of the level in use
 
 }  // namespace kdfuse

@@ -132,9 +132,9 @@ void each_row(void (*run)(const P&, int64_t, int64_t), const P& p) {
 
 // The loss and the terms from out, the rows' (1 + num_terms) numbers each. In row order, whatever thread
 // made a row: the same bits for any number of threads.
-template <class Op>
-std::pair<Tensor, Tensor> reduced(const std::vector<double>& out, int64_t rows, int num_terms, int64_t valid,
-                                  int64_t reduction, double scale, ScalarType real) {
+inline std::pair<Tensor, Tensor> reduced(const OpFacts& facts, const std::vector<double>& out, int64_t rows,
+                                         int num_terms, int64_t valid, int64_t reduction, double scale,
+                                         ScalarType real) {
   const int width = 1 + num_terms;
   std::vector<double> totals(width, 0.);
   for (int64_t i = 0; i < rows; ++i) {
@@ -148,7 +148,7 @@ std::pair<Tensor, Tensor> reduced(const std::vector<double>& out, int64_t rows, 
   }
   Tensor terms = torch::stable::empty({width}, real);
   for (int k = 0; k < num_terms; ++k) {
-    put(terms, k, totals[1 + k] / (Op::counts(k) ? 1. : std::max<double>(valid, 1)));
+    put(terms, k, totals[1 + k] / (facts.counts(k) ? 1. : std::max<double>(valid, 1)));
   }
   put(terms, num_terms, valid);
   return {value, terms};

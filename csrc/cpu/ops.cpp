@@ -17,6 +17,7 @@
 
 #include "../core/op_top_k.h"
 #include "op.h"
+#include "op_table.h"
 #if defined(KDFUSE_CUDA_ARCHS)
 #include "../cuda/launch.h"
 #endif
@@ -42,48 +43,23 @@ Level best_level() {
 
 std::atomic<Level> current_level{best_level()};
 
-RowPasses passes() {
-  switch (current_level.load()) {
 #if defined(__x86_64__)
-    case kAvx512:
-      return row_passes_avx512();
-    case kAvx2:
-      return row_passes_avx2();
+#define KDFUSE_AT_LEVEL(name) \
+  (current_level == kAvx512 ? name##_avx512() : current_level == kAvx2 ? name##_avx2() : name##_base())
+#else
+#define KDFUSE_AT_LEVEL(name) name##_base()
 #endif
-    default:
-      return row_passes_base();
-  }
-}
-
-// An op of the table: its row passes beside its facts.
-struct Kd : KdFacts {
-  static RowPass pass() { return passes().kd; }
-};
-struct Dkd : DkdFacts {
-  static RowPass pass() { return passes().dkd; }
-};
-struct Nkd : NkdFacts {
-  static RowPass pass() { return passes().nkd; }
-};
-struct TfNkd : TfNkdFacts {
-  static RowPass pass() { return passes().tf_nkd; }
-};
-struct Uskd : UskdFacts {
-  static RowPass pass() { return passes().uskd; }
-};
-struct Slkd : SlkdFacts {
-  static RowPass pass() { return passes().slkd; }
-};
 
 using Result = std::tuple<Tensor, Tensor, std::vector<Tensor>>;
 
-template <class Op>
+template <Loss which>
 Result loss(std::vector<Tensor> students, std::vector<Tensor> teachers, std::vector<Tensor> indices,
             std::vector<Tensor> masses, std::optional<Tensor> target, std::optional<Tensor> denominator,
             std::optional<double> divisor, std::optional<Tensor> upstream, std::vector<double> params,
             int64_t reduction, int64_t ignore_index, bool with_gradient) {
-  check_call<Op>(students, teachers, target.has_value(), params);
-  if (!Op::takes_top_k) refuse_sparse(indices, masses);
+  const OpOnCpu op = op_on_cpu(which);
+  check_call(op.facts, students, teachers, target.has_value(), params);
+  if (!op.facts.takes_top_k) refuse_sparse(indices, masses);
   const Tensor& student = students[0];
   const int64_t rows = student.size(0), classes = student.size(1);
 
@@ -129,22 +105,21 @@ Result loss(std::vector<Tensor> students, std::vector<Tensor> teachers, std::vec
     p.gradients = outputs.data();
   }
 
-  p.num_terms = Op::terms(p.num_students);
+  p.num_terms = op.facts.terms(p.num_students);
   const int width = 1 + p.num_terms;
   std::vector<double> out(rows * width), scores;
   p.out = out.data();
-  const RowPass pass = Op::pass();
   if (rows > 0) {
-    if (pass.score) {
+    if (op.facts.scored) {
       scores.resize(2 * rows);
       p.scores = scores.data();
-      each_row(pass.score, p);
+      each_row(op.rows.score, p);
       score_means(p, labels, valid);
     }
-    each_row(pass.run, p);
+    each_row(op.rows.run, p);
   }
 
-  auto [value, terms] = reduced<Op>(out, rows, p.num_terms, valid, reduction, scale, real);
+  auto [value, terms] = reduced(op.facts, out, rows, p.num_terms, valid, reduction, scale, real);
   return {value, terms, gradients};
 }
 
@@ -194,7 +169,15 @@ void set_level(const std::string& name) {
 
 }  // namespace
 
-RowPasses row_passes() { return passes(); }
+OpOnCpu op_on_cpu(Loss loss) {
+  switch (loss) {
+#define KDFUSE_OTHER(name) \
+  case Loss::name:         \
+    return KDFUSE_AT_LEVEL(name);
+#include "../losses/all.def"
+  }
+  return {};
+}
 
 #define KDFUSE_SCHEMA                                                                          \
   "(Tensor[] students, Tensor[] teachers, Tensor[] indices, Tensor[] masses, Tensor? target, " \
@@ -203,22 +186,14 @@ RowPasses row_passes() { return passes(); }
   "-> (Tensor loss, Tensor terms, Tensor[] gradients)"
 
 STABLE_TORCH_LIBRARY(kdfuse, m) {
-  m.def("kd" KDFUSE_SCHEMA);
-  m.def("dkd" KDFUSE_SCHEMA);
-  m.def("nkd" KDFUSE_SCHEMA);
-  m.def("tf_nkd" KDFUSE_SCHEMA);
-  m.def("uskd" KDFUSE_SCHEMA);
-  m.def("slkd" KDFUSE_SCHEMA);
+#define KDFUSE_OTHER(name) m.def(#name KDFUSE_SCHEMA);
+#include "../losses/all.def"
   m.def("scale_(Tensor(a!)[] gradients, Tensor factor) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(kdfuse, CPU, m) {
-  m.impl("kd", TORCH_BOX(&loss<Kd>));
-  m.impl("dkd", TORCH_BOX(&loss<Dkd>));
-  m.impl("nkd", TORCH_BOX(&loss<Nkd>));
-  m.impl("tf_nkd", TORCH_BOX(&loss<TfNkd>));
-  m.impl("uskd", TORCH_BOX(&loss<Uskd>));
-  m.impl("slkd", TORCH_BOX(&loss<Slkd>));
+#define KDFUSE_OTHER(name) m.impl(#name, TORCH_BOX(&loss<Loss::name>));
+#include "../losses/all.def"
 }
 
 PYBIND11_MODULE(_C, m) {

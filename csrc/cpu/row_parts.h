@@ -101,10 +101,11 @@ void exponentiate(const Problem& p, Logits<T>& z, double temperature, bool at_on
   for (int k = 0; k < 2; ++k) z.far[k] = units1.of_label(z.label[k]);
 }
 
-// A teacher's exponentials, into e, and its softmax; returns the sum of e_j (u_t,j - u_z,j).
+// A teacher's exponentials, into e, and its softmax; returns the sum of e_j (u_t,j - u_z,j). own: the student's
+// temperature.
 template <class T>
-double teach(const Problem& p, Logits<T>& t, const Logits<T>& z, double temperature, T* e) {
-  const Units<T> units(temperature, t.peak), of_z(temperature, z.peak);
+double teach(const Problem& p, Logits<T>& t, double temperature, const Logits<T>& z, double own, T* e) {
+  const Units<T> units(temperature, t.peak), of_z(own, z.peak);
   const Crossed sums = teacher_pass(t.x, units, z.x, of_z, padded(p.classes), e, t.ahead);
   t.e = e;
   t.stats = {sums.sum, units.of_label(t.single_label())};

@@ -53,8 +53,8 @@ void slkd_row(const Problem& p, int64_t row, Scratch<T>& scratch) {
   centre(p, f, q.temperature);
 
   const double dot = target_dot(p, z, target, q.temperature);
-  const double crossed = teach(p, t, z, q.temperature, at(5));
-  const double fused_crossed = teach(p, f, z, q.temperature, at(7));
+  const double crossed = teach(p, t, q.temperature, z, q.temperature, at(5));
+  const double fused_crossed = teach(p, f, q.temperature, z, q.temperature, at(7));
   exponentiate(p, z, q.temperature, true, at(2), at(3));
   const auto pair = kl(z.stats, z.at, t.stats, t.at, crossed);
   const auto fused = kl(z.stats, z.at, f.stats, f.at, fused_crossed);

@@ -84,17 +84,18 @@ KDFUSE_DEVICE Seen<T> see(const Team& team, const Task& p, const Target<T>& y, c
   return {dot, T(number && rank < 1), T(number && rank < 5)};
 }
 
-// A teacher's softmax; returns the sum over j != y of e_j (u_t,j - u_z,j).
-template <class T, class S, class Team>
+// A teacher's softmax, also at T = 1 where at_one; returns the sum over j != y of e_j (u_t,j - u_z,j), or without
+// entropy of e_j u_z,j.
+template <bool entropy = true, class T, class S, class Team>
 KDFUSE_DEVICE T teach(const Team& team, const Task& p, const Target<T>& y, const Span& span, Logits<T, S>& t,
-                      const Logits<T>& z) {
+                      const Logits<T>& z, bool at_one = false) {
   T sums[1];
-  exponentiate(team, p, y, span, t, false, sums, [&](int i, const T(&x)[kChunk], const T(&e)[kChunk], T* sum) {
+  exponentiate(team, p, y, span, t, at_one, sums, [&](int i, const T(&x)[kChunk], const T(&e)[kChunk], T* sum) {
     T other[kChunk];
     read(team, p, z.source, y, span, i, other);
 #pragma unroll
     for (int v = 0; v < kChunk; ++v) {
-      const T gap = t.units.of(x[v]) - z.units.of(other[v]);
+      const T of_z = z.units.of(other[v]), gap = entropy ? t.units.of(x[v]) - of_z : of_z;
       sum[0] = e[v] > T(0) ? std::fma(e[v], gap, sum[0]) : sum[0];
     }
   });

@@ -1,6 +1,7 @@
-// Any rows of an op (any_losses.h), for run_batch().
+// Any rows of an op (any_taught.h, any_others.h, any_uskd.h), for run_batch().
 #pragma once
-#include "any_losses.h"
+#include "any_others.h"
+#include "any_taught.h"
 #include "any_uskd.h"
 
 namespace kdfuse {

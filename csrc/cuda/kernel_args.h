@@ -1,8 +1,8 @@
 // What a CUDA row pass is asked to do. It travels to the kernels by value.
 #pragma once
 #include "../core/limits.h"
+#include "../core/stats.h"
 #include "../core/types.h"
-#include "../losses/kd.h"
 
 namespace kdfuse {
 
@@ -72,13 +72,14 @@ constexpr int kFastInputs = 4;  // of them at most 3 students
 // Rows that are all of one type, lie alike on 16-byte boundaries and have labels, or none: the logits
 // of the students, then of the teacher.
 struct FastTask : Call {
+  int inputs;
   const void* logits[kFastInputs];
   uint32_t steps[kFastInputs];  // bytes from row to row
   void* gradients[kFastInputs - 1];
-  float params[12];
-  float step;  // log2(e) / T
-  float square_by_t;  // the factor T^2, or 1, by T
-  KdWeight<float> kd;  // of the one teacher of kd
+  float params[12];  // the op's own; of a loss under teachers its Factors
+  float ce_weight;  // of such a loss
+  float step, own_step;  // log2(e) / T, and that of the student
+  float square_by_t, pull;  // of SLKD: the factor T^2, or 1, by T; the weight of what the student asks of SL-Ts
   bool hold;  // rows that are read twice stay in the block's memory
   bool whole;  // every row is of whole chunks, on 16-byte boundaries
   int64_t guarded;  // from this row on, what lies behind a row may be no memory
@@ -89,19 +90,8 @@ KDFUSE_DEVICE uint64_t product(int64_t row, int64_t bytes) {
   return uint64_t{static_cast<uint32_t>(row)} * static_cast<uint32_t>(bytes);
 }
 
-constexpr float kLog2e = 1.44269504088896340736f;
-
-// The op's params and what follows from them for every row. temperature: whether params start with T.
-inline void set_params(FastTask& p, const double* params, int count, bool temperature) {
-  for (int k = 0; k < count; ++k) p.params[k] = static_cast<float>(params[k]);
-  const double t = temperature ? params[0] : 1;
-  p.step = static_cast<float>(1.4426950408889634 / t);
-  if (temperature) p.square_by_t = static_cast<float>(params[1] / t);
-  if (temperature && count > 4) {
-    const auto kd = kd_weight_of(params[4], params[2], params[1], t);
-    p.kd = {static_cast<float>(kd.value), static_cast<float>(kd.step)};
-  }
-}
+constexpr double kLog2OfE = 1.4426950408889634;
+constexpr float kLog2e = static_cast<float>(kLog2OfE);
 
 // Scratch of a call, in doubles: partial, of_blocks, and scores where there are some.
 inline int64_t scratch_numbers(const Call& p, bool scored) {

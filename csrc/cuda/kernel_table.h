@@ -4,8 +4,6 @@
 
 namespace kdfuse {
 
-enum class Loss { kd, dkd, nkd, tf_nkd, uskd, slkd };
-
 constexpr int kTickets = 1 << 16;
 // So that every row stays in registers: 255 for a thread of a fast block; in fast warps 168 for bfloat16, 255 for
 // the others.
@@ -13,7 +11,7 @@ constexpr int kFastBlock = 256;  // threads
 constexpr int fast_warp_blocks(DType type) { return type == DType::bf16 ? 3 : 2; }  // of a multiprocessor
 constexpr int kStreamBlock = 256, kGeneralBlock = 256;  // threads
 
-// Rows of one type with labels, or none. A kernel may be missing.
+// Of rows of one type with labels, or none. A kernel may be missing.
 struct FastKernels {
   int chunks = 0, thread_bytes = 0;  // of each thread; not of streams
   const void* warps = nullptr;  // a warp for each row
@@ -26,17 +24,15 @@ struct GeneralKernels {
   const void *warps, *blocks, *wide;  // wide: in double
 };
 
-// variant: of kd whether there are labels, of slkd the number of SL-Ts less 1.
-FastKernels fast_kd(DType type, int variant);
-FastKernels fast_dkd(DType type, int variant);
-FastKernels fast_nkd(DType type, int variant);
-FastKernels fast_tf_nkd(DType type, int variant);
-FastKernels fast_slkd(DType type, int variant);
-GeneralKernels general_kd();
-GeneralKernels general_dkd();
-GeneralKernels general_nkd();
-GeneralKernels general_tf_nkd();
-GeneralKernels general_uskd();
-GeneralKernels general_slkd();
+struct LossKernels {
+  // Whether the rows of a call may be fast ones, as far as the op has a say; then it sets its own part of `fast`.
+  bool (*set_fast)(const Task& p, FastTask& fast);
+  FastKernels (*fast)(const Task& p);
+  GeneralKernels (*general)();
+  bool scored, sorted, fused;  // needs the batch mean of its label scores; sorts a row; has a fused teacher
+};
+
+#define KDFUSE_OTHER(name) LossKernels name##_kernels();
+#include "../losses/all.def"
 
 }  // namespace kdfuse

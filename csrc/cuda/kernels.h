@@ -1,6 +1,9 @@
 // The kernels of an op, for its <op>.cu. Compiled without contraction of products and sums: student ==
 // teacher must give exactly 0. What may be one rounded operation says so.
 #pragma once
+#include <algorithm>
+#include <cstring>
+
 #include "any_rows.h"
 #include "kernel_table.h"
 #include "one_pass.h"
@@ -65,10 +68,10 @@ template <DType type>
 constexpr bool kLongRows = type != DType::f16;
 
 // Of a student with one teacher, or alone.
-template <Loss loss, DType type, bool labelled>
+template <class Loss, DType type, bool labelled>
 struct PairKernels {
   template <class Team>
-  using Rows = Resident<loss, type, labelled, kChunksOfPair, Team>;
+  using Rows = Resident<Loss, type, labelled, kChunksOfPair, Team>;
 
   static FastKernels get() {
     FastKernels k;
@@ -78,7 +81,7 @@ struct PairKernels {
     k.blocks = address(fast_blocks<Rows<Block>>);
     if constexpr (kLongRows<type>) {
       if constexpr (!Rows<Block>::kScored) k.clusters = address(fast_clusters<Rows>);
-      k.streams = address(fast_streams<Streamed<loss, type, labelled, Block>>);
+      k.streams = address(fast_streams<Streamed<Loss, type, labelled, Block>>);
     }
     return k;
   }

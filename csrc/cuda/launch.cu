@@ -147,31 +147,27 @@ void start(Launch l, T& task, int device, cudaStream_t stream) {
   enqueue(reinterpret_cast<void (*)(T)>(const_cast<void*>(l.kernel)), l, blocks, stream, task);
 }
 
-bool any_zero(const double* x, int count) {
-  return std::any_of(x, x + count, [](double v) { return v == 0; });
-}
-
-// A factor of 0 leaves out what a row holds, whatever that is: the fast rows multiply.
-bool weighs_all(Loss loss, const Task& p) {
-  const double* const q = p.params;
-  if (loss == Loss::kd) return q[2] != 0 && q[4] != 0;
-  if (loss == Loss::dkd) return q[2] != 0 || q[3] != 0;
-  if (loss == Loss::nkd) return q[2] != 0;
-  if (loss == Loss::slkd) return q[2] != 0 && q[4] != 0 && !any_zero(q + 7, p.num_students - 1);
-  return true;
+LossKernels kernels_of(Loss loss) {
+  switch (loss) {
+#define KDFUSE_OTHER(name) \
+  case Loss::name:         \
+    return name##_kernels();
+#include "../losses/all.def"
+  }
+  return {};
 }
 
 // Whether a call's rows are fast ones; then fast is that call.
-bool make_fast(Loss loss, const Task& p, FastTask& fast) {
-  const int inputs = p.num_students + p.num_teachers, slts = loss == Loss::slkd ? p.num_students - 1 : 0;
+bool make_fast(const LossKernels& of, const Task& p, FastTask& fast) {
+  const int inputs = p.num_students + p.num_teachers;
   const DType type = p.logits[0].type;
-  if (loss == Loss::uskd || inputs > kFastInputs || p.num_teachers > 1 || slts > 2) return false;
-  if (p.rows > kMaxStep || type == DType::f64 || p.soft.data || p.sparse || !weighs_all(loss, p)) return false;
+  if (!of.set_fast || inputs > kFastInputs || p.rows > kMaxStep || type == DType::f64 || p.soft.data) return false;
   const int64_t size = type == DType::f32 ? 4 : 2, own = type == DType::bf16 ? 2 : 4;
   const auto first = reinterpret_cast<uintptr_t>(p.logits[0].data);
   if (first % size || (p.logits[0].stride - p.classes) % kChunk) return false;
   static_cast<Call&>(fast) = p;
   bool overlap = false;  // rows of an input
+  fast.inputs = inputs;
   for (int k = 0; k < inputs; ++k) {
     const Matrix& m = p.logits[k];
     const auto at = reinterpret_cast<uintptr_t>(m.data);
@@ -187,34 +183,17 @@ bool make_fast(Loss loss, const Task& p, FastTask& fast) {
   }
   fast.whole = p.classes % kChunk == 0 && first % (kChunk * size) == 0;
   fast.guarded = fast.whole ? p.rows : overlap ? 0 : p.rows - 1;
-  set_params(fast, p.params, sizeof(fast.params) / sizeof(float), loss != Loss::tf_nkd);
-  return true;
-}
-
-FastKernels fast_kernels(Loss loss, const Task& p) {
-  const DType type = p.logits[0].type;
-  switch (loss) {
-    case Loss::kd:
-      return fast_kd(type, p.labels != nullptr);
-    case Loss::dkd:
-      return fast_dkd(type, 0);
-    case Loss::nkd:
-      return fast_nkd(type, 0);
-    case Loss::tf_nkd:
-      return fast_tf_nkd(type, 0);
-    default:
-      return fast_slkd(type, p.num_students - 2);
-  }
+  return of.set_fast(p, fast);
 }
 
 int whole_warps(int threads) { return std::max(kWarp, (threads + kWarp - 1) / kWarp * kWarp); }
 
 // Few short rows take a block each, so that a row is done sooner; many take a warp each. Longer rows take a
 // block, then a cluster of them; rows beyond all registers are read twice.
-bool shape_fast(Loss loss, const FastKernels& k, FastTask& p, DType type, int device, Launch& l) {
+bool shape_fast(const LossKernels& of, const FastKernels& k, FastTask& p, DType type, int device, Launch& l) {
   const Device& d = device_of(device);
   const int chunks = p.whole ? p.classes / kChunk : max_chunks(p.classes);
-  l.together = loss == Loss::tf_nkd;
+  l.together = of.scored;
   if (chunks <= kWarp * k.chunks && p.rows > 4 * d.processors) {
     l.kernel = k.warps, l.teams = Warp::kTeams, l.threads = Warp::kTeams * kWarp;
     l.bytes = head_bytes(Warp::kTeams, p.columns()) + l.threads * k.thread_bytes;
@@ -239,18 +218,19 @@ bool shape_fast(Loss loss, const FastKernels& k, FastTask& p, DType type, int de
   l.cluster = 1;
   if (!k.streams) return false;
   l.kernel = k.streams, l.threads = kStreamBlock;
-  const int rows = loss == Loss::tf_nkd ? 1 : 2;
+  const int rows = p.inputs;
   const int64_t row = int64_t{max_chunks(p.classes)} * rows * (type == DType::f32 ? 32 : 16);
   p.hold = p.with_gradient && head + row <= kernel_of(k.streams, device).memory;
   l.bytes = head + static_cast<int>(p.hold ? row : 0);
   return true;
 }
 
-void shape_general(Loss loss, const GeneralKernels& k, Task& p, bool wide, int device, Launch& l) {
+void shape_general(const LossKernels& of, Task& p, bool wide, int device, Launch& l) {
+  const GeneralKernels k = of.general();
   const int64_t number = wide ? sizeof(double) : sizeof(float), entry = wide ? 16 : 8;
   const int64_t row = number * kChunk * max_chunks(p.classes);
   int64_t sorted = 0;
-  if (loss == Loss::uskd) {
+  if (of.sorted) {
     for (sorted = 2; sorted < p.classes;) sorted *= 2;
   }
   const bool warps = !wide && p.classes <= kWarp * kChunk * 4;
@@ -263,31 +243,14 @@ void shape_general(Loss loss, const GeneralKernels& k, Task& p, bool wide, int d
                   " classes are too long for the sort in uskd's CUDA kernel on this device; use backend='reference'"};
   }
   // Students, teachers, class probabilities and the fused SL-Ts, in this order.
-  const int inputs = p.num_students + p.num_teachers + (p.soft.data != nullptr) + (loss == Loss::slkd);
+  const int inputs = p.num_students + p.num_teachers + (p.soft.data != nullptr) + of.fused;
   p.held = static_cast<int>(std::min<int64_t>(inputs, space / row));
   p.sorted = static_cast<int>(sorted);
   p.team_bytes = static_cast<int>((reserved + p.held * row + 15) / 16 * 16);
   l.teams = teams;
   l.threads = warps ? teams * kWarp : std::min(whole_warps(max_chunks(p.classes) / 2), kGeneralBlock);
   l.bytes = head + teams * p.team_bytes;
-  l.together = loss == Loss::tf_nkd || loss == Loss::uskd;
-}
-
-GeneralKernels general_of(Loss loss) {
-  switch (loss) {
-    case Loss::kd:
-      return general_kd();
-    case Loss::dkd:
-      return general_dkd();
-    case Loss::nkd:
-      return general_nkd();
-    case Loss::tf_nkd:
-      return general_tf_nkd();
-    case Loss::uskd:
-      return general_uskd();
-    default:
-      return general_slkd();
-  }
+  l.together = of.scored;
 }
 
 void launch_rows(Loss loss, Task p, bool wide, int device, cudaStream_t stream) {
@@ -295,12 +258,13 @@ void launch_rows(Loss loss, Task p, bool wide, int device, cudaStream_t stream) 
   check(cudaSetDevice(device));
   FastTask fast = {};
   Launch l;
-  if (!wide && make_fast(loss, p, fast) && shape_fast(loss, fast_kernels(loss, p), fast, p.logits[0].type, device, l) &&
+  const LossKernels of = kernels_of(loss);
+  if (!wide && make_fast(of, p, fast) && shape_fast(of, of.fast(p), fast, p.logits[0].type, device, l) &&
       blocks_at_once(l, device) > 0) {
     return start(l, fast, device, stream);
   }
   l = {};
-  shape_general(loss, general_of(loss), p, wide, device, l);
+  shape_general(of, p, wide, device, l);
   if (blocks_at_once(l, device) == 0) throw Failure{"this device has no room for a block of the kernel"};
   start(l, p, device, stream);
 }

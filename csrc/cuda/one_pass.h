@@ -4,16 +4,16 @@
 
 namespace kdfuse {
 
-template <Loss loss, DType type, bool labelled, int kChunks, class Team>
-class Resident : public FastRows<type, 1, loss != Loss::tf_nkd, labelled, kChunks, Team> {
-  using Base = FastRows<type, 1, loss != Loss::tf_nkd, labelled, kChunks, Team>;
+template <class Loss, DType type, bool labelled, int kChunks, class Team>
+class Resident : public FastRows<type, 1, is_taught<Loss>, labelled, kChunks, Team> {
+  using Base = FastRows<type, 1, is_taught<Loss>, labelled, kChunks, Team>;
   using typename Base::Row;
-  using S = Sums<loss, labelled>;
-  using Of = Pair<loss, labelled>;
+  using S = Sums<Loss, labelled>;
+  using Of = Pair<Loss, labelled>;
   using Base::p_, Base::stage_, Base::team_, Base::x_;
 
  public:
-  static constexpr bool kScored = loss == Loss::tf_nkd;
+  static constexpr bool kScored = !is_taught<Loss>;
 
   using Base::Base;
 
@@ -34,12 +34,12 @@ class Resident : public FastRows<type, 1, loss != Loss::tf_nkd, labelled, kChunk
     const Far far = of(at).far(at.label.values[0], at.label.values[Base::kInputs - 1]);
     Hit hit = {0, 0};
     if constexpr (labelled) hit = this->hit(at, 0, sums[S::rank]);
-    Conclusion<loss> found;
+    Conclusion<Loss> found;
     if constexpr (kScored) {
       const Split<float> one = split(Stats<float>{sums[S::student1], far.student1});
       found = conclude_alone(p_, one, far.student1, hit, p_.scores[2 * row], team_.batch().score_mean[0]);
     } else {
-      found = conclude<loss, labelled>(p_, sums, far, hit);
+      found = conclude<Loss, labelled>(p_, sums, far, hit);
     }
     write_values(team_, p_, row, 0, found.values);
     if (p_.with_gradient) write_gradient(at, found);
@@ -67,8 +67,8 @@ class Resident : public FastRows<type, 1, loss != Loss::tf_nkd, labelled, kChunk
     team_.sum(sums);
   }
 
-  KDFUSE_DEVICE_MEMBER void write_gradient(const Row& at, const Conclusion<loss>& found) {
-    const Conclusion<loss> g = weighted(found, row_weight<float>(team_, p_, at.row));
+  KDFUSE_DEVICE_MEMBER void write_gradient(const Row& at, const Conclusion<Loss>& found) {
+    const Conclusion<Loss> g = weighted(found, row_weight<float>(team_, p_, at.row));
     if (labelled && Of::is_bare(g)) {
       write_bare(at, g);
     } else {
@@ -85,7 +85,7 @@ class Resident : public FastRows<type, 1, loss != Loss::tf_nkd, labelled, kChunk
   }
 
   // Without cross-entropy.
-  KDFUSE_DEVICE_MEMBER void write_bare(const Row& at, const Conclusion<loss>& g) {
+  KDFUSE_DEVICE_MEMBER void write_bare(const Row& at, const Conclusion<Loss>& g) {
     write_chunks(at, [&](int u, int v) { return Of::combine_bare(g, e_[u][v]); });
   }
 

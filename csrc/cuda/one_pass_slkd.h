@@ -56,13 +56,11 @@ class ResidentSlkd : public FastRows<type, 1 + K, 1, true, kChunks, Team> {
                          weight * -step * q_.fused_kd_weight * fused.b, weight * at_label, peak});
       if (!q_.detach) pull_slts(at, of_f, of_z, fused.drift);
     }
-    const float reach = q_.detach ? 0.f : q_.fused_kd_weight;
-    const float pull_label = reach * step * gated(of[2].label, stats[2].label - stats[0].label - fused.drift);
+    const float pull_label = p_.pull * gated(of[2].label, stats[2].label - stats[0].label - fused.drift);
 #pragma unroll
     for (int k = 0; k < K; ++k) {
-      loss +=
-          slt(at, k, of_t, stats[1], of[1], weight,
-              {weight * q_.fusion[k] * reach * step * fused.b, weight * q_.fusion[k] * pull_label, fused.drift, peak});
+      loss += slt(at, k, of_t, stats[1], of[1], weight,
+                  {weight * q_.fusion[k] * p_.pull * fused.b, weight * q_.fusion[k] * pull_label, fused.drift, peak});
     }
     write_values(team_, p_, row, 0, {loss});
   }

@@ -54,21 +54,21 @@ void set_target(Task& p, const Tensor& target) {
   p.label_stride = target.stride(0);
 }
 
-template <class Facts>
-void set_terms(Task& p) {
-  p.num_terms = Facts::terms(p.num_students);
+void set_terms(Task& p, const OpFacts& facts) {
+  p.num_terms = facts.terms(p.num_students);
   for (int k = 0; k < p.num_terms; ++k) {
-    if (Facts::counts(k)) p.counts[k / 64] |= uint64_t{1} << (k % 64);
+    if (facts.counts(k)) p.counts[k / 64] |= uint64_t{1} << (k % 64);
   }
 }
 
-template <Loss loss, class Facts>
+template <Loss loss>
 Result run(std::vector<Tensor> students, std::vector<Tensor> teachers, std::vector<Tensor> indices,
            std::vector<Tensor> masses, std::optional<Tensor> target, std::optional<Tensor> denominator,
            std::optional<double> divisor, std::optional<Tensor> upstream, std::vector<double> params, int64_t reduction,
            int64_t ignore_index, bool with_gradient) {
-  check_call<Facts>(students, teachers, target.has_value(), params);
-  if (!Facts::takes_top_k) refuse_sparse(indices, masses);
+  const OpFacts facts = op_on_cpu(loss).facts;
+  check_call(facts, students, teachers, target.has_value(), params);
+  if (!facts.takes_top_k) refuse_sparse(indices, masses);
   const Tensor& student = students[0];
   const int device = student.get_device_index();
   const int64_t rows = student.size(0), classes = student.size(1);
@@ -113,7 +113,7 @@ Result run(std::vector<Tensor> students, std::vector<Tensor> teachers, std::vect
   p.divisor = divisor.value_or(0);
   if (p.mean && divisor && !(*divisor > 0)) refuse("denominator must be positive, got " + std::to_string(*divisor));
   p.upstream = numbers(upstream, rows, "upstream");
-  set_terms<Facts>(p);
+  set_terms(p, facts);
 
   std::vector<Tensor> gradients;
   p.with_gradient = with_gradient;
@@ -132,7 +132,7 @@ Result run(std::vector<Tensor> students, std::vector<Tensor> teachers, std::vect
   p.type = wide ? DType::f64 : DType::f32;
   p.each_row = reduction == kNone;
 
-  Tensor scratch = torch::stable::new_empty(student, {scratch_numbers(p, Facts::scored)}, ScalarType::Double);
+  Tensor scratch = torch::stable::new_empty(student, {scratch_numbers(p, facts.scored)}, ScalarType::Double);
   set_scratch(p, static_cast<double*>(scratch.data_ptr()));
 
   void* stream = nullptr;
@@ -169,12 +169,8 @@ void scale(std::vector<Tensor> gradients, Tensor factor) {
 
 STABLE_TORCH_LIBRARY_IMPL(kdfuse, CUDA, m) {
   m.impl("scale_", TORCH_BOX(&scale));
-  m.impl("kd", TORCH_BOX((&run<Loss::kd, KdFacts>)));
-  m.impl("dkd", TORCH_BOX((&run<Loss::dkd, DkdFacts>)));
-  m.impl("nkd", TORCH_BOX((&run<Loss::nkd, NkdFacts>)));
-  m.impl("tf_nkd", TORCH_BOX((&run<Loss::tf_nkd, TfNkdFacts>)));
-  m.impl("uskd", TORCH_BOX((&run<Loss::uskd, UskdFacts>)));
-  m.impl("slkd", TORCH_BOX((&run<Loss::slkd, SlkdFacts>)));
+#define KDFUSE_OTHER(name) m.impl(#name, TORCH_BOX(&run<Loss::name>));
+#include "../losses/all.def"
 }
 
 }  // namespace kdfuse

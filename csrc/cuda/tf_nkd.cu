@@ -1,13 +1,23 @@
 #include "kernels.h"
 
 namespace kdfuse {
+namespace {
 
-#define KDFUSE_ROWS(type) PairKernels<Loss::tf_nkd, type, true>::get()
-FastKernels fast_tf_nkd(DType type, int) { return KDFUSE_FOR_TYPE(type, KDFUSE_ROWS); }
+#define KDFUSE_ROWS(type) PairKernels<TfNkd, type, true>::get()
+FastKernels fast(const Task& p) { return KDFUSE_FOR_TYPE(p.logits[0].type, KDFUSE_ROWS); }
 
-GeneralKernels general_tf_nkd() {
+bool set_fast(const Task& p, FastTask& fast) {
+  std::copy(p.params, p.params + 2, fast.params);
+  return true;
+}
+
+GeneralKernels general() {
   return general_kernels<tf_nkd_row<float, Warp>, tf_nkd_row<float, Block>, tf_nkd_row<double, Block>,
                          tf_nkd_score<float, Warp>, tf_nkd_score<float, Block>, tf_nkd_score<double, Block>>();
 }
+
+}  // namespace
+
+LossKernels tf_nkd_kernels() { return {set_fast, fast, general, true, false, false}; }
 
 }  // namespace kdfuse

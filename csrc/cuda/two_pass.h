@@ -6,11 +6,11 @@
 
 namespace kdfuse {
 
-template <Loss loss, DType type, bool labelled, class Team>
+template <class Loss, DType type, bool labelled, class Team>
 class Streamed {
-  using S = Sums<loss, labelled>;
-  using Of = Pair<loss, labelled>;
-  static constexpr int kInputs = S::kAtT ? 2 : 1, kAhead = type == DType::f32 ? 1 : 2;
+  using S = Sums<Loss, labelled>;
+  using Of = Pair<Loss, labelled>;
+  static constexpr int kInputs = S::kTaught ? 2 : 1, kAhead = type == DType::f32 ? 1 : 2;
   struct Row {
     int64_t row;
     Span span;
@@ -20,7 +20,7 @@ class Streamed {
   };
 
  public:
-  static constexpr bool kScored = loss == Loss::tf_nkd;
+  static constexpr bool kScored = !is_taught<Loss>;
 
   KDFUSE_DEVICE_MEMBER Streamed(const Team& team, const FastTask& p) : team_(team), p_(p) {}
 
@@ -43,12 +43,12 @@ class Streamed {
     const Far far = of(at).far(at.values[0], at.values[kInputs - 1]);
     Hit hit = {0, 0};
     if constexpr (labelled) hit = hit_of(at.values[0], sums[S::rank]);
-    Conclusion<loss> found;
+    Conclusion<Loss> found;
     if constexpr (kScored) {
       const Split<float> one = split(Stats<float>{sums[S::student1], far.student1});
       found = conclude_alone(p_, one, far.student1, hit, p_.scores[2 * row], team_.batch().score_mean[0]);
     } else {
-      found = conclude<loss, labelled>(p_, sums, far, hit);
+      found = conclude<Loss, labelled>(p_, sums, far, hit);
     }
     write_values(team_, p_, row, 0, found.values);
     if (p_.with_gradient) write_gradient(at, weighted(found, row_weight<float>(team_, p_, row)));
@@ -143,12 +143,13 @@ class Streamed {
     const auto factor = [](float peak, const Exponents& a, const Exponents& b) {
       return peak == -INFINITY ? 0.f : power(a.origin - b.origin);
     };
-    if constexpr (labelled) sums[S::student1] *= factor(from[0], old.z1, now.z1);
-    if constexpr (S::kAtT) {
-      const float by_z = old.z.origin - now.z.origin, by_t = old.t.origin - now.t.origin;
-      const float shift = loss == Loss::nkd ? by_z : by_t - by_z, teacher = factor(from[1], old.t, now.t);
+    if constexpr (S::kAt1) sums[S::student1] *= factor(from[0], old.z1, now.z1);
+    if constexpr (S::kTaught) {
+      const float by_z = S::kApart ? old.z.origin - now.z.origin : old.z1.origin - now.z1.origin;
+      const float by_t = old.t.origin - now.t.origin, shift = Loss::kEntropy ? by_t - by_z : by_z;
+      const float teacher = factor(from[1], old.t, now.t);
       sums[S::mixed] = sums[S::teacher] == 0 ? 0.f : teacher * std::fma(sums[S::teacher], shift, sums[S::mixed]);
-      sums[S::student] *= factor(from[0], old.z, now.z);
+      if constexpr (S::kApart) sums[S::student] *= factor(from[0], old.z, now.z);
       sums[S::teacher] *= teacher;
       if constexpr (S::kTeacherAt1) sums[S::teacher1] *= factor(from[1], old.t1, now.t1);
     }
@@ -234,7 +235,7 @@ class Streamed {
     team_.sum(sums);
   }
 
-  KDFUSE_DEVICE_MEMBER void write_gradient(const Row& at, const Conclusion<loss>& g) const {
+  KDFUSE_DEVICE_MEMBER void write_gradient(const Row& at, const Conclusion<Loss>& g) const {
     const Of of = this->of(at);
     void* const to = gradient(at.row);
     const int label = labelled ? at.span.chunk_of(at.label) : -1;

@@ -1,38 +1,44 @@
 // Zhao et al. 2022, "Decoupled Knowledge Distillation":
 //   loss = square * (alpha * TCKD + beta * NCKD) + ce_weight * CE
+// params: T, square (T^2, or 1), alpha, beta, ce_weight
 #pragma once
-#include "../core/stats.h"
+#include "taught.h"
 
 namespace kdfuse {
 
-template <class N>
-struct DkdParams {
-  N temperature, square, alpha, beta, ce_weight;
+struct Dkd {
+  static constexpr int kTerms = 2, kParams = 5, kCeWeight = 4;
+  static constexpr bool kManyTeachers = false, kTakesTopK = false, kNeedsTarget = true;
+  static constexpr bool kStudentAt1 = false, kTeacherAt1 = false, kEntropy = true, kSoftmaxAtT = true;
 
-  KDFUSE_MEMBER explicit DkdParams(const N* p)
-      : temperature(p[0]), square(p[1]), alpha(p[2]), beta(p[3]), ce_weight(p[4]) {}
+  template <class R>
+  struct Factors {
+    R square, step, alpha, beta;
+  };
+
+  KDFUSE_MEMBER static bool reads(const double*, int) { return true; }
+  static bool weighs_all(const double* p) { return p[2] != 0 || p[3] != 0; }
+
+  template <class R>
+  KDFUSE_MEMBER static Factors<R> factors(const double* p, int) {
+    return {R(p[1]), R(p[1]) / R(p[0]), R(p[2]), R(p[3])};
+  }
+
+  template <bool may_be_zero, class R>
+  KDFUSE_MEMBER static R add(const Factors<R>& f, const Taught<R>& x, Lesson<R, kTerms>& row) {
+    // log((1 - q_y) / (1 - p_y)) as a difference of log-sum-exps.
+    const R rest_ratio = gated(x.t.rest, (lse_rest(x.t_sums) - x.t.lse) - (lse_rest(x.z_sums) - x.z.lse));
+    const R tckd = gated(x.t.label, x.t.log_label - x.z.log_label) + rest_ratio;
+    const Kl<R> others = kl_rest(x.z_sums, x.t_sums, x.mixed);
+    // d TCKD / d z_j = -gap * p_j / (1 - p_y), and p_j / (1 - p_y) = e_j / sum.
+    const R gap = x.z.label - x.t.label;
+    const R spread = x.z_sums.sum > R(0) ? R(1) / x.z_sums.sum : R(0);
+    row.terms_of_row[0] = f.square * tckd, row.terms_of_row[1] = f.square * others.value;
+    row.value = gated(f.alpha, row.terms_of_row[0]) + gated(f.beta, row.terms_of_row[1]);
+    row.a = f.step * (f.beta * others.a - f.alpha * gap * spread);
+    row.label = f.step * f.alpha * gap;
+    return -(f.step * (f.beta * others.b));
+  }
 };
-
-template <class R>
-struct DkdRow {
-  R tckd, nckd;  // times square
-  R a, b, label;  // of the student's and the teacher's exponentials; the entry of the label
-};
-
-// crossed: the sum over j != y of e_t,j (t_j - z_j).
-template <class R, class N>
-KDFUSE_HD DkdRow<R> dkd(const DkdParams<N>& p, const Stats<R>& zs, const Split<R>& z, const Stats<R>& ts,
-                        const Split<R>& t, R crossed) {
-  const R square = R(p.square), step = square / R(p.temperature);
-  // log((1 - q_y) / (1 - p_y)) as a difference of log-sum-exps.
-  const R rest_ratio = gated(t.rest, (lse_rest(ts) - t.lse) - (lse_rest(zs) - z.lse));
-  const R tckd = gated(t.label, t.log_label - z.log_label) + rest_ratio;
-  const Kl<R> others = kl_rest(zs, ts, crossed);
-  // d TCKD / d z_j = -gap * p_j / (1 - p_y), and p_j / (1 - p_y) = e_j / sum.
-  const R gap = z.label - t.label;
-  const R spread = zs.sum > R(0) ? R(1) / zs.sum : R(0);
-  return {square * tckd, square * others.value, step * (R(p.beta) * others.a - R(p.alpha) * gap * spread),
-          -(step * (R(p.beta) * others.b)), step * R(p.alpha) * gap};
-}
 
 }  // namespace kdfuse

@@ -1,45 +1,42 @@
 // Hinton et al. 2015, "Distilling the Knowledge in a Neural Network", with K weighted teachers:
 //   loss = kd_weight * square * sum_k w_k KL(softmax(t_k / T) || softmax(z / T)) + ce_weight * CE
+// params: T, square (T^2, or 1), kd_weight, ce_weight, w_1 ... w_K
 #pragma once
-#include "../core/stats.h"
+#include "taught.h"
 
 namespace kdfuse {
 
-template <class N>
-struct KdParams {
-  N temperature, square, kd_weight, ce_weight;  // square: T^2, or 1
-  const N* weights;  // K teacher weights follow in the op's list
+struct Kd {
+  static constexpr int kTerms = 1, kParams = 4, kCeWeight = 3;
+  static constexpr bool kManyTeachers = true, kTakesTopK = true, kNeedsTarget = false;
+  static constexpr bool kStudentAt1 = false, kTeacherAt1 = false, kEntropy = true, kSoftmaxAtT = true;
 
-  KDFUSE_MEMBER explicit KdParams(const N* p)
-      : temperature(p[0]), square(p[1]), kd_weight(p[2]), ce_weight(p[3]), weights(p + 4) {}
+  template <class R>
+  struct Factors {
+    R weight, value, step;  // of the sum over the teachers; of this one in it; times T, of its derivative in the loss
+  };
+
+  KDFUSE_MEMBER static bool reads(const double* p, int k) { return p[4 + k] != 0; }
+  static bool weighs_all(const double* p) { return p[2] != 0 && p[4] != 0; }
+
+  template <class R>
+  KDFUSE_MEMBER static Factors<R> factors(const double* p, int k) {
+    const R square = R(p[1]), weight = R(p[2]), of_teacher = R(p[4 + k]);
+    return {weight, of_teacher * square, weight * of_teacher * square / R(p[0])};
+  }
+
+  // may_be_zero: a weight of 0 leaves out what the teacher holds, whatever that is.
+  template <bool may_be_zero, class R>
+  KDFUSE_MEMBER static R add(const Factors<R>& f, const Taught<R>& x, Lesson<R, kTerms>& row) {
+    const auto times = [](R w, R v) { return may_be_zero ? gated(w, v) : w * v; };
+    const Kl<R> pair = kl(x.z_sums, x.z, x.t_sums, x.t, x.mixed);
+    R& term = row.terms_of_row[0];
+    term += times(f.value, pair.value);
+    row.value = times(f.weight, term);
+    row.a += times(f.step, pair.a);
+    row.label += times(f.step, pair.label);
+    return -times(f.step, pair.b);
+  }
 };
-
-template <class R>
-struct KdRow {
-  R value = 0;  // square * sum_k w_k KL_k
-  R a = 0, label = 0;  // of the student's exponentials; the entry of the label
-};
-
-// What one teacher's KL counts for in the row's value and, times T, in the derivative of its loss.
-template <class R>
-struct KdWeight {
-  R value, step;
-};
-
-template <class R>
-KDFUSE_HD KdWeight<R> kd_weight_of(R teacher_weight, R kd_weight, R square, R temperature) {
-  return {teacher_weight * square, kd_weight * teacher_weight * square / temperature};
-}
-
-// Adds a teacher to the row; returns the coefficient of that teacher's exponentials. may_be_zero: a weight of 0
-// leaves out what the teacher holds, whatever that is.
-template <bool may_be_zero = true, class R>
-KDFUSE_HD R kd_add(KdRow<R>& row, const Kl<R>& pair, const KdWeight<R>& weight) {
-  const auto times = [](R w, R x) { return may_be_zero ? gated(w, x) : w * x; };
-  row.value += times(weight.value, pair.value);
-  row.a += times(weight.step, pair.a);
-  row.label += times(weight.step, pair.label);
-  return -times(weight.step, pair.b);
-}
 
 }  // namespace kdfuse

@@ -14,6 +14,12 @@ struct TfNkdParams {
   KDFUSE_MEMBER explicit TfNkdParams(const N* p) : weight(p[0]), ce_weight(p[1]) {}
 };
 
+// As a loss of fast rows sees it, see taught.h.
+struct TfNkd {
+  static constexpr int kTerms = 1;
+  static constexpr bool kStudentAt1 = false, kTeacherAt1 = false;
+};
+
 template <class R>
 KDFUSE_HD R smoothed_weight(R score, R label_value, R batch_mean) {
   return label_value == R(0) ? R(0) : score + label_value - batch_mean;

@@ -11,28 +11,6 @@ namespace {
 
 using Result = std::tuple<Tensor, Tensor, std::vector<Tensor>>;
 
-// An op: its row passes beside its facts.
-struct Kd : KdFacts {
-  static SplitPass pass() { return row_passes().split_kd; }
-  static constexpr bool fused = false, scored = false;
-};
-struct Dkd : DkdFacts {
-  static SplitPass pass() { return row_passes().split_dkd; }
-  static constexpr bool fused = false, scored = false;
-};
-struct Nkd : NkdFacts {
-  static SplitPass pass() { return row_passes().split_nkd; }
-  static constexpr bool fused = false, scored = false;
-};
-struct TfNkd : TfNkdFacts {
-  static SplitPass pass() { return row_passes().split_tf_nkd; }
-  static constexpr bool fused = false, scored = true;
-};
-struct Slkd : SlkdFacts {
-  static SplitPass pass() { return row_passes().split_slkd; }
-  static constexpr bool fused = true, scored = false;
-};
-
 // A part's logits and labels as the row passes take them; holds what the Problem points to.
 struct Part {
   SplitProblem p = {};
@@ -40,11 +18,11 @@ struct Part {
   std::vector<int64_t> labels;
   int64_t valid;
 
-  template <class Op>
-  static Part of(const std::vector<Tensor>& students, const std::vector<Tensor>& teachers,
+  static Part of(const OpOnCpu& op, const std::vector<Tensor>& students, const std::vector<Tensor>& teachers,
                  const std::optional<Tensor>& target, int64_t first, int64_t classes, const std::vector<double>& params,
                  int64_t ignore_index) {
-    check_call<Op>(students, teachers, target.has_value(), params);
+    if (!op.parts.run) refuse("this op takes whole rows only");
+    check_call(op.facts, students, teachers, target.has_value(), params);
     Part part;
     SplitProblem& p = part.p;
     p.rows = students[0].size(0);
@@ -68,8 +46,8 @@ struct Part {
     part.valid = p.rows;
     for (int64_t y : part.labels) part.valid -= y == ignore_index;
     p.ignore_index = ignore_index;
-    const int pairs = p.num_teachers == 0 ? 0 : Op::fused ? p.num_students + 1 : p.num_teachers;
-    p.layout = {p.num_students, p.num_students + p.num_teachers + Op::fused, pairs};
+    const int pairs = p.num_teachers == 0 ? 0 : op.facts.fused ? p.num_students + 1 : p.num_teachers;
+    p.layout = {p.num_students, p.num_students + p.num_teachers + op.facts.fused, pairs};
     return part;
   }
 
@@ -83,23 +61,25 @@ struct Part {
   }
 };
 
-template <class Op>
+template <Loss loss>
 Tensor stats(std::vector<Tensor> students, std::vector<Tensor> teachers, std::optional<Tensor> target, int64_t first,
              int64_t classes, std::vector<double> params, int64_t ignore_index) {
-  Part part = Part::of<Op>(students, teachers, target, first, classes, params, ignore_index);
+  const OpOnCpu op = op_on_cpu(loss);
+  Part part = Part::of(op, students, teachers, target, first, classes, params, ignore_index);
   SplitProblem& p = part.problem(params);
   Tensor packed = torch::stable::empty({p.rows, p.layout.width()}, ScalarType::Double);
   p.packed = static_cast<double*>(packed.data_ptr());
-  if (p.rows > 0) each_row(Op::pass().stats, p);
+  if (p.rows > 0) each_row(op.parts.stats, p);
   return packed;
 }
 
-template <class Op>
+template <Loss loss>
 Result grad_from_stats(std::vector<Tensor> students, std::vector<Tensor> teachers, std::optional<Tensor> target,
                        int64_t first, int64_t classes, Tensor merged_stats, std::optional<Tensor> denominator,
                        std::optional<Tensor> upstream, std::vector<double> params, int64_t reduction,
                        int64_t ignore_index, bool with_gradient) {
-  Part part = Part::of<Op>(students, teachers, target, first, classes, params, ignore_index);
+  const OpOnCpu op = op_on_cpu(loss);
+  Part part = Part::of(op, students, teachers, target, first, classes, params, ignore_index);
   SplitProblem& p = part.problem(params);
   if (merged_stats.scalar_type() != ScalarType::Double || merged_stats.dim() != 2 || merged_stats.size(0) != p.rows ||
       merged_stats.size(1) != p.layout.width() || !merged_stats.is_contiguous()) {
@@ -109,7 +89,7 @@ Result grad_from_stats(std::vector<Tensor> students, std::vector<Tensor> teacher
   p.merged = static_cast<const double*>(merged_stats.data_ptr());
 
   std::vector<double> scores(2 * p.rows, 0.);
-  if (Op::scored) {
+  if (op.facts.scored) {
     for (int64_t i = 0; i < p.rows; ++i) {
       if (part.labels[i] == ignore_index) continue;
       scores[2 * i] = std::exp(merged(p.merged + i * p.layout.width() + p.layout.of_set(0), 1).at1.log_label);
@@ -128,12 +108,12 @@ Result grad_from_stats(std::vector<Tensor> students, std::vector<Tensor> teacher
     outputs = outputs_of(gradients);
     p.gradients = outputs.data();
   }
-  p.num_terms = Op::terms(p.num_students);
+  p.num_terms = op.facts.terms(p.num_students);
   std::vector<double> out(p.rows * (1 + p.num_terms));
   p.out = out.data();
-  if (p.rows > 0) each_row(Op::pass().run, p);
+  if (p.rows > 0) each_row(op.parts.run, p);
   const auto real = p.wide ? ScalarType::Double : ScalarType::Float;
-  auto [value, terms] = reduced<Op>(out, p.rows, p.num_terms, part.valid, reduction, scale, real);
+  auto [value, terms] = reduced(op.facts, out, p.rows, p.num_terms, part.valid, reduction, scale, real);
   return {value, terms, gradients};
 }
 
@@ -148,29 +128,17 @@ Result grad_from_stats(std::vector<Tensor> students, std::vector<Tensor> teacher
   "int ignore_index, bool with_gradient) -> (Tensor loss, Tensor terms, Tensor[] gradients)"
 
 STABLE_TORCH_LIBRARY_FRAGMENT(kdfuse, m) {
-  m.def("kd" KDFUSE_STATS);
-  m.def("kd" KDFUSE_GRAD);
-  m.def("dkd" KDFUSE_STATS);
-  m.def("dkd" KDFUSE_GRAD);
-  m.def("nkd" KDFUSE_STATS);
-  m.def("nkd" KDFUSE_GRAD);
-  m.def("tf_nkd" KDFUSE_STATS);
-  m.def("tf_nkd" KDFUSE_GRAD);
-  m.def("slkd" KDFUSE_STATS);
-  m.def("slkd" KDFUSE_GRAD);
+#define KDFUSE_OTHER(name)   \
+  m.def(#name KDFUSE_STATS); \
+  m.def(#name KDFUSE_GRAD);
+#include "../losses/all.def"
 }
 
 STABLE_TORCH_LIBRARY_IMPL(kdfuse, CPU, m) {
-  m.impl("kd_stats", TORCH_BOX(&stats<Kd>));
-  m.impl("kd_grad_from_stats", TORCH_BOX(&grad_from_stats<Kd>));
-  m.impl("dkd_stats", TORCH_BOX(&stats<Dkd>));
-  m.impl("dkd_grad_from_stats", TORCH_BOX(&grad_from_stats<Dkd>));
-  m.impl("nkd_stats", TORCH_BOX(&stats<Nkd>));
-  m.impl("nkd_grad_from_stats", TORCH_BOX(&grad_from_stats<Nkd>));
-  m.impl("tf_nkd_stats", TORCH_BOX(&stats<TfNkd>));
-  m.impl("tf_nkd_grad_from_stats", TORCH_BOX(&grad_from_stats<TfNkd>));
-  m.impl("slkd_stats", TORCH_BOX(&stats<Slkd>));
-  m.impl("slkd_grad_from_stats", TORCH_BOX(&grad_from_stats<Slkd>));
+#define KDFUSE_OTHER(name)                               \
+  m.impl(#name "_stats", TORCH_BOX(&stats<Loss::name>)); \
+  m.impl(#name "_grad_from_stats", TORCH_BOX(&grad_from_stats<Loss::name>));
+#include "../losses/all.def"
 }
 
 }  // namespace kdfuse

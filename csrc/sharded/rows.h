@@ -8,7 +8,6 @@
 
 #include "../cpu/row_parts.h"
 #include "../cpu/rows_slkd.h"
-#include "../losses/nkd.h"
 #include "../losses/slkd.h"
 #include "types.h"
 
@@ -17,10 +16,11 @@ namespace {  // each level compiles its own copy, none may leak into another
 
 // What the statistics depend on.
 struct SplitPlan {
-  double temperature = 1;
-  bool nkd = false;  // needs the teacher at T = 1 too, and a pair without the teacher's entropy
+  double own = 1, temperature = 1;  // of the students and of the teachers
+  bool teacher_at_1 = false;  // at T = 1 too
+  bool entropy = true;  // a pair holds the teacher's exponent
   bool slkd = false;  // has a fused teacher
-  const double* weights = nullptr;  // of the teachers: one with weight 0 is not read
+  bool (*reads)(const double* params, int teacher) = nullptr;  // null: every one
 };
 
 // The label where this part holds it, else none.
@@ -108,11 +108,11 @@ void pack_set(const Logits<T>& x, Sums sums, double moved, double label, double 
   set[3] = label;
 }
 
-// gap: the sum of e_t (u_t - u_z), or of e_t (-u_z), as the loops have it; sum: of e_t.
+// gap: the sum of e_t (u_t - u_z), or of e_t u_z, as the loops have it; sum: of e_t.
 template <class T>
 double pair_of(const SplitPlan& plan, const Logits<T>& t, const Logits<T>& z, double sum, double gap) {
-  const double of_t = drift_of(t, t.peak, plan.temperature).at, of_z = drift_of(z, z.peak, plan.temperature).at;
-  return std::exp(-of_t) * (gap - gated(sum, (plan.nkd ? 0 : of_t) - of_z));
+  const double of_t = drift_of(t, t.peak, plan.temperature).at, of_z = drift_of(z, z.peak, plan.own).at;
+  return std::exp(-of_t) * (gap - gated(sum, plan.entropy ? of_t - of_z : of_z));
 }
 
 template <class T>
@@ -125,7 +125,7 @@ void split_stats(const SplitProblem& p, const SplitPlan& plan, int64_t row, Scra
   if (ignored(p, row)) return;
 
   const int64_t length = padded(p.classes);
-  const double temperature = plan.temperature;
+  const double own = plan.own, temperature = plan.temperature;
   T* const base = scratch.rows(p.num_students + 4, length);
   T *const e = base + p.num_students * length, *const spare = e + length, *const other = spare + length;
   const auto target = split_target<T>(p, row);
@@ -145,20 +145,22 @@ void split_stats(const SplitProblem& p, const SplitPlan& plan, int64_t row, Scra
       const int64_t rank = number ? rank_of(z.x, length, target.labels[0], z.label[0]) : SplitLayout::top;
       ranks[SplitLayout::top] = static_cast<double>(std::min<int64_t>(rank, SplitLayout::top));
     }
-    moved[k] = centred(p, z, temperature);
+    moved[k] = centred(p, z, own);
   }
 
   for (int k = 0; k < p.num_teachers; ++k) {
-    if (plan.weights && plan.weights[k] == 0) continue;
+    if (plan.reads && !plan.reads(p.params, k)) continue;
     auto t = read_logits(p, p.teachers[k], row, target, other);
     const double label = label_of(t, 0), away = centred(p, t, temperature);
     Sums sums;
     double gap;
-    if (plan.nkd) {
+    const Units<T> of_z(own, students[0].peak);
+    if (plan.teacher_at_1) {
       sums = sum_up(p, t, temperature, true, e, spare);
-      gap = -weighted(e, students[0].x, Units<T>(temperature, students[0].peak), length);
+      gap = plan.entropy ? cross(e, t.x, Units<T>(temperature, t.peak), students[0].x, of_z, length)
+                         : weighted(e, students[0].x, of_z, length);
     } else {
-      gap = teach(p, t, students[0], temperature, e);
+      gap = teach(p, t, temperature, students[0], own, e);
       sums.sum = t.stats.sum;
     }
     pack_set(t, sums, away, label, temperature, out + at.of_set(p.num_students + k));
@@ -179,15 +181,15 @@ void split_stats(const SplitProblem& p, const SplitPlan& plan, int64_t row, Scra
     const double label = label_of(f, away);
     away += centred(p, f, temperature);
     Sums sums;
-    const double gap = teach(p, f, students[0], temperature, e);
+    const double gap = teach(p, f, temperature, students[0], own, e);
     sums.sum = f.stats.sum;
     pack_set(f, sums, away, label, temperature, out + at.of_set(p.num_students + 1));
     out[at.of_pair(1)] = pair_of(plan, f, students[0], sums.sum, gap);
   }
   for (int k = 0; k < p.num_students; ++k) {
     auto& z = students[k];
-    const Sums sums = sum_up(p, z, temperature, p.labels != nullptr, z.x, spare);
-    pack_set(z, sums, moved[k], labels[k], temperature, out + at.of_set(k));
+    const Sums sums = sum_up(p, z, own, p.labels != nullptr, z.x, spare);
+    pack_set(z, sums, moved[k], labels[k], own, out + at.of_set(k));
   }
 }
 

@@ -12,7 +12,8 @@ namespace kdfuse {
 //     peak of the rest (-inf: there is none), sum of exp((x_j - peak) / T), sum of exp(x_j - peak),
 //     the label's logit, -inf where the label is in another part
 //   for each pair of teacher t and student z: the sum of exp((t_j - peak_t) / T) times
-//     (t_j - peak_t) / T - (z_j - peak_z) / T, for NKD times -(z_j - peak_z) / T
+//     (t_j - peak_t) / T - (z_j - peak_z) / T, or times (z_j - peak_z) / T alone
+// T is the set's own: a student's may be 1 under teachers at another.
 //   for each student: its five largest logits of the rest, and how many classes of the part come
 //     before the label, at most 5
 struct SplitLayout {

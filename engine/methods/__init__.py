@@ -28,6 +28,7 @@ from .tf_nkd import TfNKD
 from .uskd import USKD
 from .vid import VID
 from .wsld import WSLD
+from .wttm import WTTM
 
 METHODS: dict[str, type[Method]] = {
     # Logits.
@@ -35,6 +36,7 @@ METHODS: dict[str, type[Method]] = {
     "kd": KD,
     "dkd": DKD,
     "nkd": NKD,
+    "wttm": WTTM,
     "tf_nkd": TfNKD,
     "uskd": USKD,
     "slkd": SLKD,

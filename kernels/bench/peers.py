@@ -13,6 +13,8 @@ values and int64 classes a row are counted.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +26,7 @@ from ..nkd import nkd_loss
 from ..op import Loss
 from ..slkd import slkd_loss
 from ..sparse import SparseTeacher
+from ..table import LOSSES, OPS
 from ..tf_nkd import tf_nkd_loss
 from ..uskd import uskd_loss
 
@@ -115,7 +118,7 @@ class Case:
     """One benchmark: the fused call, its eager form on the same arguments, and its traffic."""
 
     fused: Callable[..., Loss] | None  # None: kdfuse has no such loss; peers among themselves
-    eager: Callable[..., Tensor]
+    eager: Callable[..., Any]  # the loss
     trained: int  # sets of logits with a gradient
     frozen: int  # sets of logits without
     elements: int  # read or written a logit, forward and backward together: the byte model
@@ -190,3 +193,8 @@ CASES: dict[str, Case] = {
     "ce": Case(None, F.cross_entropy, 1, 0, 2, "reads the logits, writes the gradient"),
     "jsd": Case(None, jsd, 1, 1, 3, PAIR),
 }
+# A loss under a teacher that has no eager form above is measured beside its own reference.
+for _name in (name for name, op in OPS.items() if not op.own_rows):
+    _fused = partial(LOSSES[_name], ce_weight=1.0)
+    _plain = partial(_fused, backend="reference")
+    CASES.setdefault(f"{_name}+ce", Case(_fused, _plain, 1, 1, 3, PAIR))

@@ -33,7 +33,6 @@ from ..op import (
 from ..parts import ClassPart
 from ..sparse import SparseTeacher, Teacher
 from . import rows
-from .losses import LOSSES
 from .merge import Layout, layout, merge
 
 
@@ -50,9 +49,9 @@ def run(
     check(op, part, slts, target, params, options)
     students = [unit_stride(x) for x in (part.logits, *slts)]
     whole = [unit_stride(teacher_part(x, part)) for x in teachers]
-    stats, grad = passes(op.name, chosen(options.backend, part.logits))
+    stats, grad = passes(op, chosen(options.backend, part.logits))
     where = (part.first_class, part.classes)
-    at = layout(op.name, len(students), len(whole), list(params))
+    at = layout(op, len(students), len(whole), list(params))
     held = part.logits.shape[1]
     if held:
         logits = ([x.detach() for x in students], whole)
@@ -88,10 +87,10 @@ def check(
     options: Options,
 ) -> None:
     """What all processes see alike, so that none is left waiting for another that refuses."""
-    if op.name not in LOSSES:
+    if op.from_stats is None:
         raise ValueError(
             f"{op.name}_loss ranks all classes of a row and cannot take a ClassPart; gather the "
-            f"logits, or use one of {', '.join(f'{name}_loss' for name in LOSSES)}"
+            "logits, or use another loss"
         )
     for name, x in [("student", part.logits), *(("every SL-T", x) for x in slts)]:
         check_part(name, x, part.logits)
@@ -101,8 +100,7 @@ def check(
             f"ClassPart of {held} classes from first_class={first} on is not within "
             f"classes={part.classes}"
         )
-    weight_of_rest = {"dkd": 3, "nkd": 2}.get(op.name)
-    if weight_of_rest is not None and part.classes == 2 and params[weight_of_rest]:
+    if op.rest_weight is not None and part.classes == 2 and params[op.rest_weight]:
         raise ValueError(f"classes=2 leaves {op.name}_loss a single class beside the label")
     if target is not None or op.needs_target:
         if not isinstance(target, Tensor):
@@ -185,14 +183,14 @@ def chosen(backend: str | None, student: Tensor) -> str:
     return backends.choose(backend, student)
 
 
-def passes(name: str, backend: str) -> tuple[Callable[..., Tensor], Callable[..., Any]]:
+def passes(op: Op, backend: str) -> tuple[Callable[..., Tensor], Callable[..., Any]]:
     """The two functions of a loss, by the schema of the compiled ops."""
     if backend == "reference":
-        return partial(rows.stats, name), partial(rows.grad_from_stats, name)
+        return partial(rows.stats, op), partial(rows.grad_from_stats, op)
     ops = torch.ops.kdfuse
     return (
-        getattr(ops, f"{name}_stats").default,
-        getattr(ops, f"{name}_grad_from_stats").default,
+        getattr(ops, f"{op.name}_stats").default,
+        getattr(ops, f"{op.name}_grad_from_stats").default,
     )
 
 
@@ -268,11 +266,11 @@ class Split(torch.autograd.Function):
         return (None,) * 6 + tuple(made) + (None,) * ctx.teachers
 
 
-def register(name: str) -> None:
+def register(op: Op) -> None:
     """Shapes for tracing of the compiled ops of a loss, and plain PyTorch for them on a GPU."""
 
     def shape_of_stats(students, teachers, target, first, classes, params, ignore_index):
-        width = layout(name, len(students), len(teachers), params).width
+        width = layout(op, len(students), len(teachers), params).width
         return students[0].new_empty((students[0].shape[0], width), dtype=torch.float64)
 
     def shapes(
@@ -291,17 +289,15 @@ def register(name: str) -> None:
     ):
         student, real = students[0], rows.working_type([*students, *teachers])
         loss = student.new_empty(student.shape[:1] if reduction == 0 else (), dtype=real)
-        at = layout(name, len(students), len(teachers), params)
-        count = rows.number_of_terms(name, at.students)
-        terms = student.new_empty((count + 1,), dtype=real)
+        terms = student.new_empty((len(op.terms(len(students))) + 1,), dtype=real)
         if not with_gradient:
             return loss, terms, []
         types = [torch.float32 if x.dtype == torch.float16 else x.dtype for x in students]
         made = [x.new_empty(x.shape, dtype=t) for x, t in zip(students, types, strict=True)]
         return loss, terms, made
 
-    own, grad = f"kdfuse::{name}_stats", f"kdfuse::{name}_grad_from_stats"
+    own, grad = f"kdfuse::{op.name}_stats", f"kdfuse::{op.name}_grad_from_stats"
     torch.library.register_fake(own, shape_of_stats)
     torch.library.register_fake(grad, shapes)
-    torch.library.impl(own, "CUDA", partial(rows.stats, name))
-    torch.library.impl(grad, "CUDA", partial(rows.grad_from_stats, name))
+    torch.library.impl(own, "CUDA", partial(rows.stats, op))
+    torch.library.impl(grad, "CUDA", partial(rows.grad_from_stats, op))

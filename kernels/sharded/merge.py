@@ -4,10 +4,12 @@ A part packs each row into one row of float64, whatever the logits' type: peaks 
 and their differences must be exact, and the rows are short. The columns (csrc/sharded/types.h):
     the label's place counted from the part's first class (-1: no label), classes of the part
     for each set of logits (students, teachers, SLKD's fused teacher): the peak over j != y (-inf:
-        none), the sum of exp((x_j - peak) / T), that of exp(x_j - peak) for students and NKD's
-        teacher, the label's logit (-inf: in another part)
+        none), the sum of exp((x_j - peak) / T), that of exp(x_j - peak) where a loss reads it,
+        the label's logit (-inf: in another part)
     for each pair of teacher t and student z: the sum of exp((t_j - peak_t) / T) times
-        (t_j - peak_t) / T - (z_j - peak_z) / T, for NKD times -(z_j - peak_z) / T
+        (t_j - peak_t) / T - (z_j - peak_z) / T, or, of a loss without the teacher's entropy,
+        times (z_j - peak_z) / T
+T is the set's own: a student's may be 1 under teachers at another.
     for each student: its five largest logits over j != y, and how many classes of the part come
         before the label, at most 5
 """
@@ -16,6 +18,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from ..op import Op
 
 HEAD, SET, RANKS, TOP = 2, 4, 6, 5
 
@@ -27,8 +31,9 @@ class Layout:
     students: int
     sets: int
     pairs: tuple[tuple[int, int], ...]  # (teacher, student) as places among the sets
-    temperature: float
-    entropy: bool  # whether a pair holds the teacher's entropy; NKD's does not
+    temperatures: tuple[float, ...]  # of the sets
+    entropy: bool  # whether a pair holds the teacher's exponents
+    teacher_at_1: bool  # whether the teachers' sums at T = 1 are read
 
     @property
     def width(self) -> int:
@@ -46,15 +51,19 @@ class Layout:
         )
 
 
-def layout(name: str, students: int, teachers: int, params: list[float]) -> Layout:
-    """That of an op by name, with its params."""
-    sets = students + teachers + (name == "slkd")
+def layout(op: Op, students: int, teachers: int, params: list[float]) -> Layout:
+    """That of an op with its params."""
+    others = teachers + (op.fusion is not None)
     first = students
     pairs = [(first + k, 0) for k in range(teachers)]
-    if name == "slkd":
+    if op.fusion is not None:
         pairs += [(first + 1, 0), *((first, k) for k in range(1, students))]
-    temperature = 1.0 if name == "tf_nkd" else params[0]
-    return Layout(students, sets, tuple(pairs), temperature, name != "nkd")
+    temperature = 1.0 if op.temperature is None else params[op.temperature]
+    own = 1.0 if op.student_at_1 else temperature
+    temperatures = (*[own] * students, *[temperature] * others)
+    return Layout(
+        students, students + others, tuple(pairs), temperatures, op.entropy, op.teacher_at_1
+    )
 
 
 def origin(sets: Tensor) -> Tensor:
@@ -76,15 +85,16 @@ def merge(stats: Tensor, at: Layout) -> Tensor:
     peak, total, total_at_one, label = sets.unbind(-1)  # (W, N, sets)
     whole = torch.stack([peak.amax(0), peak[0], peak[0], label.amax(0)], -1)
     fall = peak - origin(whole)
-    weight = (fall / at.temperature).exp()
+    fallen = fall / fall.new_tensor(at.temperatures)  # in units of each set's exponents
+    weight = fallen.exp()
     whole[..., 1] = (total * weight).sum(0)
     whole[..., 2] = (total_at_one * fall.exp()).sum(0)
 
     merged = []
     for k, (t, z) in enumerate(at.pairs):
-        shift = (fall[..., t] if at.entropy else 0.0) - fall[..., z]
+        shift = fallen[..., t] - fallen[..., z] if at.entropy else fallen[..., z]
         used = (total[..., t] != 0) & (weight[..., t] != 0)
-        moved = pairs[..., k] + total[..., t] * (shift / at.temperature)
+        moved = pairs[..., k] + total[..., t] * shift
         merged.append(torch.where(used, weight[..., t] * moved, 0.0).sum(0))
 
     own = (place >= 0) & (place < size)

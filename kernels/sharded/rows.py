@@ -10,8 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .losses import LOSSES, Gradient, Known
+from ..op import Op
 from .merge import TOP, Layout, layout
+from .whole import Gradient, Known
 
 
 def working_type(logits: Sequence[Tensor]) -> torch.dtype:
@@ -30,13 +31,8 @@ class Part:
     place: Tensor  # (N,) int64: the label, counted from this part's first class
 
 
-def number_of_terms(name: str, students: int) -> int:
-    """Of a loss, without the count of rows that follows them."""
-    return {"kd": 4, "dkd": 5, "nkd": 5, "tf_nkd": 4, "slkd": 5 + 4 * (students - 1)}[name]
-
-
 def read(
-    name: str,
+    op: Op,
     students: Sequence[Tensor],
     teachers: Sequence[Tensor],
     target: Tensor | None,
@@ -58,10 +54,11 @@ def read(
         return torch.where(valid[:, None], x.to(dtype), 0.0)
 
     zs, ts = [clean(x) for x in students], [clean(x) for x in teachers]
-    if name == "kd":  # a teacher of weight 0 may hold anything as well
-        ts = [t if w else torch.zeros_like(t) for t, w in zip(ts, params[4:], strict=True)]
-    if name == "slkd":
-        fused = sum(w * s for w, s in zip(params[7:], zs[1:], strict=True) if w)
+    if op.teacher_weights is not None:  # a teacher of weight 0 may hold anything as well
+        weights = params[op.teacher_weights :]
+        ts = [t if w else torch.zeros_like(t) for t, w in zip(ts, weights, strict=True)]
+    if op.fusion is not None:
+        fused = sum(w * s for w, s in zip(params[op.fusion :], zs[1:], strict=True) if w)
         ts.append(torch.as_tensor(fused))
     label = torch.arange(classes, device=device) == place[:, None]
     return Part(zs, ts, label, valid, place)
@@ -72,7 +69,7 @@ def rest(x: Tensor, part: Part) -> Tensor:
 
 
 def stats(
-    name: str,
+    op: Op,
     students: Sequence[Tensor],
     teachers: Sequence[Tensor],
     target: Tensor | None,
@@ -82,23 +79,23 @@ def stats(
     ignore_index: int,
 ) -> Tensor:
     """(N, S) float64: the statistics of these classes, `first` being the first of them."""
-    at = layout(name, len(students), len(teachers), list(params))
-    part = read(name, students, teachers, target, first, params, ignore_index)
+    at = layout(op, len(students), len(teachers), list(params))
+    part = read(op, students, teachers, target, first, params, ignore_index)
     size = students[0].shape[1]
     own = part.label.any(1)
     head = torch.stack([part.place, torch.full_like(part.place, size)], -1)
     columns: list[Tensor] = []
     units: list[Tensor] = []
     powers: list[Tensor] = []
-    for x in (*part.students, *part.teachers):
+    for x, temperature in zip((*part.students, *part.teachers), at.temperatures, strict=True):
         others = rest(x, part)
         peak = others.amax(1)
         shift = torch.where(torch.isneginf(peak), 0.0, peak)
         near = others - shift[:, None]
-        u = near / at.temperature
+        u = near / temperature
         e = u.exp()
         value = torch.where(own, torch.where(part.label, x, 0.0).sum(1), -torch.inf)
-        at_one = target is not None and (len(columns) < at.students or not at.entropy)
+        at_one = target is not None if len(columns) < at.students else at.teacher_at_1
         total_at_one = near.exp().sum(1) if at_one else torch.zeros_like(peak)
         columns.append(torch.stack([peak, e.sum(1), total_at_one, value], -1).double())
         units.append(u)
@@ -106,7 +103,7 @@ def stats(
     sets = torch.stack(columns, 1)
     pairs = []
     for t, z in at.pairs:
-        gap = (units[t] if at.entropy else 0.0) - units[z]
+        gap = units[t] - units[z] if at.entropy else units[z]
         pairs.append(torch.where(powers[t] > 0, powers[t] * gap, 0.0).sum(1).double()[:, None])
     ranks = []
     for x in part.students:
@@ -128,7 +125,7 @@ def before_label(z: Tensor, part: Part) -> Tensor:
 
 
 def grad_from_stats(
-    name: str,
+    op: Op,
     students: Sequence[Tensor],
     teachers: Sequence[Tensor],
     target: Tensor | None,
@@ -148,13 +145,14 @@ def grad_from_stats(
     (N,). The gradients of float16 students are float32.
     """
     dtype = working_type([*students, *teachers])
-    at: Layout = layout(name, len(students), len(teachers), list(params))
-    part = read(name, students, teachers, target, first, params, ignore_index)
+    at: Layout = layout(op, len(students), len(teachers), list(params))
+    part = read(op, students, teachers, target, first, params, ignore_index)
     _, sets, pairs, ranks = at.views(merged)
-    known = [Known(sets[:, k], at.temperature) for k in range(at.sets)]
+    known = [Known(sets[:, k], t) for k, t in enumerate(at.temperatures)]
     zs, ts = known[: at.students], known[at.students :]
     labelled = target is not None
-    losses, values, gradients, drift = LOSSES[name](
+    assert op.from_stats is not None  # refused before
+    losses, values, gradients, drift = op.from_stats(
         zs, ts, pairs.unbind(1), params, part.valid, labelled
     )
     losses = torch.where(part.valid, losses, 0.0)
@@ -176,11 +174,10 @@ def grad_from_stats(
     weight = scale.expand(losses.shape)
     if upstream is not None:
         weight = weight * upstream
-    return loss, terms, write(at, part, students, zs, ts, gradients, weight, drift)
+    return loss, terms, write(part, students, zs, ts, gradients, weight, drift)
 
 
 def write(
-    at: Layout,
     part: Part,
     students: Sequence[Tensor],
     zs: Sequence[Known],
@@ -198,15 +195,15 @@ def write(
     def column(x: Tensor) -> Tensor:
         return (weight * x).to(dtype)[:, None]
 
-    exps = [(near(x, t) / at.temperature).exp() for x, t in zip(part.teachers, ts, strict=True)]
+    exps = [(near(x, t) / t.temperature).exp() for x, t in zip(part.teachers, ts, strict=True)]
     if drift is not None:
         of_f, of_z = near(part.teachers[1], ts[1]), near(part.students[0], zs[0])
-        gap = of_f / at.temperature - of_z / at.temperature - drift.to(dtype)[:, None]
+        gap = of_f / ts[1].temperature - of_z / zs[0].temperature - drift.to(dtype)[:, None]
         exps.append(torch.where(exps[1] > 0, exps[1] * gap, 0.0))
     made = []
     for x, z, g, student in zip(part.students, zs, gradients, students, strict=True):
         close = near(x, z)
-        out = column(g.a) * (close / at.temperature).exp()
+        out = column(g.a) * (close / z.temperature).exp()
         for scale, k in g.others:
             out = out + column(scale) * exps[k]
         out = out + column(g.c) * close.exp()

@@ -10,7 +10,6 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from .. import dkd, kd, nkd, slkd, tf_nkd, uskd
 from ..op import TRITON, Op
 from .batch import count_rows
 from .call import Call, check_counts, refuse, strides
@@ -29,7 +28,6 @@ SCHEMA = (
     "int ignore_index, "
     "bool with_gradient) -> (Tensor loss, Tensor terms, Tensor[] gradients)"
 )
-COEFFICIENTS = {"kd": kd.coefficients, "dkd": dkd.coefficients, "nkd": nkd.coefficients}
 
 
 def count(call: Call) -> None:
@@ -38,15 +36,15 @@ def count(call: Call) -> None:
 
 
 def run_taught(call: Call, indices: list[Tensor], masses: list[Tensor]) -> None:
-    check_counts(call, range(1, 2), range(1, 99) if call.op.name == "kd" else range(1, 2))
+    op = call.op
+    check_counts(call, range(1, 2), range(1, 2 if op.teacher_weights is None else 99))
     listed = tuple(x.shape[1] if x.dim() == 2 else 0 for x in indices) or (0,) * len(call.teachers)
     dense = [x for x, k in zip(call.teachers, listed, strict=True) if not k]
     whole = call.whole(*dense)
-    at_one = 0
     if call.mean(False) == 4:
         count(call)
-    if call.kind or call.op.name == "nkd":
-        at_one = 2 if call.numbers[0] == 1 else 1
+    apart = 1 if call.numbers[0] != 1 else 2
+    at_one = 0 if not call.kind else 2 if op.student_at_1 else apart
     block, one, warps = call.shape(1 + len(call.teachers))
     steps = [
         *strides(whole, call.students),
@@ -79,14 +77,14 @@ def run_taught(call: Call, indices: list[Tensor], masses: list[Tensor]) -> None:
         call.ignore,
     )
     constants = (
-        COEFFICIENTS[call.op.name],
+        op.coefficients,
         whole,
         call.real_type(),
         call.kind,
         listed,
         tuple(power_of_two(k) for k in listed),
         at_one,
-        call.op.name == "nkd",
+        (op.entropy, apart if op.teacher_at_1 else 0, op.student_at_1),
         *call.ending(False, block),
         block,
         one,
@@ -141,7 +139,13 @@ def run_tf_nkd(call: Call) -> None:
         call.upstream_stride(),
         call.ignore,
     )
-    constants = (tf_nkd.coefficients, whole, call.real_type(), call.kind, *call.ending(True, block))
+    constants = (
+        call.op.coefficients,
+        whole,
+        call.real_type(),
+        call.kind,
+        *call.ending(True, block),
+    )
     call.launch(tf_nkd_rows, args, (*constants, block, one), warps)
 
 
@@ -174,7 +178,7 @@ def run_uskd(call: Call) -> None:
     )
     paper = call.numbers[3] != 0
     constants = (
-        uskd.coefficients,
+        call.op.coefficients,
         paper,
         whole,
         call.real_type(),
@@ -212,7 +216,7 @@ def run_slkd(call: Call) -> None:
         call.ignore,
     )
     pulled, at_one = call.numbers[6] == 0, 2 if call.numbers[0] == 1 else 1
-    constants = (slkd.coefficients, pulled, whole, call.real_type(), call.kind, at_one)
+    constants = (call.op.coefficients, pulled, whole, call.real_type(), call.kind, at_one)
     call.launch(slkd_rows, args, (*constants, *call.ending(False, block), block, one), warps)
 
 
@@ -248,7 +252,7 @@ def run_op(
     )
     if call.rows == 0:
         return call.loss.zero_(), call.terms.zero_(), call.gradients
-    if op.name in COEFFICIENTS:
+    if not op.own_rows:
         run_taught(call, indices, masses)
     elif indices or masses:
         raise ValueError(f"{op.name} takes whole teacher logits only")

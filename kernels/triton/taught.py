@@ -1,7 +1,9 @@
-"""The rows of the losses that have one student under teachers: KD, DKD and NKD, in Triton.
+"""The rows of the losses that have one student under teachers: KD, DKD, NKD and WTTM, in Triton.
 
-A loss is its COEFFICIENTS: from the statistics of a row to its value, its two terms, and the
-factors of the exponentials in the gradient (kd.py, dkd.py, nkd.py).
+A loss is its COEFFICIENTS: from the statistics of a row to its value, its own terms, and the
+factors of the exponentials in the gradient (kd.py, dkd.py, nkd.py, wttm.py); and its FORM: whether
+the teacher's exponents are part of the sum over both (Op.entropy), how its sums at T = 1 are made
+(0: not read, 1: apart, 2: T is 1), and whether the student's temperature is 1.
 
 A teacher is a matrix of logits, or of a row's k largest (listed.py): then LISTED holds k.
 """
@@ -79,34 +81,39 @@ def collect(
     y,
     label,
     labels,
-    step,
+    steps,
     AT_ONE: tl.constexpr,
     TARGET: tl.constexpr,
-    WEIGHTED: tl.constexpr,
+    FORM: tl.constexpr,
 ):
-    """One more tile of the statistics.
+    """One more tile of the statistics. steps: of the teachers and of the student.
 
-    A teacher's state: the rest's maximum; the sum of e_j; the sum of e_j (u_t,j - u_z,j), or where
-    WEIGHTED of e_j u_z,j; the sum of e_j at T = 1, of WEIGHTED; how many
-    classes are listed.
+    A teacher's state: the rest's maximum; the sum of e_j; the sum of e_j (u_t,j - u_z,j), or
+    without entropy of e_j u_z,j; the sum of e_j at T = 1 where that is apart; how many classes are
+    listed.
     """
     raw, z, taught, q, found = tiles
+    step, own = steps
     state, z_before, z_now = see(
-        state, z, raw, q, offs, inside, y, label, label, step, AT_ONE, TARGET
+        state, z, raw, q, offs, inside, y, label, label, own, AT_ONE, TARGET
     )
     new = none()
     for k in tl.static_range(len(taught)):
         peak, before, crossed, total1, listed = states[k]
         t = taught[k]
         top, total, t_before, t_now, carry, e = soften(peak, before, t, labels[k], step)
-        if WEIGHTED:
-            of_z = tl.where(e > 0, e * ((z - z_now) * step), 0.0)
-            crossed = carry * (crossed + (z_before - z_now) * step * before) + tl.sum(of_z, 0)
-            if AT_ONE == 1:
-                carry1 = tl.where(peak == -INF, 0.0, tl.exp2((t_before - t_now) * LOG2E))
-                total1 = total1 * carry1 + tl.sum(tl.exp2((t - t_now) * LOG2E), 0)
-        else:
+        if FORM[0] and FORM[2]:
+            moved = (t_before - t_now) * step - (z_before - z_now) * own
+            gap = tl.where(e > 0, e * ((t - t_now) * step - (z - z_now) * own), 0.0)
+            crossed = carry * (crossed + moved * before) + tl.sum(gap, 0)
+        elif FORM[0]:
             crossed = cross(crossed, before, carry, t, t_before, t_now, e, z, z_before, z_now, step)
+        else:
+            of_z = tl.where(e > 0, e * ((z - z_now) * own), 0.0)
+            crossed = carry * (crossed + (z_before - z_now) * own * before) + tl.sum(of_z, 0)
+        if FORM[1] == 1:
+            carry1 = tl.where(peak == -INF, 0.0, tl.exp2((t_before - t_now) * LOG2E))
+            total1 = total1 * carry1 + tl.sum(tl.exp2((t - t_now) * LOG2E), 0)
         new = joined(new, ((top, total, crossed, total1, listed + found[k]),))
     return state, new
 
@@ -120,11 +127,11 @@ def put_gradient(
     TARGET: tl.constexpr = SETTINGS[2]
     AT_ONE: tl.constexpr = SETTINGS[4]
     _, z, taught, q, _ = tiles
-    now, taught_now, step = shifts
+    now, taught_now, step, own = shifts
     a, c, bs, of_q, at_label, valid = factors
     if AT_ONE == 2:
         a += c
-    g = a * tl.exp2((z - now) * step)
+    g = a * tl.exp2((z - now) * own)
     for k in tl.static_range(len(taught)):
         e = tl.exp2((taught[k] - taught_now[k]) * step)
         g -= tl.where(bs[k] == 0, 0.0, bs[k] * e)  # whatever a row without weight holds
@@ -165,7 +172,7 @@ def taught_rows(
     LISTED: tl.constexpr,
     HOLDS: tl.constexpr,
     AT_ONE: tl.constexpr,
-    WEIGHTED: tl.constexpr,
+    FORM: tl.constexpr,
     MEAN: tl.constexpr,
     REDUCTION: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -187,6 +194,9 @@ def taught_rows(
     )
     temperature = param(scalars, 0, REAL)
     step = LOG2E / temperature
+    own = step
+    if FORM[2]:
+        own = number(LOG2E, REAL)
     label = tl.full((), -INF, REAL)
     if TARGET > 0:
         label = element(student, row, strides[0], y, WHOLE, REAL)
@@ -229,14 +239,14 @@ def taught_rows(
         nothing = (tl.full((), -INF, REAL), zero, zero, zero, tl.full((), 0, tl.int32))
         states = joined(states, (nothing,))
 
-    state = unseen(REAL)
+    state, steps = unseen(REAL), (step, own)
     inputs = (student, teachers, strides, indices, target, target_stride)
     offs = tl.arange(0, BLOCK)
     inside = offs < classes
     if ONE:
         tiles = read_tiles(inputs, row, offs, inside, y, fills, SETTINGS)
         state, states = collect(
-            state, states, tiles, offs, inside, y, label, labels, step, AT_ONE, TARGET, WEIGHTED
+            state, states, tiles, offs, inside, y, label, labels, steps, AT_ONE, TARGET, FORM
         )
     else:
         for start in range(0, classes, BLOCK):
@@ -244,11 +254,22 @@ def taught_rows(
             within = some < classes
             part = read_tiles(inputs, row, some, within, y, fills, SETTINGS)
             state, states = collect(
-                state, states, part, some, within, y, label, labels, step, AT_ONE, TARGET, WEIGHTED
+                state,
+                states,
+                part,
+                some,
+                within,
+                y,
+                label,
+                labels,
+                steps,
+                AT_ONE,
+                TARGET,
+                FORM,
             )
 
     now = shift_of(state[0], label)
-    z_label = (label - now) * step * LN2
+    z_label = (label - now) * own * LN2
     z = split(state[1], z_label)
     z1 = z
     if AT_ONE == 1:
@@ -260,11 +281,11 @@ def taught_rows(
         t_label = (labels[k] - t_now) * step * LN2
         t = split(total, t_label)
         t1 = t
-        if WEIGHTED and AT_ONE == 1:
+        if FORM[1] == 1:
             t1 = split(total1, labels[k] - t_now)
         taught = joined(taught, ((total, t_label, t, t1, LN2 * crossed),))
         taught_now = joined(taught_now, (t_now,))
-    own, own_terms, a, c, bs, at_label, ce_weight = COEFFICIENTS(
+    of_row, own_terms, a, c, bs, at_label, ce_weight = COEFFICIENTS(
         scalars, (state[1], z_label, z, z1), taught, REAL
     )
 
@@ -272,12 +293,12 @@ def taught_rows(
     of_q = number(0, REAL)
     if TARGET > 0:
         ce, of_label, mass = cross_entropy(z1, state, label, value, rest_mass, TARGET)
-        own += gated(ce_weight, ce)
+        of_row += gated(ce_weight, ce)
         c += gated(ce_weight, mass * z1[4])
         at_label += gated(ce_weight, of_label)
         of_q = -ce_weight
         top1, top5 = hit(state[3], label, 1), hit(state[3], label, 5)
-    row_values = joined(joined((own,), own_terms), (ce, top1, top5))
+    row_values = joined(joined((of_row,), own_terms), (ce, top1, top5))
     put_values(values, loss, row, row_values, valid, REDUCTION, COLUMNS)
 
     if GRADIENT:
@@ -288,7 +309,7 @@ def taught_rows(
         for k in tl.static_range(K):
             scaled = joined(scaled, (weight * bs[k],))
         factors = (weight * a, weight * c, scaled, weight * of_q, weight * at_label, valid)
-        shifts = (now, taught_now, step)
+        shifts = (now, taught_now, step, own)
         if ONE:
             put_gradient(gradient, row, units, tiles, offs, inside, y, shifts, factors, SETTINGS)
         else:

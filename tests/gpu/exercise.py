@@ -9,7 +9,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernels"))
 
-from calls import FULL, NAMES, Case, call, cast, make, probabilities  # noqa: E402
+from calls import FULL, NAMES, WITH_TOP_K, Case, call, cast, make, probabilities
 from on_gpu import move  # noqa: E402
 
 from kdfuse import SparseTeacher
@@ -20,18 +20,9 @@ f32, bf16, f16, f64 = torch.float32, torch.bfloat16, torch.float16, torch.float6
 SIZES = ((1100, 41), (3, 101), (2, 13001), (1, 200003))
 
 
-def whole(x: torch.Tensor) -> torch.Tensor:
-    """In memory that ends on a 16-byte boundary: rows are read in such pieces, as no allocator
-    gives memory that ends within one. The gradients get as many bytes as they have."""
-    size = x.element_size()
-    held = torch.empty(-(-x.numel() * size // 16) * 16 // size, dtype=x.dtype, device="cuda")
-    return held[: x.numel()].view(x.shape).copy_(x)
-
-
 def drive(name: str, case: Case, **settings) -> None:
-    students = [whole(x) for x in case.students]
-    teachers = [move(x) if isinstance(x, SparseTeacher) else whole(x) for x in case.teachers]
-    case = Case(students, teachers, move(case.target))
+    students, teachers = map(move, case.students), map(move, case.teachers)
+    case = Case(list(students), list(teachers), move(case.target))
     case.students = [x.requires_grad_() for x in case.students]
     for stored in (True, False):
         for reduction in ("mean", "none"):
@@ -57,13 +48,13 @@ def main() -> None:
         drive("kd", cast(make("kd", 3, 1500, teachers=teachers), bf16, f32))
     for count in (1, 3):
         drive("slkd", cast(make("slkd", 3, 101, slts=count), f32), fusion=[1 / count] * count)
-    for name in ("kd", "nkd"):
+    for name in WITH_TOP_K:
         case = cast(make(name, 3, 101), f32)
         indices = torch.stack([torch.randperm(101)[:7] for _ in range(3)])
         mass = torch.tensor([0.0, 0.25, 0.5])
         case.teachers = [SparseTeacher(case.teachers[0].gather(1, indices), indices, mass)]
         drive(name, case)
-    drive("kd", cast(make("kd", 17000, 9), bf16))  # its rows are counted in a kernel of their own
+    drive("kd", cast(make("kd", 17000, 9), bf16))  # its rows are counted by all blocks
     torch.cuda.synchronize()
     print("exercised")
 

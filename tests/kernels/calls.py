@@ -4,7 +4,10 @@ A case holds what a loss takes. `close_to_truth` compares with the oracle in flo
 what the arithmetic of the loss's type may lose (see `rounding`).
 """
 
+import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import oracle
@@ -14,21 +17,57 @@ from torch import Tensor
 
 import kdfuse
 from kdfuse.kernels import call as front
+from kdfuse.kernels.table import LOSSES, OPS
+
+# Of one student under teachers; `CALLS` says how each of the others is called.
+TAUGHT = tuple(name for name, op in OPS.items() if not op.own_rows)
+
+
+def taught(name: str) -> Callable[..., Any]:
+    loss, several = LOSSES[name], OPS[name].teacher_weights is not None
+    return lambda s, t, y, **more: loss(s[0], t if several else t[0], y, **more)
+
 
 CALLS = {
-    "kd": lambda s, t, y, **more: kdfuse.kd_loss(s[0], t, y, **more),
-    "dkd": lambda s, t, y, **more: kdfuse.dkd_loss(s[0], t[0], y, **more),
-    "nkd": lambda s, t, y, **more: kdfuse.nkd_loss(s[0], t[0], y, **more),
+    **{name: taught(name) for name in TAUGHT},
     "tf_nkd": lambda s, t, y, **more: kdfuse.tf_nkd_loss(s[0], y, **more),
     "uskd": lambda s, t, y, **more: kdfuse.uskd_loss(s[0], s[1], y, **more),
     "slkd": lambda s, t, y, **more: kdfuse.slkd_loss(s[0], t[0], s[1:], y, **more),
 }
 NAMES = tuple(CALLS)
-WITH_TEACHER = ("kd", "dkd", "nkd", "slkd")
-WITH_PROBABILITIES = ("kd", "nkd", "tf_nkd", "uskd", "slkd")
+WITH_TEACHER = (*TAUGHT, "slkd")
+WITH_PROBABILITIES = tuple(name for name in NAMES if OPS[name].labels)
+WITH_TOP_K = tuple(name for name in NAMES if OPS[name].sparse)
+IN_PARTS = tuple(name for name in NAMES if OPS[name].from_stats)
+WEIGHTS = "kd_weight alpha beta gamma weight ce_weight fused_ce_weight fused_kd_weight".split()
+
+
+def settings_of(name: str) -> list[str]:
+    """The keywords of a loss."""
+    return list(inspect.signature(LOSSES[name]).parameters)
+
+
+def weights_of(name: str) -> list[str]:
+    return [key for key in settings_of(name) if key in (*WEIGHTS, "mu")]
+
+
+def every_term(name: str) -> dict[str, Any]:
+    """Settings of a loss under teachers under which all terms take part, of different weight."""
+    return {"temperature": 4.0, **dict(zip(weights_of(name), (0.9, 0.3, 0.7), strict=False))}
+
+
+def with_switch(name: str, on: bool) -> dict[str, bool]:
+    """The one switch of a loss with a temperature: whether T^2 multiplies, or a row's weight."""
+    return {"weighted" if "weighted" in settings_of(name) else "t_squared": on}
+
+
+# Of the losses with a temperature those that T^2 may multiply.
+SCALED = tuple(name for name in WITH_TEACHER if "t_squared" in settings_of(name))
+
+
 # Settings under which every term of a loss takes part, all of different weight.
 FULL = {
-    "kd": {"temperature": 4.0, "kd_weight": 0.9, "ce_weight": 0.3},
+    **{name: every_term(name) for name in TAUGHT},
     "dkd": {"temperature": 4.0, "alpha": 0.7, "beta": 3.0, "ce_weight": 0.3},
     "nkd": {"temperature": 2.0, "gamma": 1.5, "ce_weight": 0.3},
     "tf_nkd": {"weight": 0.7, "ce_weight": 0.3},
@@ -45,7 +84,6 @@ FULL = {
 }
 # Where C == 2 leaves a part of the loss without a meaning: that part off.
 PAIR = {"dkd": {"beta": 0.0}, "nkd": {"gamma": 0.0}, "uskd": {"beta": 0.0}}
-WEIGHTS = "kd_weight alpha beta gamma weight ce_weight fused_ce_weight fused_kd_weight".split()
 # float16 has no logits of 1e4 with a useful fraction, but holds them.
 BITS = {torch.float64: 52, torch.float32: 23, torch.bfloat16: 7, torch.float16: 10}
 
@@ -72,7 +110,8 @@ def make(name: str, n: int, c: int, *, seed: int = 0, teachers: int = 1, slts: i
     if name == "uskd":
         # A rank is a step: these keys stand apart by more than any type's rounding (see `ranked`).
         students = list(ranked(random, n, c))
-    count = {"kd": teachers, "tf_nkd": 0, "uskd": 0}.get(name, 1)
+    count = 1 if name in WITH_TEACHER else 0
+    count = count if OPS[name].teacher_weights is None else teachers
     return Case(students, [logits(3.0) for _ in range(count)], target)
 
 
@@ -120,6 +159,11 @@ def arguments(name: str, case: Case, *, backend: str = "cpu", **settings) -> tup
     return caught[0]
 
 
+def params_of(name: str) -> list[float]:
+    """What the op gets of `FULL`."""
+    return arguments(name, make(name, 2, 9), **FULL[name])[3]
+
+
 def truth(name: str, case: Case, **settings) -> oracle.Rows:
     def numbers(x):
         return x.detach().double().numpy()
@@ -155,7 +199,7 @@ def spread(x: Tensor) -> float:
     return (high - kept.where(kept.isfinite(), torch.inf).amin(1)).max().item()
 
 
-def rounding(case: Case, *, temperature: float = 1.0, t_squared: bool = True, **settings):
+def rounding(case: Case, true: oracle.Rows, *, temperature=1.0, t_squared=True, **settings):
     """What float32 may lose of a row's loss, and of a gradient as a share of its largest entry.
 
     A loss is a sum of weighted differences of logits and log-sum-exps, each of them no larger than
@@ -167,9 +211,14 @@ def rounding(case: Case, *, temperature: float = 1.0, t_squared: bool = True, **
     few, eps = 4, torch.finfo(torch.float32).eps
     apart = max(spread(x) for x in (*case.students, *case.teachers))
     levels = np.log(case.students[0].shape[1])
-    at_t = (temperature**2 if t_squared else 1.0) * (apart / temperature + levels)
+    scaled = apart / temperature + levels
+    at_t = (temperature**2 if t_squared and true.weight is None else 1.0) * scaled
     weight = max(1.0, sum(abs(settings.get(key, 0.0)) for key in WEIGHTS))
-    return few * eps * weight * (at_t + apart + levels), few * eps * (1 + levels)
+    if true.weight is None:
+        return few * eps * weight * (at_t + apart + levels), few * eps * (1 + levels)
+    # A weight of the row's own is an exponential: it multiplies with the error of its exponent.
+    weight *= max(1.0, np.nan_to_num(true.weight).max(initial=0.0)) * (1 + scaled)
+    return few * eps * weight * (at_t + apart + levels), few * eps * (1 + levels + scaled)
 
 
 def close_to_truth(got: Tensor, true: np.ndarray, what: str, lost: float) -> None:
@@ -201,7 +250,7 @@ def compare(
 ) -> None:
     """Losses of all rows, and gradients under `upstream` (N,), against the oracle."""
     true = truth(name, case, **settings)
-    of_loss, of_gradient = rounding(case, **settings)
+    of_loss, of_gradient = rounding(case, true, **settings)
     close_to_truth(loss, true.loss, f"{name} loss", of_loss)
     for k, (g, x) in enumerate(zip(gradients, case.students, strict=True)):
         assert g.dtype == x.dtype and g.shape == x.shape

@@ -7,7 +7,7 @@ leaves batch means and counts; NaN stays NaN. Gradients are of the rows' own los
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -22,6 +22,7 @@ class Rows:
     loss: Array  # (N,)
     gradients: list[Array]  # (N, C) each
     terms: dict[str, Array]  # (N,) each; "top1" and "top5" are 0 or 1
+    weight: Array | None = None  # (N,): what a row counts for, of a loss that says so
 
 
 @dataclass
@@ -69,6 +70,13 @@ def log_mass(x: Array, keep: Array) -> Array:
 
     (peak, part), (top, whole) = lse(np.where(keep, x, -np.inf)), lse(x)
     return (peak - top) + (part - whole)
+
+
+def log_mass_of(log_x: Array) -> Array:
+    """(N,): log of the sum of a row's exp(log_x)."""
+    peak = log_x.max(1)
+    peak = np.where(peak == -np.inf, 0, peak)
+    return peak + np.log(np.exp(log_x - peak[:, None]).sum(1))
 
 
 def dot(weights: Array, x: Array) -> Array:
@@ -184,6 +192,30 @@ def dkd(
     loss = gated((alpha, tckd), (beta, nckd), (ce_weight, ce))
     gradient = gated((alpha, target_step), (beta, others_step), (ce_weight, ce_step))
     return finish(y, loss, [gradient], {"tckd": tckd, "nckd": nckd, "ce": ce, **hits(z, y)})
+
+
+def wttm(
+    students,
+    teachers,
+    target,
+    *,
+    temperature=10.0,
+    kd_weight=1.0,
+    ce_weight=0.0,
+    weighted=True,
+):
+    (z,), (t,) = students, teachers
+    y = read(np.zeros(len(z), int) if target is None else target, z)
+    log_p, log_powered = log_softmax(z), log_softmax(t) / temperature
+    log_u = log_mass_of(log_powered)
+    log_q = log_powered - log_u[:, None]
+    u = np.exp(log_u) if weighted else np.ones(len(z))
+    value, (ce, ce_step) = u * kl(log_q, log_p), cross_entropy(z, y)
+    loss = gated((kd_weight, value), (ce_weight, ce))
+    step = u[:, None] * (np.exp(log_p) - np.exp(log_q))
+    gradient = gated((kd_weight, step), (ce_weight, ce_step))
+    found = finish(y, loss, [gradient], {"kd": value, "ce": ce, **hits(z, y)})
+    return replace(found, weight=np.where(y.valid, u, 0))
 
 
 def nkd(students, teachers, target, *, gamma=1.5, temperature=1.0, ce_weight=0.0, t_squared=True):
@@ -314,6 +346,7 @@ ORACLE: dict[str, Callable[..., Rows]] = {
     "kd": kd,
     "dkd": dkd,
     "nkd": nkd,
+    "wttm": wttm,
     "tf_nkd": tf_nkd,
     "uskd": uskd,
     "slkd": slkd,

@@ -12,9 +12,11 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-LOSSES = ("kd", "dkd", "nkd", "tf_nkd", "uskd", "slkd")  # as in csrc/cuda/kernel_table.h
-TYPES = ("f32", "f64", "bf16", "f16")  # as in csrc/core/types.h
 CSRC = Path(__file__).resolve().parents[2] / "csrc/cuda"
+OPS = (CSRC.parent / "losses/all.def").read_text()
+LOSSES = tuple(re.findall(r"^KDFUSE_(?:TAUGHT|OTHER)\((\w+)", OPS, re.MULTILINE))
+TAUGHT = dict(re.findall(r"^KDFUSE_TAUGHT\((\w+), (\w+)\)", OPS, re.MULTILINE))
+TYPES = ("f32", "f64", "bf16", "f16")  # as in csrc/core/types.h
 Place = tuple[str, int]  # a file's name and a line of it
 
 
@@ -69,13 +71,17 @@ def kernel_of(mangled: str) -> Kernel | None:
     slkd = re.search(r"SlkdI?(?:KernelsI)?LNS_5DTypeE(\d)E(?:T_)?Li(\d)E", mangled)
     if slkd:
         return Kernel(kind[1], "slkd", TYPES[int(slkd[1])], slkd[2])
-    pair = re.search(r"LNS_4LossE(\d)ELNS_5DTypeE(\d)ELb([01])E", mangled)
+    names = {f"{len(facts)}{facts}": op for op, facts in {**TAUGHT, "tf_nkd": "TfNkd"}.items()}
+    facts = "|".join(names)
+    pair = re.search(rf"NS_({facts})ELNS_5DTypeE(\d)ELb([01])E", mangled)
     if pair:
         variant = "labelled" if pair[3] == "1" else "bare"
-        return Kernel(kind[1], LOSSES[int(pair[1])], TYPES[int(pair[2])], variant)
-    row = re.search(r"7GeneralI([fd])NS_\w*?\d((?:tf_|us|sl|d|n)?n?kd)_row", mangled)
+        return Kernel(kind[1], names[pair[1]], TYPES[int(pair[2])], variant)
+    row = re.search(
+        rf"7GeneralI([fd])NS_.*?(?:10taught_rowINS_({facts})E|\d([a-z_]+)_rowI)", mangled
+    )
     assert row, f"no known kernel: {mangled}"
-    return Kernel(kind[1], row[2], "f32" if row[1] == "f" else "f64", "any")
+    return Kernel(kind[1], names.get(row[2], row[3]), "f32" if row[1] == "f" else "f64", "any")
 
 
 @functools.cache

@@ -17,6 +17,7 @@ import sass
 from sass import Kernel
 
 from kdfuse.kernels import backends
+from kdfuse.kernels.table import OPS
 
 pytestmark = pytest.mark.slow(45)
 
@@ -24,8 +25,10 @@ ROOT = Path(__file__).resolve().parents[2]
 MODULE = backends.compiled()[0]
 ARCHS = MODULE.cuda_archs if MODULE else []
 CUBINS = [name for name in ARCHS if name.startswith("sm_")]
-FAST = {"kd": ("bare", "labelled"), "slkd": ("1", "2")}
-FAST |= dict.fromkeys(("dkd", "nkd", "tf_nkd"), ("labelled",))
+FAST = {"slkd": ("1", "2"), "tf_nkd": ("labelled",)}
+FAST |= {
+    name: ("labelled",) if OPS[name].needs_target else ("bare", "labelled") for name in sass.TAUGHT
+}
 TYPES = ("bf16", "f16", "f32")
 FAST_ROWS = [(loss, t, variant) for loss, these in FAST.items() for t in TYPES for variant in these]
 # Threads that a multiprocessor holds of fast rows: a block, or blocks of four warps.

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from calls import FULL, NAMES, PAIR, WITH_TEACHER, Case, call, cast, make, probabilities
+from calls import FULL, NAMES, PAIR, WITH_TEACHER, Case, call, cast, make, probabilities, weights_of
 
 import kdfuse
 from kdfuse.kernels import backends
+from kdfuse.kernels.table import OPS
 
 BACKENDS = [name for name in ("reference", "cpu") if not backends.backends()[name]]
 Z = torch.zeros(4, 5)
@@ -118,7 +119,7 @@ def test_wrong_targets(name, backend):
     ):
         with pytest.raises(kind, match=f"target must .*{text}"):
             call(name, changed(name, target=wrong), backend=backend)
-    if name != "kd":
+    if OPS[name].needs_target:
         with pytest.raises(TypeError, match="target must be a tensor, got NoneType"):
             call(name, changed(name, target=None), backend=backend)
     if name == "dkd":
@@ -138,19 +139,9 @@ def test_temperature(name, backend, wrong):
         call(name, changed(name), backend=backend, temperature=wrong)
 
 
-WEIGHTS = {
-    "kd": ("kd_weight", "ce_weight"),
-    "dkd": ("alpha", "beta", "ce_weight"),
-    "nkd": ("gamma", "ce_weight"),
-    "tf_nkd": ("weight", "ce_weight"),
-    "uskd": ("alpha", "beta", "mu", "ce_weight"),
-    "slkd": ("ce_weight", "kd_weight", "fused_ce_weight", "fused_kd_weight"),
-}
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_weights_that_are_no_numbers(name, backend):
-    for key in WEIGHTS[name]:
+    for key in weights_of(name):
         for wrong in (float("nan"), float("-inf")):
             with pytest.raises(ValueError, match=f"{key} must be a finite number, got {wrong}"):
                 call(name, changed(name), backend=backend, **{key: wrong})

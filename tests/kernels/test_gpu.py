@@ -2,7 +2,18 @@
 
 import pytest
 import torch
-from calls import FULL, NAMES, WITH_PROBABILITIES, Case, call, cast, make, probabilities
+from calls import (
+    FULL,
+    NAMES,
+    WITH_PROBABILITIES,
+    WITH_TEACHER,
+    WITH_TOP_K,
+    Case,
+    call,
+    cast,
+    make,
+    probabilities,
+)
 from on_gpu import LONGEST_SORT, MARKS, RANKS, compare, run, same_bits, to_gpu
 
 pytestmark = MARKS
@@ -106,7 +117,7 @@ def test_class_probabilities(name, c, dtype):
     ids=str,
 )
 @pytest.mark.parametrize("c", (33, 1000, 4099))
-@pytest.mark.parametrize("name", ("kd", "dkd", "nkd", "slkd"))
+@pytest.mark.parametrize("name", WITH_TEACHER)
 def test_mixed_types(name, c, student, teacher):
     compare(name, cast(make(name, 9, c), student, teacher))
 
@@ -131,7 +142,7 @@ def test_several_slts(n, c, count, detach):
 @pytest.mark.parametrize("rest", ("spread", "drop", "zero"))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("n, c, k", [(9, 33, 5), (1030, 1000, 64), (7, 4099, 100), (2, 50257, 8)])
-@pytest.mark.parametrize("name", ("kd", "nkd"))
+@pytest.mark.parametrize("name", WITH_TOP_K)
 def test_top_k_teachers(name, n, c, k, dtype, rest):
     from test_sparse import lists
 

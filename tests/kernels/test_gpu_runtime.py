@@ -4,7 +4,7 @@ for the backward pass.
 
 import pytest
 import torch
-from calls import FULL, NAMES, Case, call, cast, make
+from calls import FULL, NAMES, WITH_TOP_K, Case, call, cast, make
 from on_gpu import MARKS, kernels_of, run, same_bits, to_gpu
 
 pytestmark = MARKS
@@ -62,12 +62,14 @@ def test_a_direction_is_one_kernel_of_its_path(name, dtype, n, c, kind):
     ), both
 
 
-def test_a_large_batch_counts_its_rows_in_a_kernel_before():
-    for n, kinds in ((16384, ["fast_warps"]), (16385, ["count_valid", "fast_warps"])):
-        case = case_of("kd", n, 100, bf16)
-        seen = kernels_of(lambda case=case: loss_of("kd", case))
-        assert len(seen) == len(kinds), seen
-        assert all(any(kind in x for x in seen) for kind in kinds), seen
+@pytest.mark.parametrize("n", (16384, 16385))
+def test_a_large_batch_counts_its_rows_in_the_same_kernel(n):
+    case = case_of("kd", n, 100, bf16)
+    case.target[5::7] = -100
+    seen = kernels_of(lambda: loss_of("kd", case))
+    assert len(seen) == 1 and "fast_warps" in seen[0], seen
+    _, terms = loss_of("kd", case, return_terms=True)
+    assert terms["rows"] == (case.target >= 0).sum()
 
 
 @pytest.mark.filterwarnings("ignore:kdfuse's")
@@ -94,7 +96,7 @@ def test_nothing_waits_for_the_device(name, denominator):
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("name", ("kd", "nkd"))
+@pytest.mark.parametrize("name", WITH_TOP_K)
 def test_top_k_teachers_wait_for_nothing(name):
     from test_sparse import lists
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from calls import FULL, NAMES, WITH_PROBABILITIES, cast, make, probabilities
+from calls import FULL, NAMES, WITH_PROBABILITIES, WITH_TOP_K, cast, make, probabilities
 from on_gpu import RANKS, compare, run, same_bits, to_gpu
 
 from kdfuse.kernels import backends
@@ -46,7 +46,7 @@ def test_class_probabilities(name):
 
 
 @pytest.mark.parametrize("rest", ("spread", "drop", "zero"))
-@pytest.mark.parametrize("name", ("kd", "nkd"))
+@pytest.mark.parametrize("name", WITH_TOP_K)
 def test_top_k_teachers(name, rest):
     from test_sparse import lists
 

@@ -5,7 +5,18 @@ import sys
 
 import pytest
 import torch
-from calls import FULL, NAMES, Case, call, cast, loss_and_gradients, make, probabilities
+from calls import (
+    FULL,
+    NAMES,
+    WITH_TEACHER,
+    Case,
+    call,
+    cast,
+    loss_and_gradients,
+    make,
+    params_of,
+    probabilities,
+)
 
 import kdfuse
 from kdfuse.kernels import backends
@@ -17,21 +28,11 @@ pytestmark = [
     pytest.mark.skipif("cpu" not in BACKENDS, reason="no compiled module"),
 ]
 
-# What the public functions hand to the compiled ops: see kernels/<op>.py.
-PARAMS = {
-    "kd": [4.0, 16.0, 0.9, 0.3, 1.0],
-    "dkd": [4.0, 16.0, 0.7, 3.0, 0.3],
-    "nkd": [2.0, 4.0, 1.5, 0.3],
-    "tf_nkd": [0.7, 0.3],
-    "uskd": [0.7, 0.2, 0.1, 0.0, 0.3],
-    "slkd": [4.0, 16.0, 0.9, 0.1, 0.8, 0.5, 0.0, 0.25, 0.75],
-}
-
 
 def compiled_arguments(name, dtype, grad, reduction="mean", with_gradient=False):
     case = cast(make(name, 6, 9), dtype)
     students = [x.requires_grad_(grad) for x in case.students]
-    static = (PARAMS[name], REDUCTIONS[reduction], -100, with_gradient)
+    static = (params_of(name), REDUCTIONS[reduction], -100, with_gradient)
     return (students, case.teachers, [], [], case.target, None, None, None, *static)
 
 
@@ -222,7 +223,7 @@ MEMORY = """
 import re
 from pathlib import Path
 import torch
-from calls import Case, call, FULL
+from calls import Case, call, FULL, WITH_TEACHER
 
 def memory(key):
     return 1024 * int(re.search(key + r":\\s*(\\d+)", Path("/proc/self/status").read_text())[1])
@@ -231,7 +232,7 @@ torch.set_num_threads(2)
 n, c = 512, 21841
 logits = [torch.zeros(n, c).normal_() for _ in range(4)]
 target = torch.arange(n)
-for name in ("kd", "dkd", "nkd", "slkd"):
+for name in WITH_TEACHER:
     teacher, *others = logits
     students = [x.detach().requires_grad_() for x in (others if name == "slkd" else others[:1])]
     small = Case([x.detach()[:8].requires_grad_() for x in students], [teacher[:8]], target[:8])
@@ -257,5 +258,5 @@ def test_nothing_of_the_logits_size_but_the_gradients(request):
     )
     assert done.returncode == 0, done.stderr
     found = dict(line.split() for line in done.stdout.splitlines())
-    assert list(found) == ["kd", "dkd", "nkd", "slkd"]
+    assert list(found) == list(WITH_TEACHER)
     assert all(0.9 < float(share) < 1.3 for share in found.values()), found

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from calls import FULL, NAMES, Case, call, cast, loss_and_gradients, make
+from calls import FULL, NAMES, WITH_TEACHER, Case, call, cast, loss_and_gradients, make
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -87,6 +87,26 @@ def test_student_equal_to_teacher_over_many_classes(name, level, c):
     case = Case([z], [z.clone()], torch.tensor([0, c - 1, c // 2]))
     loss, (g,) = loss_and_gradients(name, case, temperature=3.0, backend="cpu")
     assert loss.item() == 0 and not g.any()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@FEW
+@given(**SHAPE, seed=st.integers(0, 99), temperature=st.floats(0.5, 20))
+def test_wttm_at_temperature_1_is_kd_and_its_weight_is_the_power_sum(
+    backend, n, c, seed, temperature
+):
+    """At T = 1 the teacher is not transformed and every row weighs 1; TTM is WTTM less U."""
+    case = make("wttm", n, c, seed=seed)
+    (z,), (t,), y = case.students, case.teachers, case.target
+    common = {"reduction": "none", "backend": backend, "ce_weight": 0.3}
+    kd = kdfuse.kd_loss(z, t, y, temperature=1.0, **common)
+    for weighted in (True, False):
+        at_one = kdfuse.wttm_loss(z, t, y, temperature=1.0, weighted=weighted, **common)
+        torch.testing.assert_close(at_one, kd, rtol=1e-11, atol=1e-11)
+    u = (t.log_softmax(1) / temperature).exp().sum(1)
+    common = {"temperature": temperature, "reduction": "none", "backend": backend}
+    wttm, ttm = (kdfuse.wttm_loss(z, t, weighted=w, **common) for w in (True, False))
+    torch.testing.assert_close(wttm, u * ttm, rtol=1e-10, atol=1e-11)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -245,7 +265,7 @@ def test_nan_and_infinity_in_other_types(name, backend, dtype):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", ("kd", "dkd", "nkd", "slkd"))
+@pytest.mark.parametrize("name", WITH_TEACHER)
 def test_no_student_mass_where_the_teacher_has_some(name, backend):
     case = cast(make(name, 5, 33), torch.float32)
     case.target[:] = torch.tensor([4, 0, 32, 7, 1])

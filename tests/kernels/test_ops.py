@@ -21,6 +21,7 @@ from calls import (
     make,
     probabilities,
     truth,
+    with_switch,
 )
 
 from kdfuse.kernels import backends
@@ -66,12 +67,12 @@ def test_shapes(name, backend, n, c):
 
 
 @pytest.mark.parametrize("temperature", (0.5, 1.0, 2.0, 3.0, 4.0, 7.5, 20.0))
-@pytest.mark.parametrize("squared", (True, False))
+@pytest.mark.parametrize("on", (True, False))
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", WITH_TEACHER)
-def test_temperatures(name, backend, temperature, squared):
+def test_temperatures(name, backend, temperature, on):
     # 1, 2 and 4 take the short ways to softmax at T = 1; the others an exponential of its own.
-    settings = {**FULL[name], "temperature": temperature, "t_squared": squared}
+    settings = {**FULL[name], "temperature": temperature, **with_switch(name, on)}
     check(name, cast(make(name, 70, 100), torch.float32), backend=backend, **settings)
 
 

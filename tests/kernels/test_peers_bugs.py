@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from calls import (
     FULL,
     NAMES,
+    SCALED,
     WITH_PROBABILITIES,
     WITH_TEACHER,
     Case,
@@ -164,7 +165,7 @@ def test_the_logits_are_never_written(name, backend):
     assert versions == [x._version for x in inputs]
 
 
-@pytest.mark.parametrize("name", WITH_TEACHER)
+@pytest.mark.parametrize("name", SCALED)
 def test_t_squared_once(name, backend):
     """T^2 was forgotten, or applied twice."""
     (z, *slts), (t,), y = (lambda c: (c.students, c.teachers, c.target))(make(name, 9, 33))

@@ -10,7 +10,19 @@ import sys
 import numpy as np
 import pytest
 import torch
-from calls import FULL, NAMES, Case, call, compare, loss_type, make, probabilities
+from calls import (
+    FULL,
+    NAMES,
+    WITH_TOP_K,
+    Case,
+    call,
+    compare,
+    loss_type,
+    make,
+    params_of,
+    probabilities,
+    with_switch,
+)
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -24,7 +36,6 @@ pytestmark = pytest.mark.slow(25)
 
 BACKENDS = [name for name in ("reference", "cpu") if not backends.backends()[name]]
 LEVELS = backends.compiled()[0].levels() if "cpu" in BACKENDS else []
-TAKING = ("kd", "nkd")
 RESTS = ("spread", "drop", "zero")
 INF = float("inf")
 needs_compiled = pytest.mark.skipif("cpu" not in BACKENDS, reason="no compiled module")
@@ -104,7 +115,7 @@ SHAPES += [(2, 21841, 21840), (3, 21841, 1), (0, 31, 5), (300, 31, 2)]
 @pytest.mark.parametrize("n, c, k", SHAPES)
 @pytest.mark.parametrize("rest", RESTS)
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", TAKING)
+@pytest.mark.parametrize("name", WITH_TOP_K)
 def test_shapes(name, backend, rest, n, c, k):
     case = make(name, n, c)
     sparse = lists(case, k, rest)
@@ -115,12 +126,12 @@ def test_shapes(name, backend, rest, n, c, k):
 
 
 @pytest.mark.parametrize("temperature", (0.5, 1.0, 2.0, 3.0, 4.0, 20.0))
-@pytest.mark.parametrize("squared", (True, False))
+@pytest.mark.parametrize("on", (True, False))
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", TAKING)
-def test_temperatures(name, backend, squared, temperature):
+@pytest.mark.parametrize("name", WITH_TOP_K)
+def test_temperatures(name, backend, on, temperature):
     case = make(name, 40, 33)
-    more = {"temperature": temperature, "t_squared": squared}
+    more = {"temperature": temperature, **with_switch(name, on)}
     for rest in ("spread", "drop"):
         checked(name, case, lists(case, 6, rest), backend=backend, **more)
 
@@ -129,7 +140,7 @@ def test_temperatures(name, backend, squared, temperature):
 @pytest.mark.parametrize("values", (torch.float64, torch.float32, torch.bfloat16, torch.float16))
 @pytest.mark.parametrize("stored", (True, False))
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", TAKING)
+@pytest.mark.parametrize("name", WITH_TOP_K)
 def test_types(name, backend, stored, values, student):
     case = make(name, 24, 33)
     sparse = lists(case, 6, "spread")
@@ -143,7 +154,7 @@ def test_types(name, backend, stored, values, student):
 
 @pytest.mark.parametrize("c", (3, 16, 17, 100, 1001))
 @pytest.mark.parametrize("values", (torch.float32, torch.bfloat16, torch.float16), ids=str)
-@pytest.mark.parametrize("name", TAKING)
+@pytest.mark.parametrize("name", WITH_TOP_K)
 def test_simd_levels(name, level, values, c):
     case = make(name, 24, c)
     for rest, k in (("spread", 2), ("drop", 1), ("spread", c - 1)):
@@ -177,7 +188,7 @@ def test_whole_and_top_k_teachers_together(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", TAKING)
+@pytest.mark.parametrize("name", WITH_TOP_K)
 def test_class_probabilities(name, backend):
     case = make(name, 40, 33)
     case.target = probabilities(40, 33)
@@ -208,7 +219,7 @@ def shifted_down(x):
 @pytest.mark.parametrize("pattern", (some, all_but_one, saturated, shifted, shifted_down))
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float64), ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", TAKING)
+@pytest.mark.parametrize("name", WITH_TOP_K)
 def test_hard_values(name, backend, dtype, pattern):
     case = make(name, 24, 33)
     for rest in RESTS:
@@ -220,7 +231,7 @@ def test_hard_values(name, backend, dtype, pattern):
 
 
 @pytest.mark.parametrize("shift", (-4096.0, 31.0, 33.0, 60000.0))
-@pytest.mark.parametrize("name", TAKING)
+@pytest.mark.parametrize("name", WITH_TOP_K)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_shift_of_the_values_changes_nothing(backend, name, shift):
     case = make(name, 24, 33)
@@ -242,7 +253,7 @@ FEW = settings(
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", TAKING)
+@pytest.mark.parametrize("name", WITH_TOP_K)
 @FEW
 @given(
     n=st.integers(0, 9),
@@ -261,7 +272,7 @@ def test_any_shape(name, backend, n, c, part, rest, temperature, seed):
 @pytest.mark.parametrize("dtype", (torch.float64, torch.float32, torch.bfloat16), ids=str)
 @pytest.mark.parametrize("temperature", (1.0, 3.0, 4.0))
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", TAKING)
+@pytest.mark.parametrize("name", WITH_TOP_K)
 def test_all_classes_but_one_are_the_whole_teacher(name, backend, temperature, dtype):
     """The one class that is left out has the mass that it has: nothing is approximated."""
     case = make(name, 24, 33)
@@ -295,7 +306,7 @@ def test_a_student_equal_to_the_whole_row_is_exactly_zero(level, c, k, dtype, re
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", TAKING)
+@pytest.mark.parametrize("name", WITH_TOP_K)
 def test_the_order_of_a_list_does_not_matter(name, backend):
     case = make(name, 24, 33)
     sparse = lists(case, 9, "spread")
@@ -357,7 +368,7 @@ def top(x: SparseTeacher) -> tuple[Tensor, Tensor, Tensor | None]:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", TAKING)
+@pytest.mark.parametrize("name", WITH_TOP_K)
 def test_ignored_rows_may_hold_anything(name, backend):
     case = make(name, 24, 33)
     sparse = lists(case, 6, "spread")
@@ -382,7 +393,7 @@ def test_ignored_rows_may_hold_anything(name, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", TAKING)
+@pytest.mark.parametrize("name", WITH_TOP_K)
 def test_nan_reaches_its_row_alone(name, backend):
     case = make(name, 6, 33)
     for part in ("values", "mass"):
@@ -395,7 +406,7 @@ def test_nan_reaches_its_row_alone(name, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", TAKING)
+@pytest.mark.parametrize("name", WITH_TOP_K)
 def test_layouts(name, backend):
     case = make(name, 9, 33)
     sparse = lists(case, 6, "spread")
@@ -458,7 +469,7 @@ ENTRIES = [
 
 @pytest.mark.parametrize("wrong, text", ENTRIES)
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", TAKING)
+@pytest.mark.parametrize("name", WITH_TOP_K)
 def test_refused_entries(name, backend, wrong, text):
     refusals = (ValueError, RuntimeError)
     for z in (Z, Z.clone().requires_grad_()):
@@ -472,7 +483,7 @@ def test_refused_entries(name, backend, wrong, text):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", TAKING)
+@pytest.mark.parametrize("name", WITH_TOP_K)
 def test_refused_beside_a_student(name, backend):
     for wrong, text in (
         (SparseTeacher(V[:3], I[:3]), r"teacher.values must have the student's 4 rows, got \(3, 2"),
@@ -520,7 +531,7 @@ def compiled_arguments(name, grad, rest, reduction="mean", with_gradient=False):
     case = make(name, 6, 9)
     sparse = lists(case, 3, rest)
     students = [x.float().requires_grad_(grad) for x in case.students]
-    params = {"kd": [4.0, 16.0, 0.9, 0.3, 1.0], "nkd": [2.0, 4.0, 1.5, 0.3]}[name]
+    params = params_of(name)
     teachers, indices, masses = [sparse.values], [sparse.indices], [sparse.mass]
     if rest == "drop":
         masses = [torch.empty(0)]
@@ -533,7 +544,7 @@ def compiled_arguments(name, grad, rest, reduction="mean", with_gradient=False):
 
 @needs_compiled
 @pytest.mark.parametrize("rest", ("spread", "drop"))
-@pytest.mark.parametrize("name", TAKING)
+@pytest.mark.parametrize("name", WITH_TOP_K)
 def test_opcheck(name, rest):
     op = getattr(torch.ops.kdfuse, name).default
     for grad in (False, True):
@@ -553,7 +564,7 @@ def test_the_bare_op_has_the_gradient_of_the_public_function():
 
 
 @needs_compiled
-@pytest.mark.parametrize("name", TAKING)
+@pytest.mark.parametrize("name", WITH_TOP_K)
 def test_the_bare_op_counts_what_it_is_given(name):
     op = getattr(torch.ops.kdfuse, name).default
     students, teachers, indices, masses, *more = compiled_arguments(name, False, "spread")
@@ -615,7 +626,7 @@ def test_compile_of_the_way_from_whole_logits_and_back():
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", TAKING)
+@pytest.mark.parametrize("name", WITH_TOP_K)
 def test_autocast_changes_nothing(name, backend):
     case = make(name, 6, 33)
     sparse = of_type(lists(case, 6, "spread"), torch.float32)
@@ -627,7 +638,7 @@ def test_autocast_changes_nothing(name, backend):
     assert got.dtype == torch.float32 and torch.equal(got, want)
 
 
-@pytest.mark.parametrize("name", TAKING)
+@pytest.mark.parametrize("name", WITH_TOP_K)
 def test_torch_func_and_double_backward_take_the_reference(name):
     case = make(name, 4, 5)
     sparse = lists(case, 2, "spread")
@@ -647,7 +658,7 @@ def test_torch_func_and_double_backward_take_the_reference(name):
 
 
 @needs_compiled
-@pytest.mark.parametrize("name", TAKING)
+@pytest.mark.parametrize("name", WITH_TOP_K)
 def test_the_same_bits_at_any_number_of_threads(name):
     case = make(name, 499, 257)
     sparse = of_type(lists(case, 6, "spread"), torch.float32)

@@ -9,7 +9,19 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from calls import FULL, Case, call, cast, compare, loss_type, make, truth
+from calls import (
+    FULL,
+    IN_PARTS,
+    WITH_TEACHER,
+    Case,
+    call,
+    cast,
+    compare,
+    loss_type,
+    make,
+    params_of,
+    truth,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -17,9 +29,9 @@ import kdfuse
 from kdfuse.kernels import backends
 from kdfuse.kernels.sharded import call as split
 from kdfuse.kernels.sharded.merge import layout, merge
+from kdfuse.kernels.table import OPS
 
 BACKENDS = [name for name in ("reference", "cpu") if not backends.backends()[name]]
-SPLIT = ("kd", "dkd", "nkd", "tf_nkd", "slkd")
 TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 CUTS = (0, 5, 6, 22, 33)  # parts of five classes, one, a full vector, an odd few
 INF = float("inf")
@@ -109,12 +121,12 @@ def level(request):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
-@pytest.mark.parametrize("name", SPLIT)
+@pytest.mark.parametrize("name", IN_PARTS)
 def test_against_the_formulas(name, dtype, backend):
     check(name, cast(make(name, 40, 33), dtype), CUTS, backend=backend, **FULL[name])
 
 
-@pytest.mark.parametrize("name", SPLIT)
+@pytest.mark.parametrize("name", IN_PARTS)
 def test_every_simd_level(name, level):
     case = cast(make(name, 40, 1001), torch.float32)
     check(name, case, (0, 400, 401, 1001), backend="cpu", **FULL[name])
@@ -122,14 +134,14 @@ def test_every_simd_level(name, level):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0, 3.0, 20.0])
-@pytest.mark.parametrize("name", ("kd", "dkd", "nkd", "slkd"))
+@pytest.mark.parametrize("name", WITH_TEACHER)
 def test_temperatures(name, temperature, backend):
     settings = {**FULL[name], "temperature": temperature}
     check(name, cast(make(name, 20, 33), torch.float32), CUTS, backend=backend, **settings)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", SPLIT)
+@pytest.mark.parametrize("name", IN_PARTS)
 def test_the_gradient_made_in_the_backward_pass(name, backend):
     case = cast(make(name, 20, 33), torch.float32)
     check(name, case, CUTS, backend=backend, stored_gradient=False, **FULL[name])
@@ -158,7 +170,7 @@ def test_kd_without_a_target(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", SPLIT)
+@pytest.mark.parametrize("name", IN_PARTS)
 def test_ignored_rows_hold_anything(name, backend):
     case = cast(make(name, 20, 33), torch.float32)
     case.target[[3, 7]] = -100
@@ -178,7 +190,7 @@ def test_ignored_rows_hold_anything(name, backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
-@pytest.mark.parametrize("name", SPLIT)
+@pytest.mark.parametrize("name", IN_PARTS)
 def test_large_logits_keep_their_precision(name, dtype, backend):
     near = cast(make(name, 20, 33), dtype)
     # Exact sums, another offset for each set, so that the loss has to be the same.
@@ -198,7 +210,7 @@ def test_large_logits_keep_their_precision(name, dtype, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", SPLIT)
+@pytest.mark.parametrize("name", IN_PARTS)
 def test_a_part_of_minus_infinity_alone(name, backend):
     case = cast(make(name, 20, 33), torch.float32)
     for x in (*case.students, *case.teachers):
@@ -210,7 +222,7 @@ def test_a_part_of_minus_infinity_alone(name, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", ("kd", "dkd", "nkd", "slkd"))
+@pytest.mark.parametrize("name", WITH_TEACHER)
 def test_teacher_mass_where_the_student_has_none(name, backend):
     """Infinite as a whole, whichever part it is in; the gradient stays finite where it is."""
     case = cast(make(name, 20, 33), torch.float32)
@@ -233,7 +245,7 @@ def test_only_the_label_is_finite(name, backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("value", [float("nan"), INF])
-@pytest.mark.parametrize("name", ("kd", "dkd", "nkd", "slkd"))
+@pytest.mark.parametrize("name", WITH_TEACHER)
 def test_nan_and_infinity_in_one_part_reach_all(name, value, backend):
     case = cast(make(name, 20, 33), torch.float32)
     case.target[[5, 7]] = 30
@@ -254,7 +266,7 @@ def test_student_equal_to_teacher_is_exactly_zero(name, dtype, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", SPLIT)
+@pytest.mark.parametrize("name", IN_PARTS)
 def test_terms_and_reductions_are_those_of_the_whole(name, backend):
     case = cast(make(name, 30, 33), torch.float32)
     case.target[2] = -100
@@ -320,7 +332,7 @@ def test_parts_that_do_not_hold_every_class_once_are_named(first):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", SPLIT)
+@pytest.mark.parametrize("name", IN_PARTS)
 @FEW
 @given(cuts=partitions(), seed=st.integers(0, 99))
 def test_merging_the_parts_gives_the_statistics_of_the_whole(name, backend, cuts, seed):
@@ -352,7 +364,7 @@ def layout_of(name, case, settings):
 
 @pytest.mark.skipif("cpu" not in BACKENDS, reason="no compiled module")
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
-@pytest.mark.parametrize("name", SPLIT)
+@pytest.mark.parametrize("name", IN_PARTS)
 def test_compiled_and_plain_statistics_are_the_same(name, dtype):
     case = cast(make(name, 20, 33, seed=3), dtype)
     case.target[4] = -100
@@ -362,28 +374,22 @@ def test_compiled_and_plain_statistics_are_the_same(name, dtype):
 
 
 @pytest.mark.skipif("cpu" not in BACKENDS, reason="no compiled module")
-@pytest.mark.parametrize("name", SPLIT)
+@pytest.mark.parametrize("name", IN_PARTS)
 def test_opcheck(name):
     case = part_of(cast(make(name, 6, 33), torch.bfloat16), 6, 22)
-    params = {
-        "kd": [4.0, 16.0, 0.9, 0.3, 1.0],
-        "dkd": [4.0, 16.0, 0.7, 3.0, 0.3],
-        "nkd": [2.0, 4.0, 1.5, 0.3],
-        "tf_nkd": [0.7, 0.3],
-        "slkd": [4.0, 16.0, 0.9, 0.1, 0.8, 0.5, 0.0, 0.25, 0.75],
-    }[name]
-    stats, grad = split.passes(name, "cpu")
+    params = params_of(name)
+    stats, grad = split.passes(OPS[name], "cpu")
     given = (case.students, case.teachers, case.target, 6, 33)
     torch.library.opcheck(stats, (*given, params, -100))
     packed = stats(*given, params, -100)
-    at = layout(name, len(case.students), len(case.teachers), params)
+    at = layout(OPS[name], len(case.students), len(case.teachers), params)
     alone = merge(packed[None], at)
     for wanted in (False, True):
         torch.library.opcheck(grad, (*given, alone, None, None, params, 1, -100, wanted))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", SPLIT)
+@pytest.mark.parametrize("name", IN_PARTS)
 def test_a_part_without_classes_and_a_batch_without_rows(name, backend):
     case = cast(make(name, 20, 33), torch.float32)
     check(name, case, (0, 0, 20, 20, 33, 33), backend=backend, **FULL[name])

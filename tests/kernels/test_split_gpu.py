@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from calls import FULL, Case, call, cast, make
+from calls import FULL, IN_PARTS, Case, call, cast, make
 
 import kdfuse
 from kdfuse.kernels import backends
@@ -30,7 +30,7 @@ def run(name, case, device):
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float64), ids=str)
-@pytest.mark.parametrize("name", ("kd", "dkd", "nkd", "tf_nkd", "slkd"))
+@pytest.mark.parametrize("name", IN_PARTS)
 def test_a_device_gives_what_the_cpu_gives_without_waiting(name, dtype):
     case = cast(make(name, 40, 1001), dtype)
     case.target[3] = -100

@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 import torch.distributed as dist
-from calls import FULL, Case, call, cast, make
+from calls import FULL, IN_PARTS, Case, call, cast, make
 from processes import together
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
@@ -17,7 +17,6 @@ import kdfuse
 
 pytestmark = pytest.mark.slow(25)
 
-SPLIT = ("kd", "dkd", "nkd", "tf_nkd", "slkd")
 TYPES = (torch.float32, torch.bfloat16, torch.float64)
 SETTINGS = {
     "mean": {},
@@ -31,7 +30,7 @@ KINDS = [(dtype, "mean") for dtype in TYPES] + [(torch.float32, k) for k in SETT
 CUTS = {2: (0, 5, 33), 3: (0, 20, 21, 33)}
 PLACEMENTS = {"classes": (Shard(1),), "rows": (Shard(0),), "replicas": (Replicate(),)}
 ON_MESH = [
-    (name, kind) for name in SPLIT for kind in PLACEMENTS if (name, kind) != ("tf_nkd", "rows")
+    (name, kind) for name in IN_PARTS for kind in PLACEMENTS if (name, kind) != ("tf_nkd", "rows")
 ]
 ON_MESH += [("uskd", "replicas")]
 SIZES = (33, 4)  # in chunks of torch's own; of four classes the last of three processes has none
@@ -66,7 +65,7 @@ def counted(mode):
 def of_group(rank, world):
     """Every loss with a plain part in each process."""
     found = {}
-    for name in SPLIT:
+    for name in IN_PARTS:
         for dtype, kind in KINDS:
             part, students = group_case(name, dtype, rank, world)
             settings = {**FULL[name], **SETTINGS[kind]}
@@ -87,7 +86,7 @@ def of_group(rank, world):
 def compiled(rank, world):
     """Whether torch.compile, in one graph with the collective in it, leaves each loss as it is."""
     same = {}
-    for name in SPLIT:
+    for name in IN_PARTS:
         part, students = group_case(name, torch.float32, rank, world)
 
         def loss_of(case, name=name):
@@ -213,7 +212,7 @@ def whole(name, dtype, settings, classes=33):
 
 
 @pytest.mark.parametrize(("dtype", "kind"), KINDS, ids=str)
-@pytest.mark.parametrize("name", SPLIT)
+@pytest.mark.parametrize("name", IN_PARTS)
 def test_parts_give_the_loss_and_the_gradients_of_the_whole(ranks, name, dtype, kind):
     loss, terms, gradients = whole(name, dtype, SETTINGS[kind])
     found = [rank["of_group"][f"{name} {dtype} {kind}"] for rank in ranks]
@@ -238,7 +237,7 @@ def test_one_collective_forward_and_none_backward(ranks):
 
 def test_compiled_in_one_graph(ranks):
     found = [rank["compiled"] for rank in ranks if "compiled" in rank]
-    assert found == [dict.fromkeys(SPLIT, True)] * (2 if len(ranks) == 2 else 0)
+    assert found == [dict.fromkeys(IN_PARTS, True)] * (2 if len(ranks) == 2 else 0)
 
 
 @pytest.mark.parametrize("way", SETTINGS)

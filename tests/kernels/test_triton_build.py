@@ -7,7 +7,7 @@ from collections import defaultdict
 
 import pytest
 import torch
-from calls import FULL, NAMES, Case, arguments, cast, make
+from calls import FULL, NAMES, TAUGHT, WITH_TOP_K, Case, arguments, cast, make
 
 from kdfuse.kernels.table import OPS
 from kdfuse.kernels.triton import lang as triton_lang
@@ -31,10 +31,10 @@ from kdfuse.kernels.triton.uskd import LONGEST, uskd_rows
 
 pytestmark = pytest.mark.slow(100)
 
-INPUTS = {"kd": 2, "dkd": 2, "nkd": 2, "tf_nkd": 1, "uskd": 2, "slkd": 4}
+INPUTS = {**dict.fromkeys(TAUGHT, 2), "tf_nkd": 1, "uskd": 2, "slkd": 4}
 GRADIENTS = {"uskd": 2, "slkd": 3}
 # Of 65536 in a multiprocessor: at 128 threads a block 64 let 8 blocks run beside each other.
-REGISTERS = {"kd": 64, "dkd": 80, "nkd": 80, "tf_nkd": 80, "uskd": 128, "slkd": 192}
+REGISTERS = {"kd": 64, "dkd": 80, "nkd": 80, "wttm": 80, "tf_nkd": 80, "uskd": 128, "slkd": 192}
 # Rows that are held, of each type; rows in tiles, that 8 classes at a time divide and that they do
 # not, of a type each.
 HALF, SINGLE = torch.bfloat16, torch.float32
@@ -93,9 +93,11 @@ def test_1000_classes_move_in_16_bytes(name, dtype, arch):
     inputs, gradients = INPUTS[name], GRADIENTS.get(name, 1)
     assert code.count(r"LDG\.E\.(\w+\.)*128") >= wide * inputs
     assert code.count(r"STG\.E\.(\w+\.)*128") == wide * gradients
-    if name in ("kd", "dkd", "nkd", "tf_nkd"):
-        # At T of either input and at 1 of the student (NKD: of both), and those of scalars.
-        of_row = {"kd": 3, "dkd": 3, "nkd": 4, "tf_nkd": 1}[name]
+    if name in (*TAUGHT, "tf_nkd"):
+        # Of either input at its temperature, and at 1 of the student and where it is read of the
+        # teacher; those of scalars.
+        op = OPS[name]
+        of_row = 3 + op.teacher_at_1 - op.student_at_1 if name != "tf_nkd" else 1
         assert code.count(r"MUFU\.EX2") <= 8 * of_row + 8
 
 
@@ -113,7 +115,7 @@ def test_float64_compiles_without_spills(name):
         assert code.stack == 0 and code.count("LDL|STL") == 0
 
 
-@pytest.mark.parametrize("name", ("kd", "nkd"))
+@pytest.mark.parametrize("name", WITH_TOP_K)
 def test_listed_teachers_compile_without_spills(monkeypatch, name):
     """20 of 1000 logits and what was left out: no access is as long as the whole row."""
     case = zeros(name, 4, 1000, torch.bfloat16)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from calls import FULL, NAMES, WITH_PROBABILITIES, Case, call, cast, make, probabilities
+from calls import FULL, NAMES, WITH_PROBABILITIES, WITH_TOP_K, Case, call, cast, make, probabilities
 from test_gpu import LONGEST_SORT, RANKS, run, to_gpu
 
 from kdfuse import SparseTeacher
@@ -65,7 +65,7 @@ def test_class_probabilities(name, c, dtype):
     compare(name, case)
 
 
-@pytest.mark.parametrize("name", ("kd", "nkd"))
+@pytest.mark.parametrize("name", WITH_TOP_K)
 def test_listed_teachers(name):
     case = cast(make(name, 70, 1000), torch.bfloat16)
     for rest in ("spread", "drop"):

@@ -17,6 +17,7 @@ from calls import (
     PAIR,
     WITH_PROBABILITIES,
     WITH_TEACHER,
+    WITH_TOP_K,
     Case,
     arguments,
     call,
@@ -25,6 +26,7 @@ from calls import (
     make,
     probabilities,
     truth,
+    with_switch,
 )
 from triton.runtime import interpreter
 
@@ -156,7 +158,7 @@ def test_mixed_types(name, student, teacher):
 
 @pytest.mark.parametrize("name", WITH_TEACHER)
 @paired(
-    "temperature, squared, dtype",
+    "temperature, on, dtype",
     (0.5, True, torch.float32, "tiles"),
     (0.5, False, torch.float64, "one block"),
     (1.0, True, torch.float64, "one block"),
@@ -164,8 +166,8 @@ def test_mixed_types(name, student, teacher):
     (20.0, True, torch.float32, "tiles"),
     (20.0, False, torch.float64, "one block"),
 )
-def test_temperatures(name, residency, temperature, squared, dtype):
-    settings = {**FULL[name], "temperature": temperature, "t_squared": squared}
+def test_temperatures(name, residency, temperature, on, dtype):
+    settings = {**FULL[name], "temperature": temperature, **with_switch(name, on)}
     near(name, cast(make(name, 2, 33), dtype), **settings)
 
 
@@ -490,7 +492,7 @@ def listed(t, k, mass, temperature, seed):
     return values, indices, whole
 
 
-@pytest.mark.parametrize("name", ("kd", "nkd"))
+@pytest.mark.parametrize("name", WITH_TOP_K)
 @pytest.mark.parametrize("held", (None, torch.float32, torch.float64), ids=str)
 def test_listed_teachers(name, dtype_by_residency, held):
     """One of the k largest logits alone, beside a whole one where the loss takes several."""

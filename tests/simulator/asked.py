@@ -5,11 +5,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+from sass import LOSSES
 from torch import Tensor
 
 from kdfuse.kernels.table import OPS
 
-LOSSES = ("kd", "dkd", "nkd", "tf_nkd", "uskd", "slkd")  # as in csrc/cuda/kernel_table.h
 TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 REDUCTIONS = ("none", "mean", "sum")
 IGNORED = -100  # labels

@@ -147,39 +147,42 @@ int64_t scratch(int64_t rows, int64_t terms) {
 size_t table(Named* all) {
   size_t n = 0;
   const struct {
-    const char* loss;
-    FastKernels (*fast)(DType, int);
-    int variants;
-    const char* names[2];
-  } fast[] = {{"kd", fast_kd, 2, {"bare", "labelled"}},
-              {"dkd", fast_dkd, 1, {"labelled", ""}},
-              {"nkd", fast_nkd, 1, {"labelled", ""}},
-              {"tf_nkd", fast_tf_nkd, 1, {"labelled", ""}},
-              {"slkd", fast_slkd, 2, {"1", "2"}}};
-  const struct {
     DType type;
     const char* name;
   } types[] = {{DType::f32, "f32"}, {DType::bf16, "bf16"}, {DType::f16, "f16"}};
-  for (const auto& f : fast) {
-    for (const auto& t : types) {
-      for (int v = 0; v < f.variants; ++v) {
-        const FastKernels k = f.fast(t.type, v);
-        n = add(all, n, k.warps, "fast_warps", f.loss, t.name, f.names[v]);
-        n = add(all, n, k.blocks, "fast_blocks", f.loss, t.name, f.names[v]);
-        n = add(all, n, k.clusters, "fast_clusters", f.loss, t.name, f.names[v]);
-        n = add(all, n, k.streams, "fast_streams", f.loss, t.name, f.names[v]);
-      }
-    }
-  }
   const struct {
     const char* loss;
-    GeneralKernels kernels;
-  } general[] = {{"kd", general_kd()},         {"dkd", general_dkd()},   {"nkd", general_nkd()},
-                 {"tf_nkd", general_tf_nkd()}, {"uskd", general_uskd()}, {"slkd", general_slkd()}};
-  for (const auto& g : general) {
-    n = add(all, n, g.kernels.warps, "general_warps", g.loss, "f32", "any");
-    n = add(all, n, g.kernels.blocks, "general_blocks", g.loss, "f32", "any");
-    n = add(all, n, g.kernels.wide, "general_blocks", g.loss, "f64", "any");
+    LossKernels of;
+  } losses[] = {
+#define KDFUSE_OTHER(name) {#name, name##_kernels()},
+#include "../../csrc/losses/all.def"
+  };
+  const int64_t label = 0;
+  for (const auto& [loss, of] : losses) {
+    const GeneralKernels general = of.general();
+    n = add(all, n, general.warps, "general_warps", loss, "f32", "any");
+    n = add(all, n, general.blocks, "general_blocks", loss, "f32", "any");
+    n = add(all, n, general.wide, "general_blocks", loss, "f64", "any");
+    for (const auto& t : types) {
+      const auto add_fast = [&](int students, bool labelled, const char* variant) {
+        Task p = {};
+        p.num_students = students, p.logits[0].type = t.type, p.labels = labelled ? &label : nullptr;
+        const FastKernels k = of.fast(p);
+        for (size_t i = 0; i < n; ++i) {
+          if (all[i].kernel == k.warps) return;  // the same with labels and without
+        }
+        n = add(all, n, k.warps, "fast_warps", loss, t.name, variant);
+        n = add(all, n, k.blocks, "fast_blocks", loss, t.name, variant);
+        n = add(all, n, k.clusters, "fast_clusters", loss, t.name, variant);
+        n = add(all, n, k.streams, "fast_streams", loss, t.name, variant);
+      };
+      if (!of.fast) continue;
+      if (of.fused) {
+        add_fast(2, true, "1"), add_fast(3, true, "2");
+      } else {
+        add_fast(1, true, "labelled"), add_fast(1, false, "bare");
+      }
+    }
   }
   return n;
 }

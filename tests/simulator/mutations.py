@@ -33,10 +33,11 @@ class Call:
     c: int
     dtype: torch.dtype = torch.bfloat16
     processors: int = 2
+    teacher: torch.dtype | None = None  # its type, where that is another
 
     def catches(self, library: Path) -> str:
         """What is wrong, or ""."""
-        case = cast(make(self.name, self.n, self.c), self.dtype)
+        case = cast(make(self.name, self.n, self.c), self.dtype, self.teacher)
         inputs = arguments(self.name, case, **FULL[self.name])
         upstream = torch.tensor([1.0, -2.0, 0.5]).double().repeat(self.n)[: self.n]
         for seed in range(SEEDS):
@@ -60,6 +61,7 @@ SLTS = Call("slkd", 5, 1001)  # whose sums follow each other
 FUSED = Call("slkd", 3, 4203, processors=16)
 SCORES = Call("tf_nkd", 9, 41)
 FLOATS = Call("kd", 9, 33, torch.float32)
+MIXED = Call("kd", 9, 1101, processors=1, teacher=torch.float32)  # several rows of a block
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,13 @@ TICKET = "atomicInc(ticket, gridDim.x - 1)"
 FENCE = "      __threadfence();\n"
 
 MUTATIONS = [
+    Mutation(
+        "a team's memory taken again too early",
+        "any_rows.h",
+        "    of_row(team_, p_, row, span);\n    team_.sync();\n",
+        "    of_row(team_, p_, row, span);\n",
+        (MIXED,),
+    ),
     Mutation(
         "a barrier missing: numbers of warps", "team.h", JOIN, "  const bool there", (BLOCKS,)
     ),
@@ -198,13 +207,6 @@ MUTATIONS = [
         "    if (row >= p_.rows) return;\n",
         "    if (row > p_.rows) return;\n",
         (WARPS,),
-    ),
-    Mutation(
-        "a team's memory taken again too early",
-        "any_rows.h",
-        "    of_row(team_, p_, row, span);\n    team_.sync();\n",
-        "    of_row(team_, p_, row, span);\n",
-        (Call("uskd", 23, 1101, torch.float32),),
     ),
     Mutation(
         "static memory forgotten by the launcher",

@@ -24,7 +24,7 @@ import simulator  # noqa: E402
 import torch  # noqa: E402
 from calls import arguments  # noqa: E402
 from sass import Kernel  # noqa: E402
-from simulator import CSRC, FLAGS, UNITS, Device, Gpu, device  # noqa: E402
+from simulator import CSRC, FLAGS, UNITS, Device, Gpu, device, sources  # noqa: E402
 from test_cuda_build import the_table  # noqa: E402
 from test_joins import calls as in_turn  # noqa: E402
 from test_kernels import a_case, of_device, sizes, upstream_of  # noqa: E402
@@ -44,14 +44,14 @@ def build(name: str, folder: Path, simulated: Path) -> Path:
     common = [*FLAGS, "-O1", f"-DKDFUSE_SANITIZED_{name.upper()}"]
     common += ["-I", str(HERE / "include"), "-I", str(CSRC)]
     common += SANITIZERS[name] if name == "address" else []
-    jobs = [(HERE / f"{unit}.cpp", []) for unit in OWN]
+    jobs = [(unit, HERE / f"{unit}.cpp", []) for unit in OWN]
     seen = ["-include", "cuda_runtime.h", "-x", "c++"]
     if name == "address":
-        jobs += [(CSRC / f"cuda/{unit}.cu", seen) for unit in UNITS]
-    objects = [folder / f"{source.stem}.o" for source, _ in jobs]
+        jobs += [(unit, source, [*seen, *more]) for unit, source, more in sources(UNITS, CSRC)]
+    objects = [folder / f"{unit}.o" for unit, _, _ in jobs]
 
-    def compile_one(job: tuple[Path, list[str]], made: Path) -> None:
-        source, more = job
+    def compile_one(job: tuple[str, Path, list[str]], made: Path) -> None:
+        _, source, more = job
         command = [compiler, *common, *more, "-c", str(source), "-o", str(made)]
         subprocess.run(command, check=True)
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from asked import LOSSES, Call, Given, ask, given
+from sass import TAUGHT
 from torch import Tensor
 
 HERE = Path(__file__).parent
@@ -94,6 +95,16 @@ def whole(name: str) -> Device:
     return device(name, processors=GPUS[name]["processors"], runs=0)
 
 
+def sources(units: Sequence[str], csrc: Path) -> list[tuple[str, Path, list[str]]]:
+    """Each unit of csrc/cuda with its file, and what is defined for it, as setup.py does."""
+    found = []
+    for name in units:
+        facts = TAUGHT.get(name)
+        defined = [f"-DKDFUSE_OP={name}", f"-DKDFUSE_FACTS={facts}"] if facts else []
+        found.append((name, csrc / f"cuda/{'taught' if facts else name}.cu", defined))
+    return found
+
+
 def build(
     folder: Path, *, csrc: Path = CSRC, units: Sequence[str] = UNITS, base: Path | None = None
 ) -> Path:
@@ -105,13 +116,13 @@ def build(
     assert compiler, "the simulator needs a C++ compiler"
     include = ["-I", str(HERE / "include"), "-I", str(csrc)]
     seen = ["-include", "cuda_runtime.h", "-fsanitize=thread", "-O1", "-x", "c++"]
-    jobs = [(HERE / f"{name}.cpp", ["-O2"]) for name in OWN if base is None]
-    jobs += [(csrc / f"cuda/{name}.cu", seen) for name in units]
+    jobs = [(name, HERE / f"{name}.cpp", ["-O2"]) for name in OWN if base is None]
+    jobs += [(name, source, [*seen, *more]) for name, source, more in sources(units, csrc)]
     library = folder / "simulator.so"
-    objects = [folder / f"{source.stem}.o" for source, _ in jobs]
+    objects = [folder / f"{name}.o" for name, _, _ in jobs]
 
-    def compile_one(job: tuple[Path, list[str]], made: Path) -> None:
-        source, flags = job
+    def compile_one(job: tuple[str, Path, list[str]], made: Path) -> None:
+        _, source, flags = job
         command = [compiler, *FLAGS, *include, *flags, "-c", str(source), "-o", str(made)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, f"{' '.join(command)}\n{done.stderr[:4000]}"

@@ -17,13 +17,17 @@ from test_kernels import LONG, a_case
 
 pytestmark = pytest.mark.slow(15)
 
-# The numbers that a row is summed up to (Sums in coefficients.h). At T the student, the teacher and
-# their mixed sum; at T = 1 the student, with NKD the teacher; the label's rank.
-SUMMED = {"bare": 3, "kd": 3 + 1 + 1, "dkd": 3 + 1 + 1, "nkd": 3 + 2 + 1, "tf_nkd": 1 + 1}
+# The numbers that a row is summed up to (Sums in coefficients.h), with a label and without. At T
+# the student (WTTM's stays at 1), the teacher and their mixed sum; at T = 1 the student, with NKD
+# and WTTM the teacher; the label's rank.
+SUMMED = {"kd": 3 + 1 + 1, "dkd": 3 + 1 + 1, "nkd": 3 + 2 + 1, "wttm": 2 + 2 + 1, "tf_nkd": 1 + 1}
+BARE_SUMMED = {"kd": 3, "wttm": 2 + 2}
 # Softmaxes that the lanes of a warp share out (split_all), five numbers of each: of the student and
-# the teacher at T and of the student at 1; with NKD of both at 1. Without a label two numbers of
-# each (split_rest). The one of TF-NKD every thread makes for itself.
-SHARED = {"bare": 2 * 2, "kd": 3 * 5, "dkd": 3 * 5, "nkd": 2 * 5, "tf_nkd": 0}
+# the teacher at T and of the student at 1; with NKD of both at 1; with WTTM of the student at 1 and
+# of the teacher at both. Without a label two numbers of each (split_rest). The one of TF-NKD every
+# thread makes for itself.
+SHARED = {"kd": 3, "dkd": 3, "nkd": 2, "wttm": 3, "tf_nkd": 0}
+BARE_SHARED = {"kd": 2, "wttm": 3}
 
 
 def joins(kernel: Kernel) -> list[tuple[str, int]]:
@@ -39,19 +43,16 @@ def joins(kernel: Kernel) -> list[tuple[str, int]]:
         # at T and at 1, mixed with the teacher, a rank.
         students = ("sum", 2 + 2 * 2 + 1), *[("sum", 2 + 1 + 1)] * slts
         return [("max", peaks), ("max", 1), *students]
-    row = [("max", peaks), ("sum", SUMMED[name(kernel)])]
+    summed = BARE_SUMMED if kernel.variant == "bare" else SUMMED
+    row = [("max", peaks), ("sum", summed[kernel.loss])]
     return 2 * row if kernel.loss == "tf_nkd" else row  # once before the batch's mean is known
-
-
-def name(kernel: Kernel) -> str:
-    return "bare" if kernel.variant == "bare" else kernel.loss
 
 
 def shared(kernel: Kernel) -> int:
     """Shuffles of a warp."""
     if kernel.loss == "slkd":
         return 4 * 5 + int(kernel.variant) * 2 * 5
-    return SHARED[name(kernel)]
+    return 2 * BARE_SHARED[kernel.loss] if kernel.variant == "bare" else 5 * SHARED[kernel.loss]
 
 
 def shuffles_of_a_warp(what: str, numbers: int) -> int:

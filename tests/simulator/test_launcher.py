@@ -53,7 +53,7 @@ def test_code_for_a_newer_gpu_is_none(library):
 
 def test_clusters_of_16_are_asked_for(library):
     """No kernel has more than 8 blocks of its own accord."""
-    gpu = Gpu(library, device("H100", processors=8))
+    gpu = Gpu(library, device("H100", processors=24))  # of which nothing has been asked yet
     found = []
     for c in (8400, 16_500):
         case = cast(make("slkd", 2, c), torch.float32)
@@ -222,6 +222,7 @@ def test_the_choice_of_a_backend_can_be_traced(monkeypatch):
     monkeypatch.setattr(backends, "torch", there)  # of this module alone: dynamo asks for GPUs too
     monkeypatch.setattr(backends.compiled()[0], "cuda_archs", ["sm_90"])
     monkeypatch.setattr(backends.compiled()[0], "cuda_driver", 12000)
+    monkeypatch.setattr(backends.compiled()[0], "cuda_runtime", 13000)
 
     def said(x):
         return x + len(backends._cuda())

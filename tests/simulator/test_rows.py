@@ -3,7 +3,20 @@
 import pytest
 import torch
 from asked import REDUCTIONS
-from calls import FULL, NAMES, PAIR, WITH_PROBABILITIES, Case, arguments, cast, make, probabilities
+from calls import (
+    FULL,
+    NAMES,
+    PAIR,
+    TAUGHT,
+    WITH_PROBABILITIES,
+    WITH_TEACHER,
+    WITH_TOP_K,
+    Case,
+    arguments,
+    cast,
+    make,
+    probabilities,
+)
 from simulator import Gpu, device
 
 import kdfuse
@@ -110,7 +123,7 @@ def test_several_slts(library, detach, count, way):
 @pytest.mark.parametrize("rest", ("spread", "drop"))
 @pytest.mark.parametrize("k", (1, 7, 40))
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float64), ids=str)
-@pytest.mark.parametrize("name", ("kd", "nkd"))
+@pytest.mark.parametrize("name", WITH_TOP_K)
 def test_top_k_teachers(library, name, dtype, k, rest):
     """Beside a whole teacher for kd; the first label is listed, the last one is not."""
     case = cast(make(name, 9, 41, teachers=2), dtype)
@@ -137,7 +150,7 @@ def test_top_k_teachers(library, name, dtype, k, rest):
 
 
 @pytest.mark.parametrize("temperature", (0.5, 1.0, 2.0, 7.5))
-@pytest.mark.parametrize("name", ("kd", "dkd", "nkd", "slkd"))
+@pytest.mark.parametrize("name", WITH_TEACHER)
 def test_temperatures(library, name, temperature):
     case = cast(make(name, 9, 33), torch.float32)
     check(library, name, case, settings_for(name, 33, temperature=temperature))
@@ -234,7 +247,7 @@ def test_hard_rows(library, name, change, way):
 
 
 @pytest.mark.parametrize("change", (label_alone, leading, peaked, climbing))
-@pytest.mark.parametrize("name", ("kd", "dkd", "nkd", "tf_nkd"))
+@pytest.mark.parametrize("name", (*TAUGHT, "tf_nkd"))
 def test_hard_rows_that_are_read_twice(library, name, change):
     """Of a GPU without clusters: their peaks grow as they are read."""
     case = cast(make(name, 2, 8400), torch.float32)

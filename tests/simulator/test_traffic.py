@@ -2,12 +2,11 @@
 
 import pytest
 import torch
-from calls import FULL, arguments, cast, make
+from calls import FULL, TAUGHT, WITH_TEACHER, arguments, cast, make
 from simulator import Gpu, device
 
 pytestmark = pytest.mark.slow(15)
 TYPES = (torch.bfloat16, torch.float16, torch.float32)
-TAUGHT = ("kd", "dkd", "nkd", "slkd")
 
 
 def moved(library, name, n, c, dtype, gpu="H100", **settings):
@@ -57,7 +56,7 @@ def test_a_mean_over_the_batch_reads_the_student_twice(library, dtype):
         check(moved(library, "tf_nkd", n, c, dtype), 2, n, c, dtype)
 
 
-@pytest.mark.parametrize("name", ("kd", "dkd", "nkd"))
+@pytest.mark.parametrize("name", TAUGHT)
 def test_rows_read_twice_are_held_where_they_fit(library, name):
     """Of a GPU without clusters; 163 KiB hold 40,000 classes of two inputs in bfloat16."""
     held, beyond = (
@@ -70,7 +69,7 @@ def test_rows_read_twice_are_held_where_they_fit(library, name):
         assert got.traffic["gradient 0"].written == c * 2
 
 
-@pytest.mark.parametrize("name", ("kd", "dkd", "nkd", "slkd"))
+@pytest.mark.parametrize("name", WITH_TEACHER)
 def test_rows_of_mixed_types_move_once(library, name):
     n, c = 6, 512  # of which a warp holds all five of SLKD
     case = cast(make(name, n, c), torch.bfloat16, torch.float32)

@@ -35,7 +35,7 @@ from kdfuse.engine.training.start import train
 
 B, C, SIZE = 6, 5, 16
 MIXED = {"mixup": 0.8, "cutmix": 1.0, "smoothing": 0.1}
-TAKE = {"ce", "kd", "nkd", "tf_nkd", "uskd", "slkd", "slkd_sequential", "dist", "dml"}
+TAKE = {"ce", "kd", "nkd", "wttm", "tf_nkd", "uskd", "slkd", "slkd_sequential", "dist", "dml"}
 
 
 def data(**changes):

@@ -60,7 +60,16 @@ def test_unknown_options_are_refused(name):
         METHODS[name](temprature=4.0)
 
 
-LOGITS = ["ce", "kd", "dkd", "nkd", "tf_nkd", "uskd", "slkd"]  # made of logits alone, or nearly
+LOGITS = [
+    "ce",
+    "kd",
+    "dkd",
+    "nkd",
+    "wttm",
+    "tf_nkd",
+    "uskd",
+    "slkd",
+]  # made of logits alone, or nearly
 
 
 @pytest.mark.parametrize("name", LOGITS)
@@ -122,6 +131,18 @@ def test_nkd(out, target):
     non_target = -(v * s.log()).sum(1).mean()
     expected = -0.8 * log_s.mean() - (v_t * log_s).mean() + 1.2 * 4 * non_target
     close(method.loss(out, target, 0.0)[0], expected)
+
+
+@pytest.mark.parametrize("weighted", (True, False))
+def test_wttm(out, target, weighted):
+    method = METHODS["wttm"](temperature=2.5, kd_weight=1.2, ce_weight=0.8, weighted=weighted)
+    powered = soft(out.teacher, 1.0) ** (1 / 2.5)
+    u = powered.sum(1)
+    kd = (soft(out.teacher, 2.5) * (soft(out.teacher, 2.5) / soft(out.student, 1.0)).log()).sum(1)
+    kd = (u * kd if weighted else kd).mean()
+    loss, terms = method.loss(out, target, 0.0)
+    close(terms["kd"], kd)
+    close(loss, 0.8 * F.cross_entropy(out.student, target) + 1.2 * kd)
 
 
 def test_tf_nkd(out, target):

@@ -1,113 +1,16 @@
-// The loss of each row from the statistics of all its classes, and the gradient of one part of them.
+// The parts of rows of tf-NKD and SLKD: the loss of each row from the statistics of all its classes, and the gradient
+// of one part of them.
 #pragma once
-#include "../losses/dkd.h"
-#include "../losses/kd.h"
-#include "../losses/nkd.h"
 #include "../losses/tf_nkd.h"
-#include "rows.h"
+#include "each_row.h"
 
 namespace kdfuse {
 namespace {  // each level compiles its own copy, none may leak into another
 
-inline SplitPlan kd_plan(const double* params) {
-  const KdParams q(params);
-  return {q.temperature, false, false, q.weights};
-}
-inline SplitPlan dkd_plan(const double* params) { return {DkdParams(params).temperature}; }
-inline SplitPlan nkd_plan(const double* params) { return {NkdParams(params).temperature, true}; }
 inline SplitPlan tf_nkd_plan(const double*) { return {}; }
-inline SplitPlan slkd_plan(const double* params) { return {SlkdParams(params).temperature, false, true}; }
-
-template <class T>
-void split_kd_row(const SplitProblem& p, int64_t row, Scratch<T>& scratch) {
-  const KdParams q(p.params);
-  const int64_t length = padded(p.classes);
-  T* const base = scratch.rows(p.num_teachers + 2, length);
-  const double* const in = p.merged + row * p.layout.width();
-  const auto target = split_target<T>(p, row);
-  const Merged whole = merged(in + p.layout.of_set(0), q.temperature);
-  auto z = known(p, whole, base);
-
-  Gradient<T> g;
-  KdRow<double> kd;
-  for (int k = 0; k < p.num_teachers; ++k) {
-    if (q.weights[k] == 0) continue;  // whatever it holds
-    auto t = known(p, merged(in + p.layout.of_set(1 + k), q.temperature), base + (2 + k) * length);
-    const auto pair = kl(z.stats, z.at, t.stats, t.at, in[p.layout.of_pair(k)]);
-    const double scale = kd_add(kd, pair, kd_weight_of(q.weights[k], q.kd_weight, q.square, q.temperature));
-    if (scale == 0 || !p.gradients) continue;
-    const Factors factors = make_part(p, t, p.teachers[k], row, target, q.temperature, false, base + length);
-    g.add(t.x, scale * factors.at);
-  }
-  g.a = kd.a;
-  g.label[0] = kd.label;
-  const double ce = p.labels ? add_cross_entropy(z, target, whole.label - whole.peak, q.ce_weight, g) : 0;
-
-  double* const out = p.out + row * (1 + p.num_terms);
-  const SplitHits hit = hits(in + p.layout.of_ranks(0));
-  const double values[] = {gated(q.kd_weight, kd.value) + gated(q.ce_weight, ce), kd.value, ce, hit.top1, hit.top5};
-  std::copy(values, values + 5, out);
-  if (!p.gradients) return;
-  const Factors factors =
-      make_part(p, z, p.students[0], row, target, q.temperature, p.labels != nullptr, base + length, 0);
-  write_part(p, 0, row, q.temperature, z, g, target, factors);
-}
-
-template <class T>
-void split_dkd_row(const SplitProblem& p, int64_t row, Scratch<T>& scratch) {
-  const DkdParams q(p.params);
-  const int64_t length = padded(p.classes);
-  T* const base = scratch.rows(3, length);
-  const double* const in = p.merged + row * p.layout.width();
-  const auto target = split_target<T>(p, row);
-  const Merged whole = merged(in + p.layout.of_set(0), q.temperature);
-  auto z = known(p, whole, base), t = known(p, merged(in + p.layout.of_set(1), q.temperature), base + 2 * length);
-
-  const auto r = dkd(q, z.stats, z.at, t.stats, t.at, in[p.layout.of_pair(0)]);
-  Gradient<T> g;
-  g.a = r.a;
-  g.label[0] = r.label;
-  const double ce = add_cross_entropy(z, target, whole.label - whole.peak, q.ce_weight, g);
-
-  double* const out = p.out + row * (1 + p.num_terms);
-  const SplitHits hit = hits(in + p.layout.of_ranks(0));
-  const double loss = gated(q.alpha, r.tckd) + gated(q.beta, r.nckd) + gated(q.ce_weight, ce);
-  const double values[] = {loss, r.tckd, r.nckd, ce, hit.top1, hit.top5};
-  std::copy(values, values + 6, out);
-  if (!p.gradients) return;
-  const Factors of_t = make_part(p, t, p.teachers[0], row, target, q.temperature, false, base + length);
-  g.add(t.x, r.b * of_t.at);
-  const Factors factors = make_part(p, z, p.students[0], row, target, q.temperature, true, base + length, 0);
-  write_part(p, 0, row, q.temperature, z, g, target, factors);
-}
-
-template <class T>
-void split_nkd_row(const SplitProblem& p, int64_t row, Scratch<T>& scratch) {
-  const NkdParams q(p.params);
-  const int64_t length = padded(p.classes);
-  T* const base = scratch.rows(3, length);
-  const double* const in = p.merged + row * p.layout.width();
-  const auto target = split_target<T>(p, row);
-  const Merged whole = merged(in + p.layout.of_set(0), q.temperature);
-  auto z = known(p, whole, base), t = known(p, merged(in + p.layout.of_set(1), q.temperature), base + 2 * length);
-
-  const auto r = nkd(q, z.stats, z.at1.log_label, t.stats, t.at1.label, -in[p.layout.of_pair(0)]);
-  Gradient<T> g;
-  g.a = r.a;
-  g.c = r.weight * z.at1.unit;
-  g.label[0] = r.weight * std::expm1(z.at1.log_label);
-  const double ce = add_cross_entropy(z, target, whole.label - whole.peak, q.ce_weight, g);
-
-  double* const out = p.out + row * (1 + p.num_terms);
-  const SplitHits hit = hits(in + p.layout.of_ranks(0));
-  const double loss = r.target + gated(q.gamma, r.others) + gated(q.ce_weight, ce);
-  const double values[] = {loss, r.target, r.others, ce, hit.top1, hit.top5};
-  std::copy(values, values + 6, out);
-  if (!p.gradients) return;
-  const Factors of_t = make_part(p, t, p.teachers[0], row, target, q.temperature, false, base + length);
-  g.add(t.x, r.b * of_t.at);
-  const Factors factors = make_part(p, z, p.students[0], row, target, q.temperature, true, base + length, 0);
-  write_part(p, 0, row, q.temperature, z, g, target, factors);
+inline SplitPlan slkd_plan(const double* params) {
+  const double temperature = SlkdParams(params).temperature;
+  return {temperature, temperature, false, true, true};
 }
 
 template <class T>
@@ -228,36 +131,6 @@ void split_slkd_row(const SplitProblem& p, int64_t row, Scratch<T>& scratch) {
     loss += gated(q.kd_weight, slt_kd) + gated(q.ce_weight, slt_ce);
   }
   out[0] = loss;
-}
-
-template <SplitPlan (*Plan)(const double*), class T>
-void stats_rows(const SplitProblem& p, int64_t begin, int64_t end) {
-  static thread_local Scratch<T> scratch;
-  const SplitPlan plan = Plan(p.params);
-  for (int64_t row = begin; row < end; ++row) split_stats(p, plan, row, scratch);
-}
-
-template <SplitPlan (*Plan)(const double*)>
-void split_stats_of(const SplitProblem& p, int64_t begin, int64_t end) {
-  return p.wide ? stats_rows<Plan, double>(p, begin, end) : stats_rows<Plan, float>(p, begin, end);
-}
-
-template <class T, void (*Row)(const SplitProblem&, int64_t, Scratch<T>&)>
-void split_rows(const SplitProblem& p, int64_t begin, int64_t end) {
-  static thread_local Scratch<T> scratch;
-  for (int64_t row = begin; row < end; ++row) {
-    if (ignored(p, row)) {
-      write_nothing(p, row);
-    } else {
-      Row(p, row, scratch);
-    }
-  }
-}
-
-template <void (*Float)(const SplitProblem&, int64_t, Scratch<float>&),
-          void (*Double)(const SplitProblem&, int64_t, Scratch<double>&)>
-void split_rows_of(const SplitProblem& p, int64_t begin, int64_t end) {
-  return p.wide ? split_rows<double, Double>(p, begin, end) : split_rows<float, Float>(p, begin, end);
 }
 
 }  // namespace
