@@ -68,7 +68,7 @@ def test_sdist_holds_the_sources(built):
     with tarfile.open(built[0]) as file:
         names = {name.split("/", 1)[1] for name in file.getnames() if "/" in name}
     for path in (
-        "csrc/cpu/rows.cpp",
+        "csrc/cpu/taught.cpp",
         "csrc/losses/kd.h",
         "kdfuse/engine/report/templates/report.html",
     ):
