@@ -92,6 +92,20 @@ def cross_entropy(student: Tensor, y: Labels) -> Tensor:
     return -log_p.gather(1, y.index)[:, 0]
 
 
+def with_cross_entropy(
+    kd: Tensor, kd_weight: float, student: Tensor, y: Labels | None, ce_weight: float
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The rows' loss and terms of a distillation term and cross-entropy, of which a weight of 0
+    leaves out whatever the term is; without labels of the first alone.
+    """
+    none = torch.zeros_like(kd)
+    if y is None:
+        return kd_weight * kd, {"kd": kd, "ce": none, "top1": none, "top5": none}
+    ce = cross_entropy(student, y)
+    loss = (kd_weight * kd if kd_weight else 0.0) + (ce_weight * ce if ce_weight else 0.0) + none
+    return loss, {"kd": kd, "ce": ce, "top1": hits(student, y, 1), "top5": hits(student, y, 5)}
+
+
 def hits(student: Tensor, y: Labels, k: int) -> Tensor:
     """(N,) float: 1 where the label is among the k largest logits.
 

@@ -1,7 +1,7 @@
 """Weighted transformed teacher matching (WTTM, and TTM) with cross-entropy, in one pass.
 
-Zheng and Yang 2024, "Knowledge Distillation Based on Transformed Teacher Matching" (ICLR), equation
-16 and algorithm 1: with p the teacher's softmax, gamma = 1 / T and q = p^gamma / sum_j p_j^gamma,
+Zheng and Yang 2024, "Knowledge Distillation Based on Transformed Teacher Matching" (ICLR),
+algorithm 1: with p the teacher's softmax, gamma = 1 / T and q = p^gamma / sum_j p_j^gamma,
     loss = kd_weight * U * KL(q || softmax(z)) + ce_weight * CE(z, y)
 where U = sum_j p_j^gamma is the row's weight (TTM: 1). The student stays at T = 1; q is the
 teacher's softmax at T.
@@ -31,14 +31,7 @@ def rows(students, teachers, y, params):
     log_u = log_p.logsumexp(1, keepdim=True)
     kd = reference.kl(log_p - log_u, z.log_softmax(1))
     kd = log_u[:, 0].exp() * kd if weighted else kd
-    loss = kd_weight * kd if kd_weight else torch.zeros_like(kd)
-    if y is None:
-        none = torch.zeros_like(kd)
-        return loss, {"kd": kd, "ce": none, "top1": none, "top5": none}
-    ce = reference.cross_entropy(z, y)
-    loss = loss + (ce_weight * ce if ce_weight else 0.0)
-    top1, top5 = reference.hits(z, y, 1), reference.hits(z, y, 5)
-    return loss, {"kd": kd, "ce": ce, "top1": top1, "top5": top5}
+    return reference.with_cross_entropy(kd, kd_weight, z, y, ce_weight)
 
 
 def from_stats(zs, ts, pairs, params, valid, labelled):

@@ -5,8 +5,8 @@
 namespace kdfuse {
 namespace {
 
-template <class T, void (*Row)(const Problem&, int64_t, Scratch<T>&)>
-void each_row(const Problem& p, int64_t begin, int64_t end) {
+template <class P, class T, void (*Row)(const P&, int64_t, Scratch<T>&)>
+void each_row(const P& p, int64_t begin, int64_t end) {
   static thread_local Scratch<T> scratch;
   for (int64_t row = begin; row < end; ++row) {
     if (ignored(p, row)) {
@@ -17,10 +17,11 @@ void each_row(const Problem& p, int64_t begin, int64_t end) {
   }
 }
 
-template <void (*Float)(const Problem&, int64_t, Scratch<float>&),
-          void (*Double)(const Problem&, int64_t, Scratch<double>&)>
-void rows_of(const Problem& p, int64_t begin, int64_t end) {
-  return p.wide ? each_row<double, Double>(p, begin, end) : each_row<float, Float>(p, begin, end);
+// P: Problem, or the SplitProblem of rows in parts.
+template <class P, void (*Float)(const P&, int64_t, Scratch<float>&),
+          void (*Double)(const P&, int64_t, Scratch<double>&)>
+void rows_of(const P& p, int64_t begin, int64_t end) {
+  return p.wide ? each_row<P, double, Double>(p, begin, end) : each_row<P, float, Float>(p, begin, end);
 }
 
 }  // namespace

@@ -28,9 +28,9 @@ bool counts(int term) { return term > Facts::kTerms; }
 
 OpOnCpu KDFUSE_JOIN(KDFUSE_OP, KDFUSE_LEVEL)() {
   return {{fits, terms, counts, Facts::kTakesTopK, Facts::kNeedsTarget, false, false},
-          {nullptr, rows_of<taught_row<Facts, float>, taught_row<Facts, double>>},
+          {nullptr, rows_of<Problem, taught_row<Facts, float>, taught_row<Facts, double>>},
           {split_stats_of<taught_plan<Facts>>,
-           split_rows_of<split_taught_row<Facts, float>, split_taught_row<Facts, double>>}};
+           rows_of<SplitProblem, split_taught_row<Facts, float>, split_taught_row<Facts, double>>}};
 }
 
 }  // namespace kdfuse

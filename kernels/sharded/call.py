@@ -90,7 +90,7 @@ def check(
     if op.from_stats is None:
         raise ValueError(
             f"{op.name}_loss ranks all classes of a row and cannot take a ClassPart; gather the "
-            "logits, or use another loss"
+            "logits, or use a loss that does not rank"
         )
     for name, x in [("student", part.logits), *(("every SL-T", x) for x in slts)]:
         check_part(name, x, part.logits)

@@ -2,6 +2,8 @@
 
 The same maps as in csrc/losses/, over all rows at once. Every tensor is (N,); a gradient is, for
 j != y, a exp((z_j - peak) / T) + c exp(z_j - peak) + the rows in `others`, and `label` at y.
+`from_stats` returns the rows' losses; each student's terms; each student's Gradient; and SLKD's D
+of the fused teacher, or None.
 """
 
 from dataclasses import dataclass
@@ -66,10 +68,6 @@ def cross_entropy(z: Known, weight: float, g: Gradient) -> Tensor:
         g.c = g.c + weight * z.unit_at_one
         g.label = g.label + weight * z.log_label.expm1()
     return -z.log_label
-
-
-# The rows' losses; for each student its terms and its gradient; SLKD's D of the fused teacher.
-Values = tuple[Tensor, list[list[Tensor]], list[Gradient], Tensor | None]
 
 
 def no_gradient(like: Tensor) -> Gradient:

@@ -134,7 +134,8 @@ def in_private_pool(address: int) -> bool:
         return True
     for segment in torch.cuda.memory_snapshot():
         held = range(segment["address"], segment["address"] + segment["total_size"])
-        if address in held and tuple(segment.get("segment_pool_id", (0, 0))) != (0, 0):
-            _PRIVATE.add(held)
-            return True
+        if address in held:
+            private = tuple(segment.get("segment_pool_id", (0, 0))) != (0, 0)
+            _PRIVATE.update({held} if private else ())
+            return private
     return False

@@ -353,8 +353,8 @@ def test_merging_the_parts_gives_the_statistics_of_the_whole(name, backend, cuts
 def layout_of(name, case, settings):
     found = []
 
-    def keep(given_name, students, teachers, params):
-        found.append(layout(given_name, students, teachers, params))
+    def keep(op, students, teachers, params):
+        found.append(layout(op, students, teachers, params))
         raise Packed
 
     with mock.patch.object(split, "layout", keep), pytest.raises(Packed):
