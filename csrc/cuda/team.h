@@ -11,7 +11,7 @@ namespace kdfuse {
 
 constexpr unsigned kWholeWarp = 0xffffffffu;
 constexpr int kWarp = kLanes;
-constexpr int kMaxBlock = 512;  // threads
+constexpr int kMaxBlock = 256;  // threads
 constexpr int kMaxWarps = kMaxBlock / kWarp;
 constexpr int kMaxCluster = 16;  // blocks
 constexpr int kMaxSums = 8;
@@ -48,17 +48,19 @@ __device__ __forceinline__ void join_lanes(T (&x)[n]) {
   }
 }
 
-// Four sums at a time: each half of the lanes goes on with half of them, and each quarter with one.
-template <class T>
-__device__ __forceinline__ void sum_four(T& a, T& b, T& c, T& d) {
+constexpr int kOctet = 8;  // lanes
+
+// Of four numbers of each lane the k-th octet comes to have the k-th one joined: each half of the lanes goes on with
+// half of them, and each quarter with one.
+template <class Join, class T>
+__device__ __forceinline__ T join_four(T a, T b, T c, T d) {
   const auto give = [](bool upper, T low, T high, int step) {
-    return (upper ? high : low) + __shfl_xor_sync(kWholeWarp, upper ? low : high, step);
+    return Join::join(upper ? high : low, __shfl_xor_sync(kWholeWarp, upper ? low : high, step));
   };
   const bool half = threadIdx.x & 16, quarter = threadIdx.x & 8;
   T mine[1] = {give(quarter, give(half, a, c, 16), give(half, b, d, 16), 8)};
-  join_lanes<Sum, 8>(mine);
-  a = __shfl_sync(kWholeWarp, mine[0], 0), b = __shfl_sync(kWholeWarp, mine[0], 8);
-  c = __shfl_sync(kWholeWarp, mine[0], 16), d = __shfl_sync(kWholeWarp, mine[0], 24);
+  join_lanes<Join, kOctet>(mine);
+  return mine[0];
 }
 
 template <class T, int n>
@@ -66,7 +68,9 @@ __device__ __forceinline__ void sum_warp(T (&x)[n]) {
 #pragma unroll
   for (int k = 0; k < n; k += 4) {
     if (k + 4 <= n) {
-      sum_four(x[k], x[k + 1], x[k + 2], x[k + 3]);
+      const T mine = join_four<Sum>(x[k], x[k + 1], x[k + 2], x[k + 3]);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) x[k + i] = __shfl_sync(kWholeWarp, mine, kOctet * i);
     } else {
 #pragma unroll
       for (int step = kWarp / 2; step > 0; step /= 2) {
@@ -77,26 +81,41 @@ __device__ __forceinline__ void sum_warp(T (&x)[n]) {
   }
 }
 
-// Every warp joins the same numbers of the warps in the same order.
-template <class Join, class T, int n>
-__device__ __forceinline__ void join_block(T (&x)[n]) {
-  static_assert(n <= kMaxSums, "of_warps is too small");
-  __shared__ T of_warps[kMaxSums][kMaxWarps];
-  join_lanes<Join, kWarp>(x);
-  if (blockDim.x == kWarp) return;
-  const int lane = threadIdx.x % kWarp;
-  if (lane == 0) {
+// The k-th and up to kEach - 1 more of n numbers, each of up to kParts parts that lie beside each other: all lanes come
+// to have them joined.
+template <class Join, int kParts, int k, class T, int n>
+__device__ __forceinline__ void join_parts(const T (&of_parts)[kMaxSums][kParts], int parts, T (&x)[n]) {
+  constexpr int kEach = kWarp / kParts, m = n - k < kEach ? n - k : kEach;
+  const int lane = threadIdx.x % kWarp, part = lane % kParts, group = lane / kParts;
+  const int number = m == 1 ? k : k + (m == kEach || group < m ? group : m - 1);
+  T mine[1] = {part < parts ? of_parts[number][part] : Join::pad(of_parts[number][0])};
+  join_lanes<Join, kParts>(mine);
 #pragma unroll
-    for (int k = 0; k < n; ++k) of_warps[k][threadIdx.x / kWarp] = x[k];
+  for (int i = 0; i < m; ++i) x[k + i] = m == 1 ? mine[0] : __shfl_sync(kWholeWarp, mine[0], kParts * i);
+  if constexpr (k + m < n) join_parts<Join, kParts, k + m>(of_parts, parts, x);
+}
+
+// Every warp joins the same numbers of the warps in the same order. Two sets in turn: who writes one again has met
+// everybody at the other one's barrier, since all have read it.
+template <class Join, class T, int n>
+__device__ __forceinline__ void join_block(T (&x)[n], int turn) {
+  static_assert(n <= kMaxSums, "of_warps is too small");
+  __shared__ T of_warps[2][kMaxSums][kMaxWarps];
+  const int lane = threadIdx.x % kWarp, octet = lane / kOctet, warp = threadIdx.x / kWarp;
+#pragma unroll
+  for (int k = 0; k < n; k += 4) {
+    if (k + 1 == n) {
+      T mine[1] = {x[k]};
+      join_lanes<Join, kWarp>(mine);
+      if (lane == 0) of_warps[turn][k][warp] = mine[0];
+    } else {
+      const auto of = [&](int i) { return x[k + i < n ? k + i : k]; };
+      const T mine = join_four<Join>(of(0), of(1), of(2), of(3));
+      if (lane % kOctet == 0 && k + octet < n) of_warps[turn][k + octet][warp] = mine;
+    }
   }
   __syncthreads();
-  const bool there = lane < blockDim.x / kWarp;
-#pragma unroll
-  for (int k = 0; k < n; ++k) x[k] = there ? of_warps[k][lane] : Join::pad(of_warps[k][0]);
-  join_lanes<Join, kMaxWarps>(x);
-#pragma unroll
-  for (int k = 0; k < n; ++k) x[k] = __shfl_sync(kWholeWarp, x[k], 0);
-  __syncthreads();
+  join_parts<Join, kMaxWarps, 0>(of_warps[turn], blockDim.x / kWarp, x);
 }
 
 extern __shared__ uint4 block_memory[];  // the batch, the teams' sums, then what the teams work in
@@ -113,7 +132,8 @@ class Place {
   __device__ static void sync_grid() { cooperative_groups::this_grid().sync(); }
   template <int n>
   __device__ static void sum_block(double (&x)[n]) {
-    join_block<Sum>(x);
+    join_block<Sum>(x, 0);
+    __syncthreads();
   }
   __device__ static void sum_lanes(double (&x)[1]) { join_lanes<Sum, kWarp>(x); }
   __device__ static Batch& batch() { return *reinterpret_cast<Batch*>(block_memory); }
@@ -181,20 +201,22 @@ class Block : public Place {
   __device__ void* memory() const { return memory_; }
   __device__ static double* sums(int) { return block_sums(); }
   template <class Join, class T, int n>
-  __device__ static void join(T (&x)[n]) {
-    join_block<Join>(x);
+  __device__ void join(T (&x)[n]) const {
+    join_block<Join>(x, turn_);
+    turn_ ^= 1;
   }
   template <class T, int n>
-  __device__ static void max(T (&x)[n]) {
+  __device__ void max(T (&x)[n]) const {
     join<Max>(x);
   }
   template <class T, int n>
-  __device__ static void sum(T (&x)[n]) {
-    join_block<Sum>(x);
+  __device__ void sum(T (&x)[n]) const {
+    join<Sum>(x);
   }
 
  private:
   char* memory_;
+  mutable int turn_ = 0;
 };
 
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
@@ -231,23 +253,18 @@ class Cluster : public Place {
   template <class Join, class T, int n>
   __device__ void join(T (&x)[n]) const {
     static_assert(sizeof(T) == 4, "a word for each number");
-    // Two sets in turn: who writes one again has met everybody since all have read it.
-    __shared__ T of_blocks[2][kMaxCluster][kMaxSums];
-    join_block<Join>(x);
+    // Two sets in turn, as in a block.
+    __shared__ T of_blocks[2][kMaxSums][kMaxCluster];
+    join_block<Join>(x, turn_);
     const int to = threadIdx.x / kMaxSums, k = threadIdx.x % kMaxSums;
-    if (to < blocks_) {
+    if (to < blocks_ && k < n) {
       T mine = x[0];
 #pragma unroll
       for (int i = 1; i < n; ++i) mine = k == i ? x[i] : mine;
-      *cooperative_groups::cluster_group::map_shared_rank(&of_blocks[turn_][block_][k], to) = mine;
+      *cooperative_groups::cluster_group::map_shared_rank(&of_blocks[turn_][k][block_], to) = mine;
     }
     sync();
-#pragma unroll
-    for (int i = 0; i < n; ++i) x[i] = of_blocks[turn_][0][i];
-    for (int b = 1; b < blocks_; ++b) {
-#pragma unroll
-      for (int i = 0; i < n; ++i) x[i] = Join::join(x[i], of_blocks[turn_][b][i]);
-    }
+    join_parts<Join, kMaxCluster, 0>(of_blocks[turn_], blocks_, x);
     turn_ ^= 1;
   }
 

@@ -6,12 +6,17 @@
 namespace kdfuse {
 namespace {
 
-template <class Loss, bool labelled>
-using OfWarp = typename PairKernels<Loss, DType::bf16, labelled>::template Rows<Warp>;
+template <class Loss, bool labelled, class Team>
+using Of = typename PairKernels<Loss, DType::bf16, labelled>::template Rows<Team>;
 
-template __global__ void fast_warps<OfWarp<Kd, false>, fast_warp_blocks(DType::bf16)>(const __grid_constant__ FastTask);
-template __global__ void fast_warps<OfWarp<Kd, true>, fast_warp_blocks(DType::bf16)>(const __grid_constant__ FastTask);
-template __global__ void fast_warps<OfWarp<Dkd, true>, fast_warp_blocks(DType::bf16)>(const __grid_constant__ FastTask);
+template __global__ void fast_warps<Of<Kd, false, Warp>, fast_warp_blocks(DType::bf16)>(
+    const __grid_constant__ FastTask);
+template __global__ void fast_warps<Of<Kd, true, Warp>, fast_warp_blocks(DType::bf16)>(
+    const __grid_constant__ FastTask);
+template __global__ void fast_warps<Of<Dkd, true, Warp>, fast_warp_blocks(DType::bf16)>(
+    const __grid_constant__ FastTask);
+template __global__ void fast_blocks<Of<Kd, true, Block>>(const __grid_constant__ FastTask);
+template __global__ void fast_clusters<PairKernels<Kd, DType::bf16, true>::Rows>(const __grid_constant__ FastTask);
 
 }  // namespace
 }  // namespace kdfuse

@@ -73,8 +73,7 @@ class Mutation:
     calls: tuple[Call, ...]
 
 
-JOIN = "  __syncthreads();\n  const bool there"
-REUSE = "x[k] = __shfl_sync(kWholeWarp, x[k], 0);\n  __syncthreads();\n"
+JOIN = "  __syncthreads();\n  join_parts"
 TICKET = "atomicInc(ticket, gridDim.x - 1)"
 FENCE = "      __threadfence();\n"
 
@@ -86,17 +85,21 @@ MUTATIONS = [
         "    of_row(team_, p_, row, span);\n",
         (MIXED,),
     ),
+    Mutation("a barrier missing: numbers of warps", "team.h", JOIN, "  join_parts", (BLOCKS,)),
     Mutation(
-        "a barrier missing: numbers of warps", "team.h", JOIN, "  const bool there", (BLOCKS,)
-    ),
-    Mutation(
-        "a barrier missing: their places, used again",
+        "sets of a block that do not alternate",
         "team.h",
-        REUSE,
-        "x[k] = __shfl_sync(kWholeWarp, x[k], 0);\n",
+        "    join_block<Join>(x, turn_);\n    turn_ ^= 1;\n",
+        "    join_block<Join>(x, turn_);\n",
         (SLTS,),
     ),
-    Mutation("cluster sets that do not alternate", "team.h", "    turn_ ^= 1;\n", "", (FUSED,)),
+    Mutation(
+        "sets of a cluster that do not alternate",
+        "team.h",
+        "(of_blocks[turn_], blocks_, x);\n    turn_ ^= 1;\n",
+        "(of_blocks[turn_], blocks_, x);\n",
+        (FUSED,),
+    ),
     Mutation("no cluster barrier at entry", "grid.h", "  team.meet();\n", "", (CLUSTERS,)),
     Mutation(
         "a write to blocks that may not have begun",
@@ -117,8 +120,8 @@ MUTATIONS = [
     Mutation(
         "no cluster barrier in a join",
         "team.h",
-        "    sync();\n#pragma unroll\n    for (int i = 0; i < n; ++i) x[i] = of_blocks",
-        "#pragma unroll\n    for (int i = 0; i < n; ++i) x[i] = of_blocks",
+        "    sync();\n    join_parts",
+        "    join_parts",
         (CLUSTERS,),
     ),
     Mutation("a wait dropped", "aligned_row.h", "    wait_for_copies();\n", "", (WARPS,)),

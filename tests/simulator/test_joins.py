@@ -55,34 +55,54 @@ def shared(kernel: Kernel) -> int:
     return 2 * BARE_SHARED[kernel.loss] if kernel.variant == "bare" else 5 * SHARED[kernel.loss]
 
 
-def shuffles_of_a_warp(what: str, numbers: int) -> int:
-    """Five steps for each number. Sums go four at a time (sum_four): in two steps, of two shuffles
-    and of one, a lane comes to have one of them, three steps end it, and all four are told to all.
+def of_a_warp(what: str, numbers: int) -> int:
+    """Shuffles of a join in one warp: five steps for each number. Sums go four at a time
+    (join_four): in two steps, of two shuffles and of one, a lane comes to have one of them, three
+    steps end it, and all four are told to all.
     """
     if what == "max":
         return 5 * numbers
     return (2 + 1 + 3 + 4) * (numbers // 4) + 5 * (numbers % 4)
 
 
+def groups(numbers: int, most: int) -> list[int]:
+    return [min(most, numbers - k) for k in range(0, numbers, most)]
+
+
+def of_parts(numbers: int, parts: int) -> int:
+    """Shuffles in which a warp joins parts that lie beside each other (join_parts): so many numbers
+    at a time as have room in 32 lanes, log2(parts) steps, then each is told to all.
+    """
+    steps = parts.bit_length() - 1
+    return sum(steps + (m if m > 1 else 0) for m in groups(numbers, 32 // parts))
+
+
+def of_a_block(numbers: int) -> int:
+    """Shuffles of each warp in a join of a block: four numbers at a time as above, but told to
+    nobody, a single one in five steps; then the parts of up to 8 warps.
+    """
+    return sum(5 if m == 1 else 2 + 1 + 3 for m in groups(numbers, 4)) + of_parts(numbers, 8)
+
+
 def a_row(kernel: Kernel, launch: Launched, found: list[tuple[str, int]], beside: int) -> Counts:
     """With so many shuffles of each warp beside the joins."""
     blocks, warps = launch.cluster, launch.threads // 32
     if kernel.kind == "fast_warps":
-        return Counts(shuffles=beside + sum(shuffles_of_a_warp(*join) for join in found))
-    numbers = sum(count for _, count in found)
-    if warps == 1:
-        return Counts(shuffles=beside + 5 * numbers)
-    # A join of a block: five steps in each warp, four over the numbers of all warps, 16 at most,
-    # which lane 0 tells the others; a barrier before those numbers are read, and one behind.
-    one = Counts(
-        block_barriers=blocks * 2 * len(found),
-        shuffles=blocks * warps * (beside + (5 + 4 + 1) * numbers),
-    )
+        return Counts(shuffles=beside + sum(of_a_warp(*join) for join in found))
+    # One barrier a join, behind which all warps read what all have written.
+    each = beside + sum(of_a_block(count) for _, count in found)
+    one = Counts(block_barriers=blocks * len(found), shuffles=blocks * warps * each)
     if kernel.kind != "fast_clusters":
         return one
-    # Then each block sends 8 numbers, needed or not, to every other one, and all meet.
-    sent = len(found) * blocks * (blocks - 1) * 8
-    return replace(one, cluster_barriers=len(found), remote_stores=sent)
+    # Then each block sends its numbers to every other one, all meet, and join up to 16 parts.
+    numbers = sum(count for _, count in found)
+    each += sum(of_parts(count, 16) for _, count in found)
+    return replace(
+        one,
+        shuffles=blocks * warps * each,
+        cluster_barriers=len(found),
+        remote_stores=numbers * blocks * (blocks - 1),
+    )
 
 
 ONE, TWO, EIGHT = (device(processors=n) for n in (1, 2, 8))
