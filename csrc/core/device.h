@@ -147,8 +147,10 @@ KDFUSE_HD uint32_t add_counts(uint32_t a, uint32_t b) {
 #endif
 }
 
-// The same address, which the compiler is to hold in a register: it would make it again for every use.
-KDFUSE_DEVICE const char* kept(const char* at) {
+// The same address or distance, which the compiler is to hold in a register: it would make it again for every use, and
+// takes 16-byte stores apart where it knows how a row's place and its shift hang together.
+template <class T>
+KDFUSE_DEVICE T kept(T at) {
 #if defined(__CUDA_ARCH__)
   asm("" : "+l"(at));
 #endif
@@ -165,10 +167,10 @@ KDFUSE_DEVICE void copy_async(void* to, const void* from) {
 #endif
 }
 
-// For the copies of this thread.
-KDFUSE_DEVICE void wait_for_copies() {
-  __pipeline_commit();
-  __pipeline_wait_prior(0);
-}
+// Ends a group of this thread's copies.
+KDFUSE_DEVICE void commit_copies() { __pipeline_commit(); }
+
+// For all of this thread's groups but the last one.
+KDFUSE_DEVICE void wait_for_copies() { __pipeline_wait_prior(1); }
 
 }  // namespace kdfuse

@@ -1,26 +1,31 @@
 // A row of the fast path in registers: its way there, its label and its peaks, and what stands beside the
-// loops over whole chunks. Every thread has kChunks chunks of a row; while it works on them the next row's
-// are on their way (prefetch.h).
+// loops over whole chunks. Every thread has kChunks chunks of a row; while it works on them those of the next two
+// rows are on their way (prefetch.h).
+//
+// A team meets once for a row: the row's sums are joined together with the peaks of the next row, which has come
+// by then.
 //
 // The label and what chunks have outside the row stand at -inf, so that every loop runs over the rest
 // alone. What few elements need is done element by element beside the loops: ties of the label's own
 // chunk, chunks that the row shares with its neighbours, the label's gradient.
 #pragma once
 #include "coefficients.h"
+#include "joint.h"
 #include "prefetch.h"
 #include "rank.h"
 
 namespace kdfuse {
 
-KDFUSE_DEVICE Span fast_span(int classes, DType type, const void* row) {
-  const int shift = static_cast<int>(reinterpret_cast<uintptr_t>(row) >> log_bytes(type)) & (kChunk - 1);
-  return {classes, shift, static_cast<int>(static_cast<unsigned>(classes + shift + kChunk - 1) / kChunk)};
+// Rows lie apart by whole chunks and their classes.
+KDFUSE_DEVICE Span fast_span(const FastTask& p, uint32_t row) {
+  const int shift = static_cast<int>(p.shift + row * p.classes) & (kChunk - 1);
+  return {p.classes, shift, static_cast<int>(static_cast<unsigned>(p.classes + shift + kChunk - 1) / kChunk)};
 }
 
 template <int kInputs>
 struct Label {
   int index = kNowhere;
-  int chunk = -1, u = 0, v = 0;
+  int chunk = -1;
   bool mine = false;  // in a chunk of this thread
   uint32_t bits[kInputs] = {};  // its logits as they come
   float values[kInputs] = {};
@@ -28,13 +33,24 @@ struct Label {
 
 template <int kInputs>
 struct FastRow {
-  int64_t row;
-  const char* logits[kInputs];  // class 0 of each
+  uint32_t row;
   Span span;
   bool skipped;  // by its label
   Label<kInputs> label;
   float ties[kInputs];  // classes of the label's chunk that come before it by their place alone
   float peak[kInputs];  // of the rest
+};
+
+// What is known of a row that is still in its places.
+template <DType type, int kInputs>
+struct Coming {
+  uint32_t row;
+  int64_t label = 0;
+  int chunk = -1;  // of the label
+  bool mine = false;
+  uint32_t bits[kInputs] = {};  // the label's logits
+  float ties[kInputs] = {};
+  uint32_t peaks[peak_words<type, kInputs>] = {};
 };
 
 template <DType type, int kStudents, int kTeachers, bool labelled, int kChunks, class Team>
@@ -43,60 +59,112 @@ class FastRows {
   static constexpr int kInputs = kStudents + kTeachers;
   static constexpr int kThreadBytes = Stage<type, kInputs, kChunks, Team>::kBytes;
   using Row = FastRow<kInputs>;
+  using Index = uint32_t;
 
   KDFUSE_DEVICE_MEMBER FastRows(const Team& team, const FastTask& p) : team_(team), p_(p), stage_(team) {
     stage_.clear();
   }
 
-  KDFUSE_DEVICE_MEMBER void fetch(int64_t row) {
-    if (row >= p_.rows) return;
-    const char* rows[kInputs];
-    find(row, rows);
-    const Span span = span_at(rows[0]);
-    stage_.fetch(rows, span, span.chunks - (row >= p_.guarded));
-    if (labelled) next_label_ = p_.labels[row * p_.label_stride];
+  // Sends for a row, into the places of the one that has been taken.
+  KDFUSE_DEVICE_MEMBER void fetch(uint32_t row) {
+    next_.row = last_row_, next_.label = last_label_;
+    last_row_ = row;
+    if (row < rows()) {
+      const char* from[kInputs];
+#pragma unroll
+      for (int k = 0; k < kInputs; ++k) from[k] = logits(k, row);
+      const Span span = fast_span(p_, row);
+      stage_.fetch(from, span, span.chunks - (row >= p_.guarded));
+      if (labelled) last_label_ = p_.labels[row * p_.label_stride];
+    }
+    commit_copies();
+    stage_.turn();
+  }
+
+  // After two rows have been sent for.
+  KDFUSE_DEVICE_MEMBER void begin() {
+    send_for_label();
+    join();
   }
 
  protected:
-  KDFUSE_DEVICE_MEMBER void* gradient(int k, int64_t row) const {
-    return static_cast<char*>(p_.gradients[k]) + row * p_.classes * bytes_of(gradient_type<type>);
+  // Class 0 of the k-th input.
+  KDFUSE_DEVICE_MEMBER const char* logits(int k, uint32_t row) const {
+    return static_cast<const char*>(p_.logits[k]) + uint64_t{row} * p_.steps[k];
+  }
+  KDFUSE_DEVICE_MEMBER float logit(int k, uint32_t row, int j) const { return load_one<type>(logits(k, row), j); }
+  KDFUSE_DEVICE_MEMBER void* gradient(int k, uint32_t row) const {
+    return static_cast<char*>(p_.gradients[k]) + kept(int64_t{row} * p_.classes * bytes_of(gradient_type<type>));
   }
 
-  // Takes the row from its places, makes its peaks and sends for the next row. last(k, x) may see each
-  // input's chunks on the way.
-  KDFUSE_DEVICE_MEMBER Row open(int64_t row, int64_t next) {
+  // Takes the row from its places and sends for the one after the next into them.
+  KDFUSE_DEVICE_MEMBER Row open(uint32_t row, uint32_t ahead) {
     Row at = {};
     at.row = row;
-    find(row, at.logits);
-    at.span = span_at(at.logits[0]);
+    at.span = fast_span(p_, row);
     if constexpr (labelled) open_label(at);
-    wait_for_copies();
-    if (!p_.whole) stage_.trim(at.logits, at.span, row >= p_.guarded);
-    if (labelled && at.label.mine) take_label(at);
-    uint32_t top[kInputs];
+    spread_peaks<type>(next_.peaks, at.peak);
+    // Where nothing else is finite the label stands in for the peak, so that the row keeps its distribution.
 #pragma unroll
-    for (uint32_t& w : top) w = nothing<type>().w[0];
+    for (int k = 0; k < kInputs; ++k) {
+      at.ties[k] = next_.ties[k];
+      const float label = labelled ? at.label.values[k] : -INFINITY;
+      if (at.peak[k] == -INFINITY) at.peak[k] = label != -INFINITY ? label : 0.f;
+    }
 #pragma unroll
     for (int u = 0; u < kChunks; ++u) {
       if (!stage_.has(at.span, u)) continue;
 #pragma unroll
-      for (int k = 0; k < kInputs; ++k) {
-        x_[k][u] = stage_.take(k, u);
-        top[k] = largest_word(x_[k][u], top[k]);
+      for (int k = 0; k < kInputs; ++k) x_[k][u] = stage_.take(k, u);
+    }
+    fetch(ahead);
+    send_for_label();
+    return at;
+  }
+
+  // Finds the next row's peaks among this thread's chunks. see(x) sees a chunk of every input.
+  template <class F>
+  KDFUSE_DEVICE_MEMBER void prepare(F see) {
+    wait_for_copies();
+    uint32_t top[kInputs];
+#pragma unroll
+    for (uint32_t& w : top) w = nothing<type>().w[0];
+    if (next_.row < rows()) {
+      const Span span = fast_span(p_, next_.row);
+      if (!p_.whole) {
+        stage_.trim(span, next_.row >= p_.guarded,
+                    [&](int k, int j) { return load_bits<type>(logits(k, next_.row), j); });
+      }
+      if constexpr (labelled) find_label(span);
+      if (labelled && next_.mine) take_label(span);
+#pragma unroll
+      for (int u = 0; u < kChunks; ++u) {
+        if (!stage_.has(span, u)) continue;
+        Packed<type> x[kInputs];
+#pragma unroll
+        for (int k = 0; k < kInputs; ++k) {
+          x[k] = stage_.take(k, u);
+          top[k] = largest_word(x[k], top[k]);
+        }
+        see(x);
       }
     }
-    uint32_t words[peak_words<type, kInputs>];
-    gather_peaks<type>(top, words);
-    team_.template join<Larger<type>>(words);
-    spread_peaks<type>(words, at.peak);
-    fetch(next);
-    // Where nothing else is finite the label stands in for the peak, so that the row keeps its distribution.
+    gather_peaks<type>(top, next_.peaks);
+  }
+
+  // The meeting of a row, and of what comes next.
+  template <class... Joints>
+  KDFUSE_DEVICE_MEMBER void join(const Joints&... of) {
+    prepare([](const Packed<type>(&)[kInputs]) {});
+    team_.join(of..., joint<Larger<type>>(next_.peaks));
+  }
+
+  // The next row's label and its logits.
+  KDFUSE_DEVICE_MEMBER void send_for_label() {
+    if (!labelled || next_.row >= rows()) return;
+    const int index = index_of(next_.label);
 #pragma unroll
-    for (int k = 0; k < kInputs; ++k) {
-      const float label = labelled ? at.label.values[k] : -INFINITY;
-      if (at.peak[k] == -INFINITY) at.peak[k] = label != -INFINITY ? label : 0.f;
-    }
-    return at;
+    for (int k = 0; k < kInputs; ++k) next_.bits[k] = load_bits<type>(logits(k, next_.row), index);
   }
 
   // Counts what comes before the label in the u-th chunk of the k-th student.
@@ -145,43 +213,46 @@ class FastRows {
   const FastTask& p_;
   Stage<type, kInputs, kChunks, Team> stage_;
   Packed<type> x_[kInputs][kChunks];
+  Coming<type, kInputs> next_;
 
  private:
-  // Class 0 of each input.
-  KDFUSE_DEVICE_MEMBER void find(int64_t row, const char* (&rows)[kInputs]) const {
-#pragma unroll
-    for (int k = 0; k < kInputs; ++k) rows[k] = static_cast<const char*>(p_.logits[k]) + product(row, p_.steps[k]);
+  KDFUSE_DEVICE_MEMBER uint32_t rows() const { return static_cast<uint32_t>(p_.rows); }
+
+  KDFUSE_DEVICE_MEMBER int index_of(int64_t label) const {
+    return label == p_.ignore_index ? 0 : static_cast<int>(label);
   }
 
   KDFUSE_DEVICE_MEMBER void open_label(Row& at) const {
     Label<kInputs>& y = at.label;
-    at.skipped = next_label_ == p_.ignore_index;
-    y.index = at.skipped ? 0 : static_cast<int>(next_label_);
+    at.skipped = next_.label == p_.ignore_index;
+    y.index = index_of(next_.label), y.chunk = next_.chunk, y.mine = next_.mine;
 #pragma unroll
-    for (int k = 0; k < kInputs; ++k) {
-      y.bits[k] = load_bits<type>(at.logits[k], y.index);
-      y.values[k] = unpack_one<type>(y.bits[k]);
-    }
-    y.chunk = static_cast<int>(static_cast<unsigned>(y.index + at.span.shift) / kChunk);
-    const unsigned chunk = y.chunk, size = team_.size();
-    y.mine = static_cast<int>(chunk % size) == team_.rank();
-    y.u = static_cast<int>(chunk / size);
-    y.v = y.index - at.span.first(y.chunk);
+    for (int k = 0; k < kInputs; ++k) y.bits[k] = next_.bits[k], y.values[k] = unpack_one<type>(y.bits[k]);
   }
 
-  KDFUSE_DEVICE_MEMBER void take_label(Row& at) const {
-    const Label<kInputs>& y = at.label;
+  KDFUSE_DEVICE_MEMBER void find_label(const Span& span) {
+    next_.chunk = span.chunk_of(index_of(next_.label));
+    next_.mine = false;
+#pragma unroll
+    for (int u = 0; u < kChunks; ++u) next_.mine |= stage_.chunk(u) == next_.chunk;
+#pragma unroll
+    for (float& ties : next_.ties) ties = 0;
+  }
+
+  // Takes the label of the next row out of its chunk.
+  KDFUSE_DEVICE_MEMBER void take_label(const Span& span) {
+    const int u = next_.chunk / team_.size(), place = index_of(next_.label) - span.first(next_.chunk);
 #pragma unroll
     for (int k = 0; k < kStudents; ++k) {
+      const float value = unpack_one<type>(next_.bits[k]);
 #pragma unroll 1
-      for (int v = y.chunk == 0 ? at.span.shift : 0; v < y.v; ++v) at.ties[k] += stage_.peek(k, y.u, v) == y.values[k];
+      for (int v = next_.chunk == 0 ? span.shift : 0; v < place; ++v) next_.ties[k] += stage_.peek(k, u, v) == value;
     }
-    stage_.drop(y.u, y.v);
+    stage_.drop(u, place);
   }
 
-  KDFUSE_DEVICE_MEMBER Span span_at(const void* row) const { return fast_span(p_.classes, type, row); }
-
-  int64_t next_label_ = 0;  // of the row that is on its way
+  uint32_t last_row_ = 0;  // that has been sent for
+  int64_t last_label_ = 0;
 };
 
 }  // namespace kdfuse

@@ -13,11 +13,13 @@ using RowFunction = void (*)(const Team&, const Task&, int64_t, const Span&);
 template <class T, class Team, RowFunction<T, Team> of_row, RowFunction<T, Team> of_score>
 class General {
  public:
+  using Index = int64_t;
   static constexpr bool kScored = of_score != nullptr;
 
   KDFUSE_DEVICE_MEMBER General(const Team& team, const Task& p) : team_(team), p_(p) {}
 
   KDFUSE_DEVICE_MEMBER void fetch(int64_t) {}
+  KDFUSE_DEVICE_MEMBER void begin() {}
 
   KDFUSE_DEVICE_MEMBER void score(int64_t row, int64_t) {
     if (ignored(p_, row)) return;

@@ -217,22 +217,46 @@ KDFUSE_DEVICE void close_batch(const Team& team, const Call& p, unsigned* ticket
   }
 }
 
-// A batch in one launch: rows of a team are a grid's length apart. While a row is worked on the next one may
-// be on its way.
+// The rows of a team in the order in which it works on them, a grid's length apart; then rows that there are not.
+template <class Index, bool twice>
+class Order {
+ public:
+  template <class Team>
+  KDFUSE_DEVICE_MEMBER Order(const Team& team, Index rows)
+      : first_(team.index()), step_(team.teams()), rows_(rows), next_(first_) {}
+
+  KDFUSE_DEVICE_MEMBER Index take() {
+    const Index row = next_;
+    next_ += step_;
+    if (twice && !again_ && next_ >= rows_) next_ = first_, again_ = true;
+    return row;
+  }
+
+ private:
+  Index first_, step_, rows_, next_;
+  bool again_ = false;
+};
+
+// A batch in one launch. While a row is worked on the next two may be on their way.
 template <class Rows, class Team, class Task>
 KDFUSE_DEVICE void run_batch(const Team& team, const Task& p, unsigned* tickets) {
   Rows rows(team, p);
-  const int64_t first = team.index(), step = team.teams();
-  rows.fetch(first);
+  using Index = typename Rows::Index;
+  const auto count = static_cast<Index>(p.rows);
+  Order<Index, Rows::kScored> ahead(team, count);
+  rows.fetch(ahead.take());
+  rows.fetch(ahead.take());
   open_batch(team, p);
   team.meet();
+  rows.begin();
+  const Index first = team.index(), step = team.teams();
   if constexpr (Rows::kScored) {
 #pragma unroll 1
-    for (int64_t row = first; row < p.rows; row += step) rows.score(row, row + step < p.rows ? row + step : first);
+    for (Index row = first; row < count; row += step) rows.score(row, ahead.take());
     average_scores(team, p);
   }
 #pragma unroll 1
-  for (int64_t row = first; row < p.rows; row += step) rows.run(row, row + step);
+  for (Index row = first; row < count; row += step) rows.run(row, ahead.take());
   close_batch(team, p, tickets);
 }
 

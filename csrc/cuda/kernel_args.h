@@ -82,13 +82,12 @@ struct FastTask : Call {
   float square_by_t, pull;  // of SLKD: the factor T^2, or 1, by T; the weight of what the student asks of SL-Ts
   bool hold;  // rows that are read twice stay in the block's memory
   bool whole;  // every row is of whole chunks, on 16-byte boundaries
-  int64_t guarded;  // from this row on, what lies behind a row may be no memory
+  int shift;  // classes from a 16-byte boundary to the first row
+  uint32_t guarded;  // from this row on, what lies behind a row may be no memory
 };
 
-// Of fast rows, of which fewer than 2^32 lie fewer than 2^32 bytes apart: one multiplication.
-KDFUSE_DEVICE uint64_t product(int64_t row, int64_t bytes) {
-  return uint64_t{static_cast<uint32_t>(row)} * static_cast<uint32_t>(bytes);
-}
+// So few that a row is counted in 32 bits, though the grid goes some rows too far.
+constexpr int64_t kMaxFastRows = int64_t{0xffffffff} - (1 << 17);
 
 constexpr double kLog2OfE = 1.4426950408889634;
 constexpr float kLog2e = static_cast<float>(kLog2OfE);

@@ -17,7 +17,7 @@ namespace {
 // Rows, from which on a block counts a part of them, and all have to meet. Clusters count them all themselves: their
 // rows are long.
 constexpr int64_t kCountedApart = 16384;
-constexpr int64_t kMaxStep = 0xffffffff;  // of fast rows: their number, and the bytes from one to the next
+constexpr int64_t kMaxStep = 0xffffffff;  // bytes from one fast row to the next
 constexpr int kMaxSorted = 1 << 14;  // the longest row that is sorted
 constexpr int kWarpBytes = 16 * 1024;  // of memory for a warp's inputs in general kernels at most
 
@@ -161,7 +161,7 @@ LossKernels kernels_of(Loss loss) {
 bool make_fast(const LossKernels& of, const Task& p, FastTask& fast) {
   const int inputs = p.num_students + p.num_teachers;
   const DType type = p.logits[0].type;
-  if (!of.set_fast || inputs > kFastInputs || p.rows > kMaxStep || type == DType::f64 || p.soft.data) return false;
+  if (!of.set_fast || inputs > kFastInputs || p.rows > kMaxFastRows || type == DType::f64 || p.soft.data) return false;
   const int64_t size = type == DType::f32 ? 4 : 2, own = type == DType::bf16 ? 2 : 4;
   const auto first = reinterpret_cast<uintptr_t>(p.logits[0].data);
   if (first % size || (p.logits[0].stride - p.classes) % kChunk) return false;
@@ -182,7 +182,8 @@ bool make_fast(const LossKernels& of, const Task& p, FastTask& fast) {
     fast.gradients[k] = p.gradients[k].data;
   }
   fast.whole = p.classes % kChunk == 0 && first % (kChunk * size) == 0;
-  fast.guarded = fast.whole ? p.rows : overlap ? 0 : p.rows - 1;
+  fast.shift = static_cast<int>(first / size % kChunk);
+  fast.guarded = static_cast<uint32_t>(fast.whole ? p.rows : overlap ? 0 : p.rows - 1);
   return of.set_fast(p, fast);
 }
 

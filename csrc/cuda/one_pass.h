@@ -17,18 +17,21 @@ class Resident : public FastRows<type, 1, is_taught<Loss>, labelled, kChunks, Te
 
   using Base::Base;
 
-  KDFUSE_DEVICE_MEMBER void score(int64_t row, int64_t next) {
-    const Row at = this->open(row, next);
-    if (at.skipped) return;
+  KDFUSE_DEVICE_MEMBER void score(uint32_t row, uint32_t ahead) {
+    const Row at = this->open(row, ahead);
+    if (at.skipped) return this->join();
     float sums[S::kCount];
     exponentiate(at, sums);
     const Split<float> one = split(Stats<float>{sums[S::student1], of(at).far(at.label.values[0], 0).student1});
     put_scores(team_, p_, row, one.label, 0);
   }
 
-  KDFUSE_DEVICE_MEMBER void run(int64_t row, int64_t next) {
-    const Row at = this->open(row, next);
-    if (at.skipped) return this->leave_out(at);
+  KDFUSE_DEVICE_MEMBER void run(uint32_t row, uint32_t ahead) {
+    const Row at = this->open(row, ahead);
+    if (at.skipped) {
+      this->join();
+      return this->leave_out(at);
+    }
     float sums[S::kCount];
     exponentiate(at, sums);
     const Far far = of(at).far(at.label.values[0], at.label.values[Base::kInputs - 1]);
@@ -64,7 +67,7 @@ class Resident : public FastRows<type, 1, is_taught<Loss>, labelled, kChunks, Te
       }
     }
     if constexpr (labelled) sums[S::rank] = ahead.total() + at.ties[0];
-    team_.sum(sums);
+    this->join(joint<Sum>(sums));
   }
 
   KDFUSE_DEVICE_MEMBER void write_gradient(const Row& at, const Conclusion<Loss>& found) {
@@ -78,7 +81,7 @@ class Resident : public FastRows<type, 1, is_taught<Loss>, labelled, kChunks, Te
     if (labelled && at.label.mine) store_one<type>(to, at.label.index, g.label);
     this->each_edge(at.span, [&](int j) {
       if (j == at.label.index) return;
-      const float z = load_one<type>(at.logits[0], j), t = load_one<type>(at.logits[Base::kInputs - 1], j);
+      const float z = this->logit(0, at.row, j), t = this->logit(Base::kInputs - 1, at.row, j);
       const auto e = of(at).powers(z, t);
       store_one<type>(to, j, Of::is_bare(g) ? Of::combine_bare(g, e) : Of::combine(g, e));
     });

@@ -11,6 +11,7 @@ class ResidentSlkd : public FastRows<type, 1 + K, 1, true, kChunks, Team> {
   using Base = FastRows<type, 1 + K, 1, true, kChunks, Team>;
   using Base::p_, Base::stage_, Base::team_, Base::x_;
   using typename Base::Row;
+  static constexpr int kInputs = Base::kInputs;
   static constexpr int kTeacher = 1 + K;
 
  public:
@@ -18,16 +19,25 @@ class ResidentSlkd : public FastRows<type, 1 + K, 1, true, kChunks, Team> {
 
   KDFUSE_DEVICE_MEMBER ResidentSlkd(const Team& team, const FastTask& p) : Base(team, p), q_(p.params) {}
 
-  KDFUSE_DEVICE_MEMBER void score(int64_t, int64_t) {}
+  KDFUSE_DEVICE_MEMBER void score(uint32_t, uint32_t) {}
 
-  KDFUSE_DEVICE_MEMBER void run(int64_t row, int64_t next) {
-    const Row at = this->open(row, next);
-    if (at.skipped) return this->leave_out(at);
-    const float peak = fuse(at);
-    const Exponents of_t = at_t(at.peak[kTeacher]), of_f = at_t(peak), of_z = at_t(at.peak[0]);
+  KDFUSE_DEVICE_MEMBER void begin() {
+    this->send_for_label();
+    join();
+  }
+
+  KDFUSE_DEVICE_MEMBER void run(uint32_t row, uint32_t ahead) {
+    const Row at = this->open(row, ahead);
+    if (at.skipped) {
+      join();
+      return this->leave_out(at);
+    }
     float label = 0;
 #pragma unroll
     for (int k = 0; k < K; ++k) label += q_.fusion[k] * at.label.values[1 + k];
+    // The label stands in where nothing else is finite.
+    const float peak = peak_[0] != -INFINITY ? peak_[0] : label != -INFINITY ? label : 0.f;
+    const Exponents of_t = at_t(at.peak[kTeacher]), of_f = at_t(peak), of_z = at_t(at.peak[0]);
 
     float sums[kSums] = {};
     exponentiate(at, of_t, of_f, of_z, sums);
@@ -76,6 +86,13 @@ class ResidentSlkd : public FastRows<type, 1 + K, 1, true, kChunks, Team> {
 
   KDFUSE_DEVICE_MEMBER Exponents at_t(float peak) const { return exponents(p_.step, peak); }
 
+  KDFUSE_DEVICE_MEMBER float fused(const Packed<type> (&x)[kInputs], int v) const {
+    float f = 0;
+#pragma unroll
+    for (int k = 0; k < K; ++k) f += q_.fusion[k] * unpack(x[1 + k], v);
+    return f;
+  }
+
   KDFUSE_DEVICE_MEMBER float fused(int u, int v) const {
     float f = 0;
 #pragma unroll
@@ -83,29 +100,25 @@ class ResidentSlkd : public FastRows<type, 1 + K, 1, true, kChunks, Team> {
     return f;
   }
 
+  // With the peak of the next row's fused SL-Ts.
+  template <class... Joints>
+  KDFUSE_DEVICE_MEMBER void join(const Joints&... of) {
+    peak_[0] = -INFINITY;
+    this->prepare([&](const Packed<type>(&x)[kInputs]) {
+#pragma unroll
+      for (int v = 0; v < kChunk; ++v) {
+        const float f = fused(x, v);
+        peak_[0] = f > peak_[0] ? f : peak_[0];
+      }
+    });
+    team_.join(of..., joint<Larger<type>>(this->next_.peaks), joint<Max>(peak_));
+  }
+
   KDFUSE_DEVICE_MEMBER float fused_one(const Row& at, int j) const {
     float f = 0;
 #pragma unroll
-    for (int k = 0; k < K; ++k) f += q_.fusion[k] * load_one<type>(at.logits[1 + k], j);
+    for (int k = 0; k < K; ++k) f += q_.fusion[k] * this->logit(1 + k, at.row, j);
     return f;
-  }
-
-  // The peak of the fused SL-Ts; the label stands in where nothing else is finite.
-  KDFUSE_DEVICE_MEMBER float fuse(const Row& at) {
-    float peak[1] = {-INFINITY}, label = 0;
-#pragma unroll
-    for (int u = 0; u < kChunks; ++u) {
-      if (!stage_.has(at.span, u)) break;
-#pragma unroll
-      for (int v = 0; v < kChunk; ++v) {
-        const float f = fused(u, v);
-        peak[0] = f > peak[0] ? f : peak[0];
-      }
-    }
-    team_.max(peak);
-#pragma unroll
-    for (int k = 0; k < K; ++k) label += q_.fusion[k] * at.label.values[1 + k];
-    return peak[0] != -INFINITY ? peak[0] : label != -INFINITY ? label : 0.f;
   }
 
   KDFUSE_DEVICE_MEMBER static float cross(float e, float gap, float sum) { return e > 0 ? std::fma(e, gap, sum) : sum; }
@@ -152,8 +165,8 @@ class ResidentSlkd : public FastRows<type, 1 + K, 1, true, kChunks, Team> {
     if (at.label.mine) store_one<type>(to, at.label.index, g.label);
     this->each_edge(at.span, [&](int j) {
       if (j == at.label.index) return;
-      const float z = load_one<type>(at.logits[0], j);
-      const float t = power(at_t(at.peak[kTeacher]).of(load_one<type>(at.logits[kTeacher], j)));
+      const float z = this->logit(0, at.row, j);
+      const float t = power(at_t(at.peak[kTeacher]).of(this->logit(kTeacher, at.row, j)));
       const float f = power(at_t(g.peak).of(fused_one(at, j)));
       store_one<type>(to, j, combine(power(at_t(at.peak[0]).of(z)), power(exponents(kLog2e, at.peak[0]).of(z)), t, f));
     });
@@ -197,7 +210,11 @@ class ResidentSlkd : public FastRows<type, 1 + K, 1, true, kChunks, Team> {
       }
     }
     sums[kOwnRank] = ahead.total() + at.ties[1 + k];
-    team_.sum(sums);
+    if (k + 1 < K) {
+      team_.sum(sums);
+    } else {
+      join(joint<Sum>(sums));
+    }
     const Stats<float> stats[2] = {{sums[kOwn], of_s.natural(label)}, {sums[kOwn1], of_s1.natural(label)}};
     Split<float> of[2];
     split_all<2>(stats, of);
@@ -232,8 +249,8 @@ class ResidentSlkd : public FastRows<type, 1 + K, 1, true, kChunks, Team> {
     if (at.label.mine) store_one<type>(to, at.label.index, g.label);
     this->each_edge(at.span, [&](int j) {
       if (j == at.label.index) return;
-      const float s = load_one<type>(at.logits[1 + k], j), z = load_one<type>(at.logits[0], j);
-      const float t = power(at_t(at.peak[kTeacher]).of(load_one<type>(at.logits[kTeacher], j)));
+      const float s = this->logit(1 + k, at.row, j), z = this->logit(0, at.row, j);
+      const float t = power(at_t(at.peak[kTeacher]).of(this->logit(kTeacher, at.row, j)));
       const float uf = at_t(pulled.peak).of(fused_one(at, j)), uz = at_t(at.peak[0]).of(z);
       const float e = power(at_t(at.peak[1 + k]).of(s)), e1 = power(exponents(kLog2e, at.peak[1 + k]).of(s));
       store_one<type>(to, j, combine(e, e1, t, pull(power(uf), uf, uz, pulled.drift)));
@@ -241,6 +258,7 @@ class ResidentSlkd : public FastRows<type, 1 + K, 1, true, kChunks, Team> {
   }
 
   const SlkdParams<float> q_;
+  float peak_[1];  // of the fused SL-Ts, of the next row from its join on
   float z_[kChunks][kChunk], one_[kChunks][kChunk], t_[kChunks][kChunk], f_[kChunks][kChunk];
 };
 

@@ -1,28 +1,41 @@
-// A row on its way from memory to registers: each thread of a team copies its own chunks into its own
-// places in the block's memory, a row ahead of its use. No other thread touches them, so nothing here
+// Rows on their way from memory to registers: each thread of a team copies its own chunks into its own
+// places in the block's memory, two rows ahead of their use. No other thread touches them, so nothing here
 // needs a barrier; a place takes single elements, where a register could not be indexed.
 #pragma once
 #include "vec8.h"
 
 namespace kdfuse {
 
-// kInputs rows of logits at a time, kChunks chunks of each by a thread: chunk u * size + rank is its u-th.
+// kInputs rows of logits at a time, kChunks chunks of each by a thread: chunk u * size + rank is its u-th. There are
+// two sets of places; all but turn() and clear() see one.
 template <DType type, int kInputs, int kChunks, class Team>
 class Stage {
  public:
-  static constexpr int kBytes = kInputs * kChunks * Packed<type>::kUnits * 16;  // of a thread
+  static constexpr int kBytes = 2 * kInputs * kChunks * Packed<type>::kUnits * 16;  // of a thread
 
   KDFUSE_DEVICE_MEMBER explicit Stage(const Team& team)
-      : team_(team), base_(static_cast<char*>(team.memory()) + 16 * team.place()), step_(16 * team.places()) {}
+      : team_(team),
+        base_(static_cast<char*>(team.memory()) + 16 * team.place()),
+        step_(16 * team.places()),
+        other_(kBytes / 2 * team.places()) {}
+
+  // To the other set.
+  KDFUSE_DEVICE_MEMBER void turn() {
+    base_ += other_;
+    other_ = -other_;
+  }
 
   // Whether any thread's u-th chunk is in the row.
   KDFUSE_DEVICE_MEMBER bool has(const Span& span, int u) const { return u == 0 || u * team_.size() < span.chunks; }
   KDFUSE_DEVICE_MEMBER int chunk(int u) const { return u * team_.size() + team_.rank(); }
 
   // Before the first row: what no chunk comes to takes no part.
-  KDFUSE_DEVICE_MEMBER void clear() const {
+  KDFUSE_DEVICE_MEMBER void clear() {
 #pragma unroll
-    for (int u = 0; u < kChunks; ++u) drop(u);
+    for (int set = 0; set < 2; ++set, turn()) {
+#pragma unroll
+      for (int u = 0; u < kChunks; ++u) drop(u);
+    }
   }
 
   // The first `chunks` chunks. rows: class 0 of each input. What the first and the last chunk have outside the row
@@ -45,15 +58,16 @@ class Stage {
   }
 
   // The places that the row's first and last chunk have outside the row take no part, nor does a chunk that
-  // only other rows have. unread: the last chunk has not been fetched; it comes class by class.
-  KDFUSE_DEVICE_MEMBER void trim(const char* const (&rows)[kInputs], const Span& span, bool unread) const {
+  // only other rows have. unread: the last chunk has not been fetched; it comes class by class, bits(k, j).
+  template <class F>
+  KDFUSE_DEVICE_MEMBER void trim(const Span& span, bool unread, F bits) const {
     const int last = span.chunks - 1, first = span.first(last);
     if (last % team_.size() == team_.rank()) {
 #pragma unroll 1
       for (int v = unread ? 0 : span.classes - first; v < kChunk; ++v) {
         if (static_cast<unsigned>(first + v) < static_cast<unsigned>(span.classes)) {
 #pragma unroll
-          for (int k = 0; k < kInputs; ++k) put(k, last / team_.size(), v, load_bits<type>(rows[k], first + v));
+          for (int k = 0; k < kInputs; ++k) put(k, last / team_.size(), v, bits(k, first + v));
         } else {
           drop(last / team_.size(), v);
         }
@@ -114,7 +128,7 @@ class Stage {
 
   const Team& team_;
   char* base_;
-  int step_;
+  int step_, other_;  // bytes to the next place, and to the other set
 };
 
 }  // namespace kdfuse

@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "grid.h"
+#include "joint.h"
 
 namespace kdfuse {
 
@@ -14,30 +15,6 @@ constexpr int kWarp = kLanes;
 constexpr int kMaxBlock = 256;  // threads
 constexpr int kMaxWarps = kMaxBlock / kWarp;
 constexpr int kMaxCluster = 16;  // blocks
-constexpr int kMaxSums = 8;
-
-struct Sum {
-  template <class T>
-  static __device__ T join(T a, T b) {
-    return a + b;
-  }
-  template <class T>
-  static __device__ T pad(T) {
-    return 0;
-  }
-};
-
-struct Max {
-  template <class T>
-  static __device__ T join(T a, T b) {
-    return b > a ? b : a;
-  }
-  static __device__ float join(float a, float b) { return fmaxf(a, b); }
-  template <class T>
-  static __device__ T pad(T any) {
-    return any;
-  }
-};
 
 template <class Join, int kLanes, class T, int n>
 __device__ __forceinline__ void join_lanes(T (&x)[n]) {
@@ -63,24 +40,6 @@ __device__ __forceinline__ T join_four(T a, T b, T c, T d) {
   return mine[0];
 }
 
-template <class T, int n>
-__device__ __forceinline__ void sum_warp(T (&x)[n]) {
-#pragma unroll
-  for (int k = 0; k < n; k += 4) {
-    if (k + 4 <= n) {
-      const T mine = join_four<Sum>(x[k], x[k + 1], x[k + 2], x[k + 3]);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) x[k + i] = __shfl_sync(kWholeWarp, mine, kOctet * i);
-    } else {
-#pragma unroll
-      for (int step = kWarp / 2; step > 0; step /= 2) {
-#pragma unroll
-        for (int i = k; i < n; ++i) x[i] += __shfl_xor_sync(kWholeWarp, x[i], step);
-      }
-    }
-  }
-}
-
 // The k-th and up to kEach - 1 more of n numbers, each of up to kParts parts that lie beside each other: all lanes come
 // to have them joined.
 template <class Join, int kParts, int k, class T, int n>
@@ -95,27 +54,62 @@ __device__ __forceinline__ void join_parts(const T (&of_parts)[kMaxSums][kParts]
   if constexpr (k + m < n) join_parts<Join, kParts, k + m>(of_parts, parts, x);
 }
 
-// Every warp joins the same numbers of the warps in the same order. Two sets in turn: who writes one again has met
-// everybody at the other one's barrier, since all have read it.
 template <class Join, class T, int n>
-__device__ __forceinline__ void join_block(T (&x)[n], int turn) {
-  static_assert(n <= kMaxSums, "of_warps is too small");
-  __shared__ T of_warps[2][kMaxSums][kMaxWarps];
+__device__ __forceinline__ void join_warp(const Joint<Join, T, n>& of) {
+  T(&x)[n] = of.x;
+#pragma unroll
+  for (int k = 0; k < n; k += 4) {
+    if (k + 4 <= n) {
+      const T mine = join_four<Join>(x[k], x[k + 1], x[k + 2], x[k + 3]);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) x[k + i] = __shfl_sync(kWholeWarp, mine, kOctet * i);
+    } else {
+#pragma unroll
+      for (int step = kWarp / 2; step > 0; step /= 2) {
+#pragma unroll
+        for (int i = k; i < n; ++i) x[i] = Join::join(x[i], __shfl_xor_sync(kWholeWarp, x[i], step));
+      }
+    }
+  }
+}
+
+// Where parts lie beside each other, in two sets in turn: who writes one again has met everybody at the other one's
+// barrier, since all have read it.
+template <class Join, class T, int kParts>
+__device__ __forceinline__ T (&parts_of(int turn)) [kMaxSums][kParts] {
+  __shared__ T parts[2][kMaxSums][kParts];
+  return parts[turn];
+}
+
+template <class Join, class T, int n>
+__device__ __forceinline__ void put_warp(const Joint<Join, T, n>& of, int turn) {
+  T(&parts)[kMaxSums][kMaxWarps] = parts_of<Join, T, kMaxWarps>(turn);
   const int lane = threadIdx.x % kWarp, octet = lane / kOctet, warp = threadIdx.x / kWarp;
 #pragma unroll
   for (int k = 0; k < n; k += 4) {
     if (k + 1 == n) {
-      T mine[1] = {x[k]};
+      T mine[1] = {of.x[k]};
       join_lanes<Join, kWarp>(mine);
-      if (lane == 0) of_warps[turn][k][warp] = mine[0];
+      if (lane == 0) parts[k][warp] = mine[0];
     } else {
-      const auto of = [&](int i) { return x[k + i < n ? k + i : k]; };
-      const T mine = join_four<Join>(of(0), of(1), of(2), of(3));
-      if (lane % kOctet == 0 && k + octet < n) of_warps[turn][k + octet][warp] = mine;
+      const auto at = [&](int i) { return of.x[k + i < n ? k + i : k]; };
+      const T mine = join_four<Join>(at(0), at(1), at(2), at(3));
+      if (lane % kOctet == 0 && k + octet < n) parts[k + octet][warp] = mine;
     }
   }
+}
+
+// Every warp joins the same numbers of the warps in the same order.
+template <class Join, class T, int n>
+__device__ __forceinline__ void join_warps(const Joint<Join, T, n>& of, int turn) {
+  join_parts<Join, kMaxWarps, 0>(parts_of<Join, T, kMaxWarps>(turn), blockDim.x / kWarp, of.x);
+}
+
+template <class... Joints>
+__device__ __forceinline__ void join_block(int turn, const Joints&... of) {
+  (put_warp(of, turn), ...);
   __syncthreads();
-  join_parts<Join, kMaxWarps, 0>(of_warps[turn], blockDim.x / kWarp, x);
+  (join_warps(of, turn), ...);
 }
 
 extern __shared__ uint4 block_memory[];  // the batch, the teams' sums, then what the teams work in
@@ -132,7 +126,7 @@ class Place {
   __device__ static void sync_grid() { cooperative_groups::this_grid().sync(); }
   template <int n>
   __device__ static void sum_block(double (&x)[n]) {
-    join_block<Sum>(x, 0);
+    join_block(0, joint<Sum>(x));
     __syncthreads();
   }
   __device__ static void sum_lanes(double (&x)[1]) { join_lanes<Sum, kWarp>(x); }
@@ -168,17 +162,17 @@ class Warp : public Place {
   __device__ static void sync() { __syncwarp(); }
   __device__ void* memory() const { return memory_; }
   __device__ double* sums(int columns) const { return block_sums() + warp_ * columns; }
-  template <class Join, class T, int n>
-  __device__ static void join(T (&x)[n]) {
-    join_lanes<Join, kWarp>(x);
+  template <class... Joints>
+  __device__ static void join(const Joints&... of) {
+    (join_warp(of), ...);
   }
   template <class T, int n>
   __device__ static void max(T (&x)[n]) {
-    join<Max>(x);
+    join(joint<Max>(x));
   }
   template <class T, int n>
   __device__ static void sum(T (&x)[n]) {
-    sum_warp(x);
+    join(joint<Sum>(x));
   }
 
  private:
@@ -200,18 +194,18 @@ class Block : public Place {
   __device__ static void sync() { __syncthreads(); }
   __device__ void* memory() const { return memory_; }
   __device__ static double* sums(int) { return block_sums(); }
-  template <class Join, class T, int n>
-  __device__ void join(T (&x)[n]) const {
-    join_block<Join>(x, turn_);
+  template <class... Joints>
+  __device__ void join(const Joints&... of) const {
+    join_block(turn_, of...);
     turn_ ^= 1;
   }
   template <class T, int n>
   __device__ void max(T (&x)[n]) const {
-    join<Max>(x);
+    join(joint<Max>(x));
   }
   template <class T, int n>
   __device__ void sum(T (&x)[n]) const {
-    join<Sum>(x);
+    join(joint<Sum>(x));
   }
 
  private:
@@ -228,7 +222,8 @@ class Cluster : public Place {
   __device__ Cluster(int head, int)
       : memory_(reinterpret_cast<char*>(block_memory) + head),
         blocks_(cooperative_groups::cluster_group::num_blocks()),
-        block_(cooperative_groups::cluster_group::block_rank()) {
+        block_(cooperative_groups::cluster_group::block_rank()),
+        warp_(__shfl_sync(kWholeWarp, threadIdx.x / kWarp, 0)) {
     cooperative_groups::cluster_group::barrier_arrive();
   }
   // Before the first join: a block that has not begun has no memory to write to.
@@ -242,35 +237,43 @@ class Cluster : public Place {
   __device__ static void sync() { cooperative_groups::cluster_group::sync(); }
   __device__ void* memory() const { return memory_; }
   __device__ static double* sums(int) { return block_sums(); }
-  template <int n>
-  __device__ void max(float (&x)[n]) const {
-    join<Max>(x);
+  template <class... Joints>
+  __device__ void join(const Joints&... of) const {
+    (put_warp(of, turn_), ...);
+    __syncthreads();
+    if (warp_ == 0) (send(of), ...);
+    sync();
+    (join_blocks(of), ...);
+    turn_ ^= 1;
   }
   template <int n>
   __device__ void sum(float (&x)[n]) const {
-    join<Sum>(x);
-  }
-  template <class Join, class T, int n>
-  __device__ void join(T (&x)[n]) const {
-    static_assert(sizeof(T) == 4, "a word for each number");
-    // Two sets in turn, as in a block.
-    __shared__ T of_blocks[2][kMaxSums][kMaxCluster];
-    join_block<Join>(x, turn_);
-    const int to = threadIdx.x / kMaxSums, k = threadIdx.x % kMaxSums;
-    if (to < blocks_ && k < n) {
-      T mine = x[0];
-#pragma unroll
-      for (int i = 1; i < n; ++i) mine = k == i ? x[i] : mine;
-      *cooperative_groups::cluster_group::map_shared_rank(&of_blocks[turn_][k][block_], to) = mine;
-    }
-    sync();
-    join_parts<Join, kMaxCluster, 0>(of_blocks[turn_], blocks_, x);
-    turn_ ^= 1;
+    join(joint<Sum>(x));
   }
 
  private:
+  // One warp joins its block's numbers and sends them to every block.
+  template <class Join, class T, int n>
+  __device__ void send(const Joint<Join, T, n>& of) const {
+    join_warps(of, turn_);
+    const int k = threadIdx.x % kMaxSums;
+    T mine = of.x[0];
+#pragma unroll
+    for (int i = 1; i < n; ++i) mine = k == i ? of.x[i] : mine;
+    T* const at = &parts_of<Join, T, kMaxCluster>(turn_)[k][block_];
+#pragma unroll
+    for (int i = 0; i < kMaxCluster; i += kWarp / kMaxSums) {
+      const int to = i + threadIdx.x / kMaxSums;
+      if (to < blocks_ && k < n) *cooperative_groups::cluster_group::map_shared_rank(at, to) = mine;
+    }
+  }
+  template <class Join, class T, int n>
+  __device__ void join_blocks(const Joint<Join, T, n>& of) const {
+    join_parts<Join, kMaxCluster, 0>(parts_of<Join, T, kMaxCluster>(turn_), blocks_, of.x);
+  }
+
   char* memory_;
-  int blocks_, block_;
+  int blocks_, block_, warp_;
   mutable int turn_ = 0;
 };
 #endif

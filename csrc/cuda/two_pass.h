@@ -12,7 +12,7 @@ class Streamed {
   using Of = Pair<Loss, labelled>;
   static constexpr int kInputs = S::kTaught ? 2 : 1, kAhead = type == DType::f32 ? 1 : 2;
   struct Row {
-    int64_t row;
+    uint32_t row;
     Span span;
     int label = kNowhere;
     uint32_t bits = 0;  // of the student's logit at the label
@@ -20,13 +20,15 @@ class Streamed {
   };
 
  public:
+  using Index = uint32_t;
   static constexpr bool kScored = !is_taught<Loss>;
 
   KDFUSE_DEVICE_MEMBER Streamed(const Team& team, const FastTask& p) : team_(team), p_(p) {}
 
-  KDFUSE_DEVICE_MEMBER void fetch(int64_t) {}
+  KDFUSE_DEVICE_MEMBER void fetch(uint32_t) {}
+  KDFUSE_DEVICE_MEMBER void begin() {}
 
-  KDFUSE_DEVICE_MEMBER void score(int64_t row, int64_t) {
+  KDFUSE_DEVICE_MEMBER void score(uint32_t row, uint32_t) {
     if (ignored(p_, row)) return;
     Row at = open(row);
     float sums[S::kCount];
@@ -35,7 +37,7 @@ class Streamed {
     put_scores(team_, p_, row, one.label, 0);
   }
 
-  KDFUSE_DEVICE_MEMBER void run(int64_t row, int64_t) {
+  KDFUSE_DEVICE_MEMBER void run(uint32_t row, uint32_t) {
     Row at = open(row);
     if (labelled && ignored(p_, row)) return leave_out(at);
     float sums[S::kCount];
@@ -55,18 +57,18 @@ class Streamed {
   }
 
  private:
-  KDFUSE_DEVICE_MEMBER const char* logits(int k, int64_t row) const {
-    return static_cast<const char*>(p_.logits[k]) + product(row, p_.steps[k]);
+  KDFUSE_DEVICE_MEMBER const char* logits(int k, uint32_t row) const {
+    return static_cast<const char*>(p_.logits[k]) + uint64_t{row} * p_.steps[k];
   }
-  KDFUSE_DEVICE_MEMBER void* gradient(int64_t row) const {
-    return static_cast<char*>(p_.gradients[0]) + row * p_.classes * bytes_of(gradient_type<type>);
+  KDFUSE_DEVICE_MEMBER void* gradient(uint32_t row) const {
+    return static_cast<char*>(p_.gradients[0]) + kept(int64_t{row} * p_.classes * bytes_of(gradient_type<type>));
   }
   KDFUSE_DEVICE_MEMBER Of of(const Row& at) const { return {p_, at.peak[0], at.peak[kInputs - 1]}; }
 
-  KDFUSE_DEVICE_MEMBER Row open(int64_t row) const {
+  KDFUSE_DEVICE_MEMBER Row open(uint32_t row) const {
     Row at;
     at.row = row;
-    at.span = fast_span(p_.classes, type, logits(0, row));
+    at.span = fast_span(p_, row);
     if (labelled && !ignored(p_, row)) {
       at.label = static_cast<int>(p_.labels[row * p_.label_stride]);
       at.bits = load_bits<type>(logits(0, row), at.label);

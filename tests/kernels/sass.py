@@ -172,8 +172,9 @@ def lines_of(file: str, function: str) -> set[Place]:
     """The lines of every function of that name that `file` of csrc/cuda defines."""
     lines = (CSRC / file).read_text().split("\n")
     found: set[Place] = set()
+    marks = "KDFUSE_(?:HD|MEMBER|DEVICE|DEVICE_MEMBER)|__device__"
     for first, line in enumerate(lines):
-        if not re.match(rf"\s*KDFUSE_(?:HD|MEMBER|DEVICE|DEVICE_MEMBER) .*\b{function}\(", line):
+        if not re.match(rf"\s*(?:{marks}) .*\b{function}\(", line):
             continue
         depth = 0
         for last in range(first, len(lines)):

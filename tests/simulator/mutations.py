@@ -56,6 +56,7 @@ class Call:
 
 
 WARPS, BLOCKS = Call("kd", 9, 41), Call("kd", 5, 1001)
+SHORT = Call("kd", 30, 41, processors=1)  # several rows of a warp
 CLUSTERS = Call("kd", 3, 8251, processors=16)
 SLTS = Call("slkd", 5, 1001)  # whose sums follow each other
 FUSED = Call("slkd", 3, 4203, processors=16)
@@ -73,7 +74,7 @@ class Mutation:
     calls: tuple[Call, ...]
 
 
-JOIN = "  __syncthreads();\n  join_parts"
+JOIN = "  __syncthreads();\n  (join_warps"
 TICKET = "atomicInc(ticket, gridDim.x - 1)"
 FENCE = "      __threadfence();\n"
 
@@ -85,19 +86,19 @@ MUTATIONS = [
         "    of_row(team_, p_, row, span);\n",
         (MIXED,),
     ),
-    Mutation("a barrier missing: numbers of warps", "team.h", JOIN, "  join_parts", (BLOCKS,)),
+    Mutation("a barrier missing: numbers of warps", "team.h", JOIN, "  (join_warps", (BLOCKS,)),
     Mutation(
         "sets of a block that do not alternate",
         "team.h",
-        "    join_block<Join>(x, turn_);\n    turn_ ^= 1;\n",
-        "    join_block<Join>(x, turn_);\n",
+        "    join_block(turn_, of...);\n    turn_ ^= 1;\n",
+        "    join_block(turn_, of...);\n",
         (SLTS,),
     ),
     Mutation(
         "sets of a cluster that do not alternate",
         "team.h",
-        "(of_blocks[turn_], blocks_, x);\n    turn_ ^= 1;\n",
-        "(of_blocks[turn_], blocks_, x);\n",
+        "    (join_blocks(of), ...);\n    turn_ ^= 1;\n",
+        "    (join_blocks(of), ...);\n",
         (FUSED,),
     ),
     Mutation("no cluster barrier at entry", "grid.h", "  team.meet();\n", "", (CLUSTERS,)),
@@ -120,16 +121,27 @@ MUTATIONS = [
     Mutation(
         "no cluster barrier in a join",
         "team.h",
-        "    sync();\n    join_parts",
-        "    join_parts",
+        "    sync();\n    (join_blocks",
+        "    (join_blocks",
         (CLUSTERS,),
     ),
     Mutation("a wait dropped", "aligned_row.h", "    wait_for_copies();\n", "", (WARPS,)),
     Mutation(
+        "a group of copies not ended", "aligned_row.h", "    commit_copies();\n", "", (WARPS,)
+    ),
+    Mutation("a row copied over another", "aligned_row.h", "    stage_.turn();\n", "", (SHORT,)),
+    Mutation(
+        "a block's numbers sent before all are there",
+        "team.h",
+        "    (put_warp(of, turn_), ...);\n    __syncthreads();\n",
+        "    (put_warp(of, turn_), ...);\n",
+        (CLUSTERS,),
+    ),
+    Mutation(
         "a copy past the tensor's end",
         "launch.cu",
-        "overlap ? 0 : p.rows - 1;",
-        "overlap ? 0 : p.rows;",
+        "overlap ? 0 : p.rows - 1);",
+        "overlap ? 0 : p.rows);",
         (FLOATS,),
     ),
     Mutation(
@@ -207,8 +219,8 @@ MUTATIONS = [
     Mutation(
         "a row too many",
         "aligned_row.h",
-        "    if (row >= p_.rows) return;\n",
-        "    if (row > p_.rows) return;\n",
+        "    if (row < rows()) {\n      const char* from",
+        "    if (row <= rows()) {\n      const char* from",
         (WARPS,),
     ),
     Mutation(

@@ -1,8 +1,8 @@
 """What a row of the fast kernels waits for: barriers, shuffles and remote stores, to the last one.
 
 A row costs its joins, in which all threads of its team come to the same numbers, and the shuffles
-by which the lanes of a warp share out its softmaxes. What a launch costs once cancels between calls
-of few and of many rows in the same grid.
+by which the lanes of a warp share out its softmaxes; a student with one teacher has one join. What
+a launch costs once cancels between calls of few and of many rows in the same grid.
 """
 
 from dataclasses import astuple, replace
@@ -30,21 +30,30 @@ SHARED = {"kd": 3, "dkd": 3, "nkd": 2, "wttm": 3, "tf_nkd": 0}
 BARE_SHARED = {"kd": 2, "wttm": 3}
 
 
-def joins(kernel: Kernel) -> list[tuple[str, int]]:
-    """Of a row: what is joined, and how many numbers at a time."""
+def peaks(kernel: Kernel) -> list[int]:
+    """What is joined to find a row's peaks: words, of 16-bit rows two peaks in one."""
     slts = int(kernel.variant) if kernel.loss == "slkd" else 0
     inputs = {"tf_nkd": 1, "slkd": 2 + slts}.get(kernel.loss, 2)
-    peaks = inputs
-    if kernel.type != "f32" and kernel.kind != "fast_streams":
-        peaks = (inputs + 1) // 2  # two of 16 bits to a word
+    words = inputs if kernel.type == "f32" else (inputs + 1) // 2
+    return [words, 1] if kernel.loss == "slkd" else [words]  # the fused SL-Ts have their own
+
+
+def meetings(kernel: Kernel) -> list[list[int]]:
+    """Of a row: each join, and how many numbers of each kind are joined in it.
+
+    The peaks of the next row come with a row's last sums; a row that is read twice has its own.
+    """
     if kernel.loss == "slkd":
-        # The fused SL-Ts have a peak of their own. Sums: the student at T and at 1, the teacher and
-        # the fused SL-Ts, each alone and mixed with the student, a rank; then of each SL-T its own
-        # at T and at 1, mixed with the teacher, a rank.
-        students = ("sum", 2 + 2 * 2 + 1), *[("sum", 2 + 1 + 1)] * slts
-        return [("max", peaks), ("max", 1), *students]
-    summed = BARE_SUMMED if kernel.variant == "bare" else SUMMED
-    row = [("max", peaks), ("sum", summed[kernel.loss])]
+        # Sums: the student at T and at 1, the teacher and the fused SL-Ts, each alone and mixed
+        # with the student, a rank; then of each SL-T its own at T and at 1, mixed with the teacher,
+        # a rank.
+        *first, last = [2 + 2 * 2 + 1], *[[2 + 1 + 1]] * int(kernel.variant)
+        return [*first, last + peaks(kernel)]
+    summed = (BARE_SUMMED if kernel.variant == "bare" else SUMMED)[kernel.loss]
+    if kernel.kind == "fast_streams":
+        row = [[1 if kernel.loss == "tf_nkd" else 2], [summed]]
+    else:
+        row = [[summed, *peaks(kernel)]]
     return 2 * row if kernel.loss == "tf_nkd" else row  # once before the batch's mean is known
 
 
@@ -55,13 +64,11 @@ def shared(kernel: Kernel) -> int:
     return 2 * BARE_SHARED[kernel.loss] if kernel.variant == "bare" else 5 * SHARED[kernel.loss]
 
 
-def of_a_warp(what: str, numbers: int) -> int:
-    """Shuffles of a join in one warp: five steps for each number. Sums go four at a time
+def of_a_warp(numbers: int) -> int:
+    """Shuffles of a join in one warp: five steps for each number. They go four at a time
     (join_four): in two steps, of two shuffles and of one, a lane comes to have one of them, three
     steps end it, and all four are told to all.
     """
-    if what == "max":
-        return 5 * numbers
     return (2 + 1 + 3 + 4) * (numbers // 4) + 5 * (numbers % 4)
 
 
@@ -77,36 +84,38 @@ def of_parts(numbers: int, parts: int) -> int:
     return sum(steps + (m if m > 1 else 0) for m in groups(numbers, 32 // parts))
 
 
-def of_a_block(numbers: int) -> int:
-    """Shuffles of each warp in a join of a block: four numbers at a time as above, but told to
-    nobody, a single one in five steps; then the parts of up to 8 warps.
+def into_parts(numbers: int) -> int:
+    """Shuffles in which a warp comes to its part of a block's numbers: four at a time as above, but
+    told to nobody, a single one in five steps.
     """
-    return sum(5 if m == 1 else 2 + 1 + 3 for m in groups(numbers, 4)) + of_parts(numbers, 8)
+    return sum(5 if m == 1 else 2 + 1 + 3 for m in groups(numbers, 4))
 
 
-def a_row(kernel: Kernel, launch: Launched, found: list[tuple[str, int]], beside: int) -> Counts:
+def a_row(kernel: Kernel, launch: Launched, found: list[list[int]], beside: int) -> Counts:
     """With so many shuffles of each warp beside the joins."""
     blocks, warps = launch.cluster, launch.threads // 32
+    numbers = [n for meeting in found for n in meeting]
     if kernel.kind == "fast_warps":
-        return Counts(shuffles=beside + sum(of_a_warp(*join) for join in found))
+        return Counts(shuffles=beside + sum(map(of_a_warp, numbers)))
     # One barrier a join, behind which all warps read what all have written.
-    each = beside + sum(of_a_block(count) for _, count in found)
-    one = Counts(block_barriers=blocks * len(found), shuffles=blocks * warps * each)
+    of_warps = sum(of_parts(n, 8) for n in numbers)
+    each = beside + sum(map(into_parts, numbers))
+    one = Counts(block_barriers=blocks * len(found), shuffles=blocks * warps * (each + of_warps))
     if kernel.kind != "fast_clusters":
         return one
-    # Then each block sends its numbers to every other one, all meet, and join up to 16 parts.
-    numbers = sum(count for _, count in found)
-    each += sum(of_parts(count, 16) for _, count in found)
+    # Of each block one warp reads them and sends them to every block; all meet, and join up to 16
+    # parts.
+    each += sum(of_parts(n, 16) for n in numbers)
     return replace(
         one,
-        shuffles=blocks * warps * each,
+        shuffles=blocks * (warps * each + of_warps),
         cluster_barriers=len(found),
-        remote_stores=numbers * blocks * (blocks - 1),
+        remote_stores=sum(numbers) * blocks * (blocks - 1),
     )
 
 
 ONE, TWO, EIGHT = (device(processors=n) for n in (1, 2, 8))
-NARROW = device(processors=1, memory_of_processor=16 << 10)  # has room for one block of a warp
+NARROW, WIDE = (device(processors=1, memory_of_processor=n << 10) for n in (16, 24))
 OLD = device("A100", processors=1)
 
 
@@ -114,9 +123,10 @@ def calls(kernel: Kernel):
     """GPU, classes, and two numbers of rows that its blocks, all in use, take in turn."""
     long = LONG.get(kernel.loss, {}).get(kernel.type, 8250)
     middle = 700 if kernel.loss == "slkd" else 1500
+    narrow = WIDE if kernel.type == "f32" else NARROW  # has room for one block of a warp
     return {
         "fast_warps": [(ONE, 33, 12, 24)],
-        "fast_blocks": [(NARROW, 100, 1, 4), (ONE, middle, 4, 8), (ONE, middle, 12, 24)],
+        "fast_blocks": [(narrow, 100, 1, 4), (ONE, middle, 4, 8), (ONE, middle, 12, 24)],
         "fast_clusters": [(TWO, long, 2, 4), (TWO, 2 * long + 3, 1, 3), (EIGHT, 8 * long, 1, 2)],
         "fast_streams": [(OLD, 8251, 1, 3)],
     }[kernel.kind]
@@ -145,19 +155,15 @@ FAST = sorted((k for k in the_table() if k.kind.startswith("fast")), key=str)
 def test_a_row(library, kernel):
     for gpu, c, few, many in calls(kernel):
         launch, found = more(library, kernel, gpu, c, few, many)
-        one = a_row(kernel, launch, joins(kernel), shared(kernel))
+        one = a_row(kernel, launch, meetings(kernel), shared(kernel))
         assert found == Counts(*[(many - few) * x for x in astuple(one)])
 
 
 @pytest.mark.parametrize("kernel", [k for k in FAST if k.variant != "bare"], ids=str)
 def test_an_ignored_row(library, kernel):
-    """Its peaks are joined before it is left out; a row that is read twice is left out first."""
+    """The next row's peaks are joined all the same; a row that is read twice is left out first."""
     gpu, c, few, many = calls(kernel)[:2][-1]
     launch, found = more(library, kernel, gpu, c, few, many, ignored=True)
-    peaks = [join for join in joins(kernel) if join[0] == "max"]
-    if kernel.kind == "fast_streams":
-        peaks = []
-    if kernel.loss == "slkd":
-        peaks = peaks[:1]  # not those of the fused SL-Ts
-    one = a_row(kernel, launch, peaks, 0)
+    met = [] if kernel.kind == "fast_streams" else [peaks(kernel)]
+    one = a_row(kernel, launch, 2 * met if kernel.loss == "tf_nkd" else met, 0)
     assert found == Counts(*[(many - few) * x for x in astuple(one)])
