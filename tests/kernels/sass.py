@@ -40,6 +40,7 @@ class Instruction:
     condition: str = ""  # of a jump: "@!P0", "UP0", or ""
     target: int | None = None  # of a jump
     places: frozenset[Place] = frozenset()  # the line, and those that it was inlined from
+    operands: str = ""
 
     @property
     def jumps(self) -> bool:
@@ -160,10 +161,10 @@ def _instructions(lines: list[str]) -> list[Instruction]:
             fresh = True
             to = re.search(r"(!?UP\d, )?`\((\.L_\w+)\)", found[4])
             condition = (found[2] or "") + (to[1] or "" if to else "")
-            raw.append((at, found[3], condition, to and to[2], frozenset(places)))
+            raw.append((at, found[3], condition, to and to[2], frozenset(places), found[4].strip()))
     return [
-        Instruction(at, name, condition.strip(), labels.get(to or ""), where)
-        for at, name, condition, to, where in raw
+        Instruction(at, name, condition.strip(), labels.get(to or ""), where, operands)
+        for at, name, condition, to, where, operands in raw
         if name != "NOP"
     ]
 

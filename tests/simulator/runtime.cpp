@@ -24,8 +24,8 @@ cudaError_t done(cudaError_t error) {
   return error;
 }
 
-// Registers of a thread where the launch bounds promise nothing else.
-constexpr int kRegisters = 168, kRegistersOfProcessor = 65536, kThreadsOfProcessor = 2048;
+// Of a multiprocessor. Four warps at a time have a register file each, in parts of 256 registers.
+constexpr int kRegistersOfFile = 16384, kFiles = 4, kRegistersOfPart = 256, kThreadsOfProcessor = 2048;
 
 size_t allowed_bytes(const void* kernel) {
   const auto found = dynamic_bytes.find({kernel, number});
@@ -42,9 +42,11 @@ bool is_allowed(const void* kernel, unsigned cluster) {
 }
 
 int blocks_of_processor(int threads, size_t bytes) {
-  const int by_registers = kRegistersOfProcessor / (kRegisters * threads), by_threads = kThreadsOfProcessor / threads;
+  const int of_warp = (device.registers * kWarp + kRegistersOfPart - 1) / kRegistersOfPart * kRegistersOfPart;
+  const int by_registers = kRegistersOfFile / of_warp * kFiles / (threads / kWarp);
+  const int by_threads = kThreadsOfProcessor / threads;
   const int by_memory = static_cast<int>(device.memory_of_processor / (bytes + 1024));
-  return std::min({by_registers > 0 ? by_registers : 1, by_threads, by_memory});
+  return std::min({by_registers, by_threads, by_memory});
 }
 
 }  // namespace
@@ -145,7 +147,7 @@ cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* facts, const void* kernel)
   if (devices[number].failing > 0 && devices[number].failing-- > 0) return done(cudaErrorMemoryAllocation);
   if (!has_code()) return done(cudaErrorNoKernelImageForDevice);
   const int allowed = static_cast<int>(allowed_bytes(kernel));
-  *facts = {static_cast<size_t>(device.static_bytes), kRegisters, device.built_for, device.built_for, allowed};
+  *facts = {static_cast<size_t>(device.static_bytes), device.registers, device.built_for, device.built_for, allowed};
   return cudaSuccess;
 }
 

@@ -10,6 +10,7 @@ struct Device {
   unsigned cluster;  // blocks at most
   int built_for;  // the architecture of the code, as 90
   int static_bytes;  // of shared memory, of every kernel
+  int registers;  // of a thread, of every kernel
   int failing;  // so many questions about kernels fail
   int refused;  // which of a call's launches fails, from 1 on
   int runs;  // or only takes launches down

@@ -69,6 +69,7 @@ class Device(ctypes.Structure):
         ("cluster", ctypes.c_uint),
         ("built_for", ctypes.c_int),
         ("static_bytes", ctypes.c_int),
+        ("registers", ctypes.c_int),
         ("failing", ctypes.c_int),
         ("refused", ctypes.c_int),
         ("runs", ctypes.c_int),
@@ -87,12 +88,13 @@ GPUS = {
 
 def device(name: str = "H100", **other: int) -> Device:
     """One of the GPUs that are known here, by default with 2 multiprocessors."""
-    return Device(**{**GPUS[name], "processors": 2, "static_bytes": 5648, "runs": 1, **other})
+    facts = {"processors": 2, "static_bytes": 5648, "registers": 168, "runs": 1}
+    return Device(**{**GPUS[name], **facts, **other})
 
 
-def whole(name: str) -> Device:
+def whole(name: str, **other: int) -> Device:
     """With all its multiprocessors; it takes launches down and runs none."""
-    return device(name, processors=GPUS[name]["processors"], runs=0)
+    return device(name, processors=GPUS[name]["processors"], runs=0, **other)
 
 
 def sources(units: Sequence[str], csrc: Path) -> list[tuple[str, Path, list[str]]]:
