@@ -45,12 +45,12 @@ struct FastRow {
 template <DType type, int kInputs>
 struct Coming {
   uint32_t row;
-  int64_t label = 0;
-  int chunk = -1;  // of the label
-  bool mine = false;
+  int label;  // or -1, of a row that takes no part
+  int chunk;  // of the label
+  bool mine;
   uint32_t bits[kInputs] = {};  // the label's logits
   float ties[kInputs] = {};
-  uint32_t peaks[peak_words<type, kInputs>] = {};
+  uint32_t peaks[peak_words<type, kInputs>];
 };
 
 template <DType type, int kStudents, int kTeachers, bool labelled, int kChunks, class Team>
@@ -67,7 +67,8 @@ class FastRows {
 
   // Sends for a row, into the places of the one that has been taken.
   KDFUSE_DEVICE_MEMBER void fetch(uint32_t row) {
-    next_.row = last_row_, next_.label = last_label_;
+    next_.row = last_row_;
+    next_.label = last_label_ == p_.ignore_index ? -1 : static_cast<int>(last_label_);
     last_row_ = row;
     if (row < rows()) {
       const char* from[kInputs];
@@ -162,7 +163,7 @@ class FastRows {
   // The next row's label and its logits.
   KDFUSE_DEVICE_MEMBER void send_for_label() {
     if (!labelled || next_.row >= rows()) return;
-    const int index = index_of(next_.label);
+    const int index = next_.label > 0 ? next_.label : 0;
 #pragma unroll
     for (int k = 0; k < kInputs; ++k) next_.bits[k] = load_bits<type>(logits(k, next_.row), index);
   }
@@ -218,20 +219,16 @@ class FastRows {
  private:
   KDFUSE_DEVICE_MEMBER uint32_t rows() const { return static_cast<uint32_t>(p_.rows); }
 
-  KDFUSE_DEVICE_MEMBER int index_of(int64_t label) const {
-    return label == p_.ignore_index ? 0 : static_cast<int>(label);
-  }
-
   KDFUSE_DEVICE_MEMBER void open_label(Row& at) const {
     Label<kInputs>& y = at.label;
-    at.skipped = next_.label == p_.ignore_index;
-    y.index = index_of(next_.label), y.chunk = next_.chunk, y.mine = next_.mine;
+    at.skipped = next_.label < 0;
+    y.index = next_.label, y.chunk = next_.chunk, y.mine = next_.mine;
 #pragma unroll
     for (int k = 0; k < kInputs; ++k) y.bits[k] = next_.bits[k], y.values[k] = unpack_one<type>(y.bits[k]);
   }
 
   KDFUSE_DEVICE_MEMBER void find_label(const Span& span) {
-    next_.chunk = span.chunk_of(index_of(next_.label));
+    next_.chunk = span.chunk_of(next_.label);
     next_.mine = false;
 #pragma unroll
     for (int u = 0; u < kChunks; ++u) next_.mine |= stage_.chunk(u) == next_.chunk;
@@ -241,7 +238,7 @@ class FastRows {
 
   // Takes the label of the next row out of its chunk.
   KDFUSE_DEVICE_MEMBER void take_label(const Span& span) {
-    const int u = next_.chunk / team_.size(), place = index_of(next_.label) - span.first(next_.chunk);
+    const int u = next_.chunk / team_.size(), place = next_.label - span.first(next_.chunk);
 #pragma unroll
     for (int k = 0; k < kStudents; ++k) {
       const float value = unpack_one<type>(next_.bits[k]);

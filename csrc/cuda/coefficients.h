@@ -55,11 +55,15 @@ struct Far {
 template <class Loss>
 constexpr int columns_of = 1 + Loss::kTerms + 3;
 
+struct Blend {
+  float a, c, b;  // the factors of the student's exponentials at T and at T = 1, and of the teacher's
+  float label;  // the entry of the label
+};
+
 template <class Loss>
 struct Conclusion {
   float values[columns_of<Loss>];
-  float a, c, b;  // of the student's exponentials at T and at T = 1, and of the teacher's
-  float label;  // the gradient at the label
+  Blend gradient;
 };
 
 struct Hit {
@@ -139,15 +143,16 @@ KDFUSE_DEVICE Conclusion<Loss> conclude(const FastTask& p, const float (&sums)[S
   const Taught<float> x = taught<Loss, labelled>(sums, far);
   const auto& factors = *reinterpret_cast<const typename Loss::template Factors<float>*>(p.params);
   Lesson<float, Loss::kTerms> row;
+  const float b = Loss::template add<false>(factors, x, row);
   Conclusion<Loss> found = {};
-  found.b = Loss::template add<false>(factors, x, row);
-  found.a = row.a, found.c = row.c, found.label = row.label;
+  Blend& g = found.gradient;
+  g = {row.a, row.c, b, row.label};
   float ce = 0;
   if constexpr (labelled) {
     ce = cross_entropy(x.z1, 1.f, far.student1);
-    found.c = std::fma(p.ce_weight, x.z1.unit, row.c), found.label = std::fma(-p.ce_weight, x.z1.rest, row.label);
+    g.c = std::fma(p.ce_weight, x.z1.unit, row.c), g.label = std::fma(-p.ce_weight, x.z1.rest, row.label);
   }
-  if constexpr (Loss::kStudentAt1) found.c += found.a, found.a = 0;
+  if constexpr (Loss::kStudentAt1) g.c += g.a, g.a = 0;
   found.values[0] = labelled ? row.value + gated(p.ce_weight, ce) : row.value;
 #pragma unroll
   for (int k = 0; k < Loss::kTerms; ++k) found.values[1 + k] = row.terms_of_row[k];
@@ -163,18 +168,21 @@ KDFUSE_DEVICE Conclusion<TfNkd> conclude_alone(const FastTask& p, const Split<fl
   const float w = static_cast<float>(smoothed_weight(score, 1., mean)), value = gated(w, -at1.log_label);
   const float ce = cross_entropy(at1, 1.f, far), c = q.weight * w + q.ce_weight;
   const float loss = gated(q.weight, value) + gated(q.ce_weight, ce);
-  return {{loss, value, ce, hit.top1, hit.top5}, 0, c * at1.unit, 0, -c * at1.rest};
+  return {{loss, value, ce, hit.top1, hit.top5}, {0, c * at1.unit, 0, -c * at1.rest}};
 }
 
+// The exponentials of a class: at their temperatures, and the student's at T = 1.
+struct Powers {
+  float z, t, one;
+};
+
 // A student's row and its teacher's, class by class.
-template <class Loss, bool labelled>
+//
+// squarings: so many make one at T = 1 of an exponential at T, which is 1, 2 or 4; negative: T is any.
+template <class Loss, bool labelled, int squarings = -1>
 struct Pair {
   using S = Sums<Loss, labelled>;
   Exponents z, t, z1, t1;  // at their temperatures and at T = 1
-
-  struct Powers {
-    float z, t, one;
-  };
 
   KDFUSE_DEVICE_MEMBER Pair(const FastTask& p, float peak, float of_teacher) {
     z = exponents(p.own_step, peak), t = exponents(p.step, of_teacher);
@@ -191,24 +199,32 @@ struct Pair {
   }
 
   KDFUSE_DEVICE_MEMBER Powers powers(float x, float of_teacher) const {
-    return {S::kApart ? power(z.of(x)) : 0.f, S::kTaught ? power(t.of(of_teacher)) : 0.f,
-            S::kAt1 ? power(z1.of(x)) : 0.f};
+    Powers e = {S::kApart ? power(z.of(x)) : 0.f, S::kTaught ? power(t.of(of_teacher)) : 0.f, 0.f};
+    if constexpr (S::kAt1) e.one = S::kApart ? at_one(z1, x, e.z) : power(z1.of(x));
+    return e;
   }
 
   KDFUSE_DEVICE_MEMBER Powers add(float x, float of_teacher, float (&sums)[S::kCount]) const {
-    Powers e = {0, 0, 0};
-    if constexpr (S::kAt1) sums[S::student1] += e.one = power(z1.of(x));
+    const Powers e = powers(x, of_teacher);
+    if constexpr (S::kAt1) sums[S::student1] += e.one;
     if constexpr (S::kTaught) {
       const float uz = S::kApart ? z.of(x) : z1.of(x), ut = t.of(of_teacher), gap = Loss::kEntropy ? ut - uz : uz;
-      if constexpr (S::kApart) sums[S::student] += e.z = power(uz);
-      sums[S::teacher] += e.t = power(ut);
+      if constexpr (S::kApart) sums[S::student] += e.z;
+      sums[S::teacher] += e.t;
       sums[S::mixed] = e.t > 0 ? std::fma(e.t, gap, sums[S::mixed]) : sums[S::mixed];
-      if constexpr (S::kTeacherAt1) sums[S::teacher1] += power(t1.of(of_teacher));
+      if constexpr (S::kTeacherAt1) sums[S::teacher1] += at_one(t1, of_teacher, e.t);
     }
     return e;
   }
 
-  KDFUSE_DEVICE_MEMBER static float combine(const Conclusion<Loss>& g, const Powers& e) {
+  // An exponential at T = 1, of a class whose one at T is e.
+  KDFUSE_DEVICE_MEMBER static float at_one(const Exponents& of, float x, float e) {
+    if constexpr (squarings < 0) return power(of.of(x));
+    if constexpr (squarings > 0) e *= e;
+    return squarings == 2 ? e * e : e;
+  }
+
+  KDFUSE_DEVICE_MEMBER static float combine(const Blend& g, const Powers& e) {
     if constexpr (!S::kTaught) return g.c * e.one;
     if constexpr (!S::kApart) return g.c * e.one + g.b * e.t;
     if constexpr (labelled) return std::fma(g.a, e.z, std::fma(g.b, e.t, g.c * e.one));
@@ -217,15 +233,12 @@ struct Pair {
 
   // Where nothing is at T = 1. Each product is rounded by itself, so that equal rows with opposite factors cancel
   // to exactly 0.
-  KDFUSE_DEVICE_MEMBER static float combine_bare(const Conclusion<Loss>& g, const Powers& e) {
-    return g.a * e.z + g.b * e.t;
-  }
+  KDFUSE_DEVICE_MEMBER static float combine_bare(const Blend& g, const Powers& e) { return g.a * e.z + g.b * e.t; }
 
-  KDFUSE_DEVICE_MEMBER static bool is_bare(const Conclusion<Loss>& g) { return S::kApart && g.c == 0; }
+  KDFUSE_DEVICE_MEMBER static bool is_bare(const Blend& g) { return S::kApart && g.c == 0; }
 };
 
-template <class Loss>
-KDFUSE_DEVICE Conclusion<Loss> weighted(Conclusion<Loss> g, float weight) {
+KDFUSE_DEVICE Blend weighted(Blend g, float weight) {
   g.a *= weight, g.b *= weight, g.c *= weight, g.label *= weight;
   return g;
 }

@@ -79,6 +79,7 @@ struct FastTask : Call {
   float params[12];  // the op's own; of a loss under teachers its Factors
   float ce_weight;  // of such a loss
   float step, own_step;  // log2(e) / T, and that of the student
+  int squarings;  // 0, 1, 2: T is 1, 2, 4; negative: it is none of them
   float square_by_t, pull;  // of SLKD: the factor T^2, or 1, by T; the weight of what the student asks of SL-Ts
   bool hold;  // rows that are read twice stay in the block's memory
   bool whole;  // every row is of whole chunks, on 16-byte boundaries

@@ -5,9 +5,10 @@
 namespace kdfuse {
 
 constexpr int kTickets = 1 << 16;
-// So that every row stays in registers: 255 for a thread of a fast block; in fast warps 168 for bfloat16, 255 for
-// the others.
+// So that every row stays in registers: 255 for a thread of a fast block, 128 where it has a pair of 16-bit rows; in
+// fast warps 168 for bfloat16, 255 for the others.
 constexpr int kFastBlock = 256;  // threads
+constexpr int fast_blocks_of(DType type) { return type == DType::f32 ? 1 : 2; }  // of a multiprocessor, of pairs
 constexpr int fast_warp_blocks(DType type) { return type == DType::bf16 ? 3 : 2; }  // of a multiprocessor
 constexpr int kStreamBlock = 256, kGeneralBlock = 256;  // threads
 

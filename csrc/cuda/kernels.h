@@ -22,14 +22,14 @@ __global__ void __launch_bounds__(Warp::kTeams* kWarp, kBlocks) fast_warps(const
   run_batch<Rows>(team, p, tickets);
 }
 
-template <class Rows>
-__global__ void __launch_bounds__(kFastBlock, 1) fast_blocks(const __grid_constant__ FastTask p) {
+template <class Rows, int kBlocks>
+__global__ void __launch_bounds__(kFastBlock, kBlocks) fast_blocks(const __grid_constant__ FastTask p) {
   const Block team(head_bytes(1, p.columns()), 0);
   run_batch<Rows>(team, p, tickets);
 }
 
-template <template <class> class Rows>
-__global__ void __launch_bounds__(kFastBlock, 1) fast_clusters(const __grid_constant__ FastTask p) {
+template <template <class> class Rows, int kBlocks>
+__global__ void __launch_bounds__(kFastBlock, kBlocks) fast_clusters(const __grid_constant__ FastTask p) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
   const Cluster team(head_bytes(1, p.columns()), 0);
   run_batch<Rows<Cluster>>(team, p, tickets);
@@ -78,9 +78,9 @@ struct PairKernels {
     k.chunks = kChunksOfPair;
     k.thread_bytes = Rows<Block>::kThreadBytes;
     k.warps = address(fast_warps<Rows<Warp>, fast_warp_blocks(type)>);
-    k.blocks = address(fast_blocks<Rows<Block>>);
+    k.blocks = address(fast_blocks<Rows<Block>, fast_blocks_of(type)>);
     if constexpr (kLongRows<type>) {
-      if constexpr (!Rows<Block>::kScored) k.clusters = address(fast_clusters<Rows>);
+      if constexpr (!Rows<Block>::kScored) k.clusters = address(fast_clusters<Rows, fast_blocks_of(type)>);
       k.streams = address(fast_streams<Streamed<Loss, type, labelled, Block>>);
     }
     return k;
@@ -97,8 +97,8 @@ struct SlkdKernels {
     k.chunks = kChunksOfSlkd<type>;
     k.thread_bytes = Rows<Block>::kThreadBytes;
     k.warps = address(fast_warps<Rows<Warp>, fast_warp_blocks(type)>);
-    k.blocks = address(fast_blocks<Rows<Block>>);
-    if constexpr (kLongRows<type>) k.clusters = address(fast_clusters<Rows>);
+    k.blocks = address(fast_blocks<Rows<Block>, 1>);
+    if constexpr (kLongRows<type>) k.clusters = address(fast_clusters<Rows, 1>);
     return k;
   }
 };

@@ -38,6 +38,7 @@ bool set_fast(const Task& p, FastTask& fast) {
   std::copy(numbers, numbers + count, fast.params);
   fast.ce_weight = static_cast<float>(p.params[Facts::kCeWeight]);
   fast.step = static_cast<float>(kLog2OfE / p.params[0]);
+  fast.squarings = p.params[0] == 1 ? 0 : p.params[0] == 2 ? 1 : p.params[0] == 4 ? 2 : -1;
   fast.own_step = Facts::kStudentAt1 ? static_cast<float>(kLog2OfE) : fast.step;
   return true;
 }

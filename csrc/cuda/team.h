@@ -40,6 +40,11 @@ __device__ __forceinline__ T join_four(T a, T b, T c, T d) {
   return mine[0];
 }
 
+template <class Join, class T, int kParts>
+__device__ __forceinline__ T read_part(const T (&of_parts)[kMaxSums][kParts], int number, int part, int parts) {
+  return part < parts ? of_parts[number][part] : Join::pad(of_parts[number][0]);
+}
+
 // The k-th and up to kEach - 1 more of n numbers, each of up to kParts parts that lie beside each other: all lanes come
 // to have them joined.
 template <class Join, int kParts, int k, class T, int n>
@@ -47,7 +52,7 @@ __device__ __forceinline__ void join_parts(const T (&of_parts)[kMaxSums][kParts]
   constexpr int kEach = kWarp / kParts, m = n - k < kEach ? n - k : kEach;
   const int lane = threadIdx.x % kWarp, part = lane % kParts, group = lane / kParts;
   const int number = m == 1 ? k : k + (m == kEach || group < m ? group : m - 1);
-  T mine[1] = {part < parts ? of_parts[number][part] : Join::pad(of_parts[number][0])};
+  T mine[1] = {read_part<Join>(of_parts, number, part, parts)};
   join_lanes<Join, kParts>(mine);
 #pragma unroll
   for (int i = 0; i < m; ++i) x[k + i] = m == 1 ? mine[0] : __shfl_sync(kWholeWarp, mine[0], kParts * i);
@@ -223,7 +228,7 @@ class Cluster : public Place {
       : memory_(reinterpret_cast<char*>(block_memory) + head),
         blocks_(cooperative_groups::cluster_group::num_blocks()),
         block_(cooperative_groups::cluster_group::block_rank()),
-        warp_(__shfl_sync(kWholeWarp, threadIdx.x / kWarp, 0)) {
+        sends_(__shfl_sync(kWholeWarp, threadIdx.x / kWarp, 0) == 0) {
     cooperative_groups::cluster_group::barrier_arrive();
   }
   // Before the first join: a block that has not begun has no memory to write to.
@@ -241,7 +246,7 @@ class Cluster : public Place {
   __device__ void join(const Joints&... of) const {
     (put_warp(of, turn_), ...);
     __syncthreads();
-    if (warp_ == 0) (send(of), ...);
+    if (sends_) (send(of), ...);
     sync();
     (join_blocks(of), ...);
     turn_ ^= 1;
@@ -252,19 +257,21 @@ class Cluster : public Place {
   }
 
  private:
-  // One warp joins its block's numbers and sends them to every block.
+  // One warp joins its block's numbers, each in some of its lanes, and sends them to every block.
   template <class Join, class T, int n>
-  __device__ void send(const Joint<Join, T, n>& of) const {
-    join_warps(of, turn_);
-    const int k = threadIdx.x % kMaxSums;
-    T mine = of.x[0];
+  __device__ void send(const Joint<Join, T, n>&) const {
+    constexpr int kEach = kWarp / kMaxWarps;
+    const int lane = threadIdx.x % kWarp, part = lane % kMaxWarps;
 #pragma unroll
-    for (int i = 1; i < n; ++i) mine = k == i ? of.x[i] : mine;
-    T* const at = &parts_of<Join, T, kMaxCluster>(turn_)[k][block_];
+    for (int first = 0; first < n; first += kEach) {
+      const int k = first + lane / kMaxWarps;
+      T mine[1] = {read_part<Join>(parts_of<Join, T, kMaxWarps>(turn_), k < n ? k : first, part, blockDim.x / kWarp)};
+      join_lanes<Join, kMaxWarps>(mine);
+      T* const at = &parts_of<Join, T, kMaxCluster>(turn_)[k < n ? k : first][block_];
 #pragma unroll
-    for (int i = 0; i < kMaxCluster; i += kWarp / kMaxSums) {
-      const int to = i + threadIdx.x / kMaxSums;
-      if (to < blocks_ && k < n) *cooperative_groups::cluster_group::map_shared_rank(at, to) = mine;
+      for (int to = part; to < kMaxCluster; to += kMaxWarps) {
+        if (to < blocks_ && k < n) *cooperative_groups::cluster_group::map_shared_rank(at, to) = mine[0];
+      }
     }
   }
   template <class Join, class T, int n>
@@ -273,7 +280,8 @@ class Cluster : public Place {
   }
 
   char* memory_;
-  int blocks_, block_, warp_;
+  int blocks_, block_;
+  bool sends_;
   mutable int turn_ = 0;
 };
 #endif

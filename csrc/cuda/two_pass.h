@@ -53,7 +53,7 @@ class Streamed {
       found = conclude<Loss, labelled>(p_, sums, far, hit);
     }
     write_values(team_, p_, row, 0, found.values);
-    if (p_.with_gradient) write_gradient(at, weighted(found, row_weight<float>(team_, p_, row)));
+    if (p_.with_gradient) write_gradient(at, weighted(found.gradient, row_weight<float>(team_, p_, row)));
   }
 
  private:
@@ -237,7 +237,7 @@ class Streamed {
     team_.sum(sums);
   }
 
-  KDFUSE_DEVICE_MEMBER void write_gradient(const Row& at, const Conclusion<Loss>& g) const {
+  KDFUSE_DEVICE_MEMBER void write_gradient(const Row& at, const Blend& g) const {
     const Of of = this->of(at);
     void* const to = gradient(at.row);
     const int label = labelled ? at.span.chunk_of(at.label) : -1;

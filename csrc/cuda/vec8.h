@@ -31,6 +31,12 @@ KDFUSE_DEVICE float unpack(const Packed<type>& p, int v) {
   }
 }
 
+template <DType type>
+KDFUSE_DEVICE void unpack(const Packed<type>& p, float (&x)[kChunk]) {
+#pragma unroll
+  for (int v = 0; v < kChunk; ++v) x[v] = unpack(p, v);
+}
+
 // The largest of a chunk's numbers.
 template <DType type>
 KDFUSE_DEVICE float peak_of(const Packed<type>& p) {

@@ -15,8 +15,9 @@ template __global__ void fast_warps<Of<Kd, true, Warp>, fast_warp_blocks(DType::
     const __grid_constant__ FastTask);
 template __global__ void fast_warps<Of<Dkd, true, Warp>, fast_warp_blocks(DType::bf16)>(
     const __grid_constant__ FastTask);
-template __global__ void fast_blocks<Of<Kd, true, Block>>(const __grid_constant__ FastTask);
-template __global__ void fast_clusters<PairKernels<Kd, DType::bf16, true>::Rows>(const __grid_constant__ FastTask);
+template __global__ void fast_blocks<Of<Kd, true, Block>, fast_blocks_of(DType::bf16)>(const __grid_constant__ FastTask);
+template __global__ void fast_clusters<PairKernels<Kd, DType::bf16, true>::Rows, fast_blocks_of(DType::bf16)>(
+    const __grid_constant__ FastTask);
 
 }  // namespace
 }  // namespace kdfuse

@@ -129,6 +129,8 @@ def resident_row(gpu: Gpu, size: Size, launch: Launch, code: Code) -> Row:
 
     fixed, whole = code.fixed.chain(warps), code.row.chain(warps)
     busy = {k: part(code.fixed.busy[k], x) for k, x in code.row.busy.items()}
+    for k, x in code.row.busy.items():  # one warp of a block sends
+        busy[k] -= (x - code.plain.busy[k]) * (1 - 32 / launch.threads)
     stages = max(1, launch.staged // code.copied)
     cycle = gpu.clock * 1e3
     return Row(

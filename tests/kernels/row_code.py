@@ -52,12 +52,14 @@ class Part:
 
 @dataclass(frozen=True)
 class Code:
-    """Of a kernel. row: a row with all its chunks, without its loops where it is read twice; fixed:
-    the same without what it does for each chunk; loops: of a row that is read twice."""
+    """Of a kernel. row: a row with all its chunks, without its loops where it is read twice; plain:
+    the same of a warp that sends nothing to other blocks; fixed: the row without what it does for
+    each chunk; loops: of a row that is read twice."""
 
     registers: int
     shared: int  # bytes that the launcher does not ask for
     row: Part
+    plain: Part
     fixed: Part
     loops: tuple[Part, ...] = ()
 
@@ -91,9 +93,11 @@ def codes(arch: str, fp32_lanes: int, folder: Path) -> dict[Kernel, Code]:
 def _code(kernel: Kernel, code: list[Instruction], used: dict[str, int], lanes: int) -> Code:
     around = sass.loop_of(code, sass.line_of("grid.h", "rows.run(row, ahead.take())"))
     beside = set().union(*(sass.lines_of(*function) for function in BESIDE))
-    row = sass.row_path(around, beside)
+    if kernel.kind in ("fast_blocks", "fast_clusters"):  # at T = 4
+        beside.add(sass.line_of("coefficients.h", "if constexpr (squarings < 0)"))
+    plain = sass.row_path(around, beside)
+    row = fixed = sass.row_path(around, beside - sass.lines_of("team.h", "send"))
     loops: tuple[Part, ...] = ()
-    fixed = row
     if kernel.kind == "fast_streams":
         # The loops of what is left of a row are of the reads: the longest ones inside.
         rare = set().union(*(sass.lines_of(*function) for function in RARE)) | _edge_lines()
@@ -104,9 +108,8 @@ def _code(kernel: Kernel, code: list[Instruction], used: dict[str, int], lanes: 
     else:
         chunks = _chunk_lines()
         fixed = [i for i in row if not i.places & chunks]
-    return Code(
-        used["REG"], used["SHARED"], Part(tuple(row), lanes), Part(tuple(fixed), lanes), loops
-    )
+    parts = (Part(tuple(code), lanes) for code in (row, plain, fixed))
+    return Code(used["REG"], used["SHARED"], *parts, loops)
 
 
 def _first_loop(function: str) -> Place:

@@ -46,11 +46,12 @@ KL, WITH_CE, DKD, BLOCK, CLUSTER = (
     Kernel("fast_blocks", "kd", "bf16"),
     Kernel("fast_clusters", "kd", "bf16"),
 )
-# Instructions a class: what was reached. The goals are 34 of WITH_CE, 36 of BLOCK and CLUSTER.
+# Instructions a class: what was reached. The goals are 34 of WITH_CE, and 36 of BLOCK and CLUSTER.
+# Those make the exponentials twice, about 8 a class, for a second block on a multiprocessor.
 BUDGETS = {
-    "sm_80": {KL: 25.0, WITH_CE: 35.0, DKD: 38.0, BLOCK: 38.0},  # compares bfloat16 one at a time
-    "sm_90": {KL: 25.0, WITH_CE: 34.0, DKD: 37.0, BLOCK: 37.0, CLUSTER: 38.5},
-    "sm_100": {KL: 24.5, WITH_CE: 34.5, DKD: 37.5, BLOCK: 36.5, CLUSTER: 37.5},
+    "sm_80": {KL: 25.0, WITH_CE: 34.5, DKD: 38.0, BLOCK: 46.0},  # compares bfloat16 one at a time
+    "sm_90": {KL: 25.0, WITH_CE: 34.0, DKD: 37.0, BLOCK: 45.5, CLUSTER: 46.5},
+    "sm_100": {KL: 24.5, WITH_CE: 34.0, DKD: 37.5, BLOCK: 44.5, CLUSTER: 45.5},
 }
 
 pytestmark = [
@@ -107,11 +108,13 @@ def test_the_path_holds_the_row(arch, kernel):
     loop, path = row_of(arch, kernel)
     names = [i.name for i in path]
     powers = (2 if kernel == KL else 3) * LANE
+    # In a block they are made again for the gradient, at T = 4 two of three.
+    most = powers if kernel.kind == "fast_warps" else 2 * powers
     assert names.count("LDGSTS.E.BYPASS.128") == 2 * LANE // 8  # student and teacher
     taken = [i for i in path if i.name == "LDS.128" and any(f == "prefetch.h" for f, _ in i.places)]
     assert len(taken) == 2 * 2 * LANE // 8  # for their peaks, and for all else
     assert names.count("STG.E.128") == LANE // 8
-    assert powers <= names.count("MUFU.EX2") <= powers + 4
+    assert powers <= names.count("MUFU.EX2") <= most + 4
     assert not [n for n in names if n.startswith(("LDL", "STL"))]
     # One join; in a cluster by one more barrier, which is none of the block's.
     assert sum(n.startswith("BAR") for n in names) == (0 if kernel.kind == "fast_warps" else 1)

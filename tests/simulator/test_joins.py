@@ -5,7 +5,7 @@ by which the lanes of a warp share out its softmaxes; a student with one teacher
 a launch costs once cancels between calls of few and of many rows in the same grid.
 """
 
-from dataclasses import astuple, replace
+from dataclasses import astuple, dataclass
 
 import pytest
 import torch
@@ -38,30 +38,34 @@ def peaks(kernel: Kernel) -> list[int]:
     return [words, 1] if kernel.loss == "slkd" else [words]  # the fused SL-Ts have their own
 
 
-def meetings(kernel: Kernel) -> list[list[int]]:
-    """Of a row: each join, and how many numbers of each kind are joined in it.
+@dataclass(frozen=True)
+class Meeting:
+    """A join: how many numbers of each kind; and the shuffles behind it."""
 
-    The peaks of the next row come with a row's last sums; a row that is read twice has its own.
+    numbers: list[int]
+    beside: int = 0
+
+
+def meetings(kernel: Kernel) -> list[Meeting]:
+    """Of a row. The peaks of the next row come with a row's last sums; a row that is read twice has
+    its own.
     """
     if kernel.loss == "slkd":
         # Sums: the student at T and at 1, the teacher and the fused SL-Ts, each alone and mixed
         # with the student, a rank; then of each SL-T its own at T and at 1, mixed with the teacher,
         # a rank.
-        *first, last = [2 + 2 * 2 + 1], *[[2 + 1 + 1]] * int(kernel.variant)
-        return [*first, last + peaks(kernel)]
-    summed = (BARE_SUMMED if kernel.variant == "bare" else SUMMED)[kernel.loss]
+        slts = [Meeting([2 + 1 + 1], 2 * 5) for _ in range(int(kernel.variant))]
+        last = Meeting([*slts.pop().numbers, *peaks(kernel)], 2 * 5)
+        return [Meeting([2 + 2 * 2 + 1], 4 * 5), *slts, last]
+    bare = kernel.variant == "bare"
+    summed = (BARE_SUMMED if bare else SUMMED)[kernel.loss]
+    shared = 2 * BARE_SHARED[kernel.loss] if bare else 5 * SHARED[kernel.loss]
+    scored = kernel.loss == "tf_nkd"  # goes over its rows before the batch's mean is known, too
     if kernel.kind == "fast_streams":
-        row = [[1 if kernel.loss == "tf_nkd" else 2], [summed]]
-    else:
-        row = [[summed, *peaks(kernel)]]
-    return 2 * row if kernel.loss == "tf_nkd" else row  # once before the batch's mean is known
-
-
-def shared(kernel: Kernel) -> int:
-    """Shuffles of a warp."""
-    if kernel.loss == "slkd":
-        return 4 * 5 + int(kernel.variant) * 2 * 5
-    return 2 * BARE_SHARED[kernel.loss] if kernel.variant == "bare" else 5 * SHARED[kernel.loss]
+        row = [Meeting([1 if scored else 2]), Meeting([summed], shared)]
+        return 2 * row if scored else row
+    both = [summed, *peaks(kernel)]
+    return [Meeting(both)] * scored + [Meeting(both, shared)]
 
 
 def of_a_warp(numbers: int) -> int:
@@ -91,24 +95,23 @@ def into_parts(numbers: int) -> int:
     return sum(5 if m == 1 else 2 + 1 + 3 for m in groups(numbers, 4))
 
 
-def a_row(kernel: Kernel, launch: Launched, found: list[list[int]], beside: int) -> Counts:
-    """With so many shuffles of each warp beside the joins."""
-    blocks, warps = launch.cluster, launch.threads // 32
-    numbers = [n for meeting in found for n in meeting]
+def a_row(kernel: Kernel, launch: Launched, found: list[Meeting]) -> Counts:
     if kernel.kind == "fast_warps":
-        return Counts(shuffles=beside + sum(map(of_a_warp, numbers)))
+        return Counts(shuffles=sum(m.beside + sum(map(of_a_warp, m.numbers)) for m in found))
     # One barrier a join, behind which all warps read what all have written.
-    of_warps = sum(of_parts(n, 8) for n in numbers)
-    each = beside + sum(map(into_parts, numbers))
-    one = Counts(block_barriers=blocks * len(found), shuffles=blocks * warps * (each + of_warps))
+    blocks, warps = launch.cluster, launch.threads // 32
+    numbers = [n for meeting in found for n in meeting.numbers]
+    each = sum(meeting.beside for meeting in found) + sum(map(into_parts, numbers))
     if kernel.kind != "fast_clusters":
-        return one
-    # Of each block one warp reads them and sends them to every block; all meet, and join up to 16
-    # parts.
+        each += sum(of_parts(n, 8) for n in numbers)
+        return Counts(block_barriers=len(found), shuffles=warps * each)
+    # In a cluster one warp of a block does, four numbers at a time in three steps, and sends them
+    # to every block; all blocks meet, and join up to 16 parts.
     each += sum(of_parts(n, 16) for n in numbers)
-    return replace(
-        one,
-        shuffles=blocks * (warps * each + of_warps),
+    one = sum(3 * len(groups(n, 4)) for n in numbers)
+    return Counts(
+        block_barriers=blocks * len(found),
+        shuffles=blocks * (warps * each + one),
         cluster_barriers=len(found),
         remote_stores=sum(numbers) * blocks * (blocks - 1),
     )
@@ -155,7 +158,7 @@ FAST = sorted((k for k in the_table() if k.kind.startswith("fast")), key=str)
 def test_a_row(library, kernel):
     for gpu, c, few, many in calls(kernel):
         launch, found = more(library, kernel, gpu, c, few, many)
-        one = a_row(kernel, launch, meetings(kernel), shared(kernel))
+        one = a_row(kernel, launch, meetings(kernel))
         assert found == Counts(*[(many - few) * x for x in astuple(one)])
 
 
@@ -164,6 +167,6 @@ def test_an_ignored_row(library, kernel):
     """The next row's peaks are joined all the same; a row that is read twice is left out first."""
     gpu, c, few, many = calls(kernel)[:2][-1]
     launch, found = more(library, kernel, gpu, c, few, many, ignored=True)
-    met = [] if kernel.kind == "fast_streams" else [peaks(kernel)]
-    one = a_row(kernel, launch, 2 * met if kernel.loss == "tf_nkd" else met, 0)
+    met = [] if kernel.kind == "fast_streams" else [Meeting(peaks(kernel))]
+    one = a_row(kernel, launch, 2 * met if kernel.loss == "tf_nkd" else met)
     assert found == Counts(*[(many - few) * x for x in astuple(one)])
