@@ -194,7 +194,7 @@ def is_tracing() -> bool:
 
 def scales_in_place(upstream: Tensor) -> bool:
     """Whether gradients on the device of `upstream` are scaled by the compiled op."""
-    if torch.compiler.is_compiling() or upstream.device.type != "cuda":
+    if not upstream.is_cuda or torch.compiler.is_compiling():
         return False
     module, _ = compiled()
     return module is not None and bool(module.cuda_archs)

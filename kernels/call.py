@@ -1,7 +1,6 @@
 """The path that every call of a loss takes: checks, then the way to its backend."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -44,7 +43,7 @@ def run(
     if options.denominator is not None:
         check_denominator(options.denominator, hidden=backends.is_tracing())
 
-    options = replace(options, backend=backends.choose(options.backend, students[0], op.name))
+    options = options._replace(backend=backends.choose(options.backend, students[0], op.name))
     if options.backend == "reference":
         loss, terms = run_reference(op, students, teachers, target, params, options)
     elif options.backend == "cpu" and not backends.is_tracing():

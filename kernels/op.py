@@ -9,7 +9,7 @@ are empty where all teachers are whole, and hold an empty tensor for what a teac
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -56,8 +56,7 @@ class Op:
     entropy: bool = True  # the teacher's exponents are part of the sum over both
 
 
-@dataclass(frozen=True)
-class Options:
+class Options(NamedTuple):
     """The keywords that all losses share; see any loss's docstring."""
 
     reduction: str = "mean"
@@ -130,6 +129,14 @@ def compiled_op(namespace: str, name: str) -> Callable[..., Any]:
     return getattr(getattr(torch.ops, namespace), name).default
 
 
+def below_autograd(call: Callable[..., Any], *args: Any) -> Any:
+    """An op's result without its own way through autograd, in Python: `Fused` has the gradient."""
+    if torch.compiler.is_compiling():  # the guard cannot be traced
+        return call(*args)
+    with torch._C._AutoDispatchBelowAutograd():
+        return call(*args)
+
+
 def unit_stride(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 else x.contiguous()
 
@@ -156,7 +163,8 @@ def run_fused(
     static = (list(params), REDUCTIONS[options.reduction], options.ignore_index)
     if not (torch.is_grad_enabled() and any(x.requires_grad for x in students)):
         lists = (students, values, indices, masses)
-        loss, terms, _ = call(*lists, target, denominator, divisor, None, *static, False)
+        given = (*lists, target, denominator, divisor, None)
+        loss, terms, _ = below_autograd(call, *given, *static, False)
         return loss, terms
     return Fused.apply(
         call,
@@ -179,7 +187,8 @@ class Fused(torch.autograd.Function):
     @staticmethod
     def forward(ctx, call, static, stored, counts, target, denominator, divisor, *inputs):
         lists = split(inputs, counts)
-        loss, terms, gradients = call(*lists, target, denominator, divisor, None, *static, stored)
+        given = (*lists, target, denominator, divisor, None)
+        loss, terms, gradients = below_autograd(call, *given, *static, stored)
         ctx.call, ctx.static, ctx.stored, ctx.counts = call, static, stored, counts
         ctx.divisor = divisor
         ctx.set_materialize_grads(False)  # of the terms: a kernel that fills zeros
@@ -207,16 +216,15 @@ class Fused(torch.autograd.Function):
             target, denominator, *inputs = ctx.saved_tensors
             lists = split(inputs, ctx.counts)
             given = (*lists, target, denominator, ctx.divisor, upstream)
-            _, _, made = ctx.call(*given, *ctx.static, True)
-            gradients = [g.to(t) for g, t in zip(made, ctx.types, strict=True)]
+            _, _, made = below_autograd(ctx.call, *given, *ctx.static, True)
+            gradients = [as_type(g, t) for g, t in zip(made, ctx.types, strict=True)]
         return (None,) * 7 + tuple(gradients) + (None,) * ctx.others
 
 
-def split(inputs: Sequence[Tensor], counts: tuple[int, int, int]) -> list[list[Tensor]]:
+def split(inputs: Sequence[Tensor], counts: tuple[int, int, int]) -> list[Sequence[Tensor]]:
     """Students, teachers, indices and masses of an op; of the last two there are as many."""
-    students, teachers, listed = counts
-    ends = (students, students + teachers, students + teachers + listed)
-    return [list(inputs[i:j]) for i, j in zip((0, *ends), (*ends, None), strict=True)]
+    a, b, c = counts
+    return [inputs[:a], inputs[a : a + b], inputs[a + b : a + b + c], inputs[a + b + c :]]
 
 
 def refuse_second_derivative(wanted: bool = False) -> None:
@@ -247,14 +255,19 @@ def scaled_for_backward(ctx: Any, upstream: Tensor) -> list[Tensor]:
     if torch._C._autograd._get_current_graph_task_keep_graph():
         gradients = [g.clone() for g in gradients]
     torch.ops.kdfuse.scale_(gradients, upstream)
-    return [g.to(t) for g, t in zip(gradients, ctx.types, strict=True)]
+    return [as_type(g, t) for g, t in zip(gradients, ctx.types, strict=True)]
+
+
+def as_type(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """`x.to(dtype)`, which takes longer to find that there is nothing to do."""
+    return x if x.dtype == dtype else x.to(dtype)
 
 
 def scaled(gradient: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
     """The stored gradient (N, C) times the upstream one, a scalar or (N,)."""
-    on_host = upstream.device.type == "cpu" and not torch.compiler.is_compiling()
+    on_host = upstream.is_cpu and not torch.compiler.is_compiling()
     if on_host and upstream.dim() == 0 and upstream.item() == 1:
-        return gradient.to(dtype)
+        return as_type(gradient, dtype)
     factor = upstream if upstream.dim() == 0 else upstream[:, None]
     return (gradient * factor.to(gradient.dtype)).to(dtype)
 
