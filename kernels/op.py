@@ -142,7 +142,7 @@ def unit_stride(x: Tensor) -> Tensor:
 
 
 def run_fused(
-    op: Op,
+    call: Callable[..., Any],  # a compiled op
     students: Sequence[Tensor],
     teachers: Sequence[Teacher],
     target: Tensor | None,
@@ -159,7 +159,6 @@ def run_fused(
         if target.dtype == torch.float64 and not wide:
             target = target.float()
     denominator, divisor = denominator_of(options.denominator, students[0].device)
-    call = compiled_op(TRITON if options.backend == "triton" else COMPILED, op.name)
     static = (list(params), REDUCTIONS[options.reduction], options.ignore_index)
     if not (torch.is_grad_enabled() and any(x.requires_grad for x in students)):
         lists = (students, values, indices, masses)
@@ -207,18 +206,15 @@ class Fused(torch.autograd.Function):
         if upstream is None:
             return (None,) * (7 + len(ctx.types) + ctx.others)
         if ctx.stored and backends.scales_in_place(upstream):
-            gradients = scaled_for_backward(ctx, upstream)
+            gradients = scaled_in_place(ctx.saved_tensors, upstream)
         elif ctx.stored:
-            gradients = [
-                scaled(g, upstream, t) for g, t in zip(ctx.saved_tensors, ctx.types, strict=True)
-            ]
+            gradients = scaled(ctx.saved_tensors, upstream)
         else:
             target, denominator, *inputs = ctx.saved_tensors
             lists = split(inputs, ctx.counts)
             given = (*lists, target, denominator, ctx.divisor, upstream)
-            _, _, made = below_autograd(ctx.call, *given, *ctx.static, True)
-            gradients = [as_type(g, t) for g, t in zip(made, ctx.types, strict=True)]
-        return (None,) * 7 + tuple(gradients) + (None,) * ctx.others
+            _, _, gradients = below_autograd(ctx.call, *given, *ctx.static, True)
+        return (None,) * 7 + cast(gradients, ctx.types) + (None,) * ctx.others
 
 
 def split(inputs: Sequence[Tensor], counts: tuple[int, int, int]) -> list[Sequence[Tensor]]:
@@ -246,30 +242,30 @@ def denominator_of(given: Tensor | float | None, at: torch.device) -> tuple[Tens
     return (given if whole else given.to(at, torch.float64)), None
 
 
-def scaled_for_backward(ctx: Any, upstream: Tensor) -> list[Tensor]:
+def scaled_in_place(gradients: Sequence[Tensor], upstream: Tensor) -> Sequence[Tensor]:
     """The stored gradients times the upstream one, in place: a factor of 1 costs no traffic.
 
     Where the graph is retained another backward may follow, so that a copy is scaled.
     """
-    gradients = list(ctx.saved_tensors)
     if torch._C._autograd._get_current_graph_task_keep_graph():
         gradients = [g.clone() for g in gradients]
     torch.ops.kdfuse.scale_(gradients, upstream)
-    return [as_type(g, t) for g, t in zip(gradients, ctx.types, strict=True)]
+    return gradients
 
 
-def as_type(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """`x.to(dtype)`, which takes longer to find that there is nothing to do."""
-    return x if x.dtype == dtype else x.to(dtype)
-
-
-def scaled(gradient: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
-    """The stored gradient (N, C) times the upstream one, a scalar or (N,)."""
+def scaled(gradients: Sequence[Tensor], upstream: Tensor) -> Sequence[Tensor]:
+    """The stored gradients (N, C) times the upstream one, a scalar or (N,)."""
     on_host = upstream.is_cpu and not torch.compiler.is_compiling()
     if on_host and upstream.dim() == 0 and upstream.item() == 1:
-        return as_type(gradient, dtype)
+        return gradients
     factor = upstream if upstream.dim() == 0 else upstream[:, None]
-    return (gradient * factor.to(gradient.dtype)).to(dtype)
+    return [g * factor.to(g.dtype) for g in gradients]
+
+
+def cast(gradients: Sequence[Tensor], types: Sequence[torch.dtype]) -> tuple[Tensor, ...]:
+    """`to` alone would take longer to find that there is nothing to do."""
+    pairs = zip(gradients, types, strict=True)
+    return tuple([g if g.dtype == t else g.to(t) for g, t in pairs])
 
 
 def register(op: Op, namespace: str) -> None:
