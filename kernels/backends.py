@@ -194,7 +194,7 @@ def is_tracing() -> bool:
 
 def scales_in_place(upstream: Tensor) -> bool:
     """Whether gradients on the device of `upstream` are scaled by the compiled op."""
-    if torch.compiler.is_compiling() or upstream.device.type != "cuda":
+    if not upstream.is_cuda or torch.compiler.is_compiling():
         return False
     module, _ = compiled()
     return module is not None and bool(module.cuda_archs)
@@ -209,11 +209,10 @@ def choose(backend: str | None, student: Tensor, op: str = "") -> str:
         ValueError: an unknown name, or a backend for another device.
         RuntimeError: a backend that this machine cannot run, or not under torch.func.
     """
-    device = student.device.type
     if backend is None:
-        if device == "cuda":
+        if student.is_cuda:
             return _on_gpu(student, op)
-        usable = device == "cpu" and compiled()[0] is not None and not in_functorch()
+        usable = student.is_cpu and compiled()[0] is not None and not in_functorch()
         return "cpu" if usable else "reference"
     if backend not in REASONS:
         raise ValueError(
@@ -223,7 +222,7 @@ def choose(backend: str | None, student: Tensor, op: str = "") -> str:
     if reason:
         raise RuntimeError(f"backend={backend!r} cannot run here: {reason}")
     of = {"triton": "cpu" if triton_lang.INTERPRETED else "cuda"}.get(backend, backend)
-    if backend != "reference" and device != of:
+    if backend != "reference" and student.device.type != of:
         raise ValueError(
             f"backend={backend!r} cannot take logits on {student.device}; "
             "move them or use backend=None"

@@ -1,14 +1,24 @@
 """The path that every call of a loss takes: checks, then the way to its backend."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
 from . import backends
 from .checks import check_denominator, check_logits, check_target
-from .op import REDUCTIONS, Loss, Op, Options, named, run_fused, run_reference
+from .op import (
+    COMPILED,
+    REDUCTIONS,
+    TRITON,
+    Loss,
+    Op,
+    Options,
+    compiled_op,
+    named,
+    run_fused,
+    run_reference,
+)
 from .parts import ClassPart
 from .sharded import call as sharded
 from .sparse import Teacher, check_teachers
@@ -44,17 +54,19 @@ def run(
     if options.denominator is not None:
         check_denominator(options.denominator, hidden=backends.is_tracing())
 
-    options = replace(options, backend=backends.choose(options.backend, students[0], op.name))
-    if options.backend == "reference":
+    backend = backends.choose(options.backend, students[0], op.name)
+    if backend == "reference":
         loss, terms = run_reference(op, students, teachers, target, params, options)
-    elif options.backend == "cpu" and not backends.is_tracing():
+        return named(op, len(students), loss, terms, target, options)
+    call = compiled_op(TRITON if backend == "triton" else COMPILED, op.name)
+    if backend == "cpu" and not backends.is_tracing():
         try:
-            loss, terms = run_fused(op, students, teachers, target, params, options)
+            loss, terms = run_fused(call, students, teachers, target, params, options)
         except RuntimeError as error:  # all that a compiled op can raise
             said = str(error).split("\n", 1)[0]
             if not said.startswith("kdfuse: "):
                 raise
             raise ValueError(said) from None
     else:
-        loss, terms = run_fused(op, students, teachers, target, params, options)
+        loss, terms = run_fused(call, students, teachers, target, params, options)
     return named(op, len(students), loss, terms, target, options)

@@ -9,7 +9,7 @@ are empty where all teachers are whole, and hold an empty tensor for what a teac
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -56,8 +56,7 @@ class Op:
     entropy: bool = True  # the teacher's exponents are part of the sum over both
 
 
-@dataclass(frozen=True)
-class Options:
+class Options(NamedTuple):
     """The keywords that all losses share; see any loss's docstring."""
 
     reduction: str = "mean"
@@ -130,12 +129,20 @@ def compiled_op(namespace: str, name: str) -> Callable[..., Any]:
     return getattr(getattr(torch.ops, namespace), name).default
 
 
+def below_autograd(call: Callable[..., Any], *args: Any) -> Any:
+    """An op's result without its own way through autograd, in Python: `Fused` has the gradient."""
+    if torch.compiler.is_compiling():  # the guard cannot be traced
+        return call(*args)
+    with torch._C._AutoDispatchBelowAutograd():
+        return call(*args)
+
+
 def unit_stride(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 else x.contiguous()
 
 
 def run_fused(
-    op: Op,
+    call: Callable[..., Any],  # a compiled op
     students: Sequence[Tensor],
     teachers: Sequence[Teacher],
     target: Tensor | None,
@@ -152,11 +159,11 @@ def run_fused(
         if target.dtype == torch.float64 and not wide:
             target = target.float()
     denominator, divisor = denominator_of(options.denominator, students[0].device)
-    call = compiled_op(TRITON if options.backend == "triton" else COMPILED, op.name)
     static = (list(params), REDUCTIONS[options.reduction], options.ignore_index)
     if not (torch.is_grad_enabled() and any(x.requires_grad for x in students)):
         lists = (students, values, indices, masses)
-        loss, terms, _ = call(*lists, target, denominator, divisor, None, *static, False)
+        given = (*lists, target, denominator, divisor, None)
+        loss, terms, _ = below_autograd(call, *given, *static, False)
         return loss, terms
     return Fused.apply(
         call,
@@ -179,7 +186,8 @@ class Fused(torch.autograd.Function):
     @staticmethod
     def forward(ctx, call, static, stored, counts, target, denominator, divisor, *inputs):
         lists = split(inputs, counts)
-        loss, terms, gradients = call(*lists, target, denominator, divisor, None, *static, stored)
+        given = (*lists, target, denominator, divisor, None)
+        loss, terms, gradients = below_autograd(call, *given, *static, stored)
         ctx.call, ctx.static, ctx.stored, ctx.counts = call, static, stored, counts
         ctx.divisor = divisor
         ctx.set_materialize_grads(False)  # of the terms: a kernel that fills zeros
@@ -198,25 +206,21 @@ class Fused(torch.autograd.Function):
         if upstream is None:
             return (None,) * (7 + len(ctx.types) + ctx.others)
         if ctx.stored and backends.scales_in_place(upstream):
-            gradients = scaled_for_backward(ctx, upstream)
+            gradients = scaled_in_place(ctx.saved_tensors, upstream)
         elif ctx.stored:
-            gradients = [
-                scaled(g, upstream, t) for g, t in zip(ctx.saved_tensors, ctx.types, strict=True)
-            ]
+            gradients = scaled(ctx.saved_tensors, upstream)
         else:
             target, denominator, *inputs = ctx.saved_tensors
             lists = split(inputs, ctx.counts)
             given = (*lists, target, denominator, ctx.divisor, upstream)
-            _, _, made = ctx.call(*given, *ctx.static, True)
-            gradients = [g.to(t) for g, t in zip(made, ctx.types, strict=True)]
-        return (None,) * 7 + tuple(gradients) + (None,) * ctx.others
+            _, _, gradients = below_autograd(ctx.call, *given, *ctx.static, True)
+        return (None,) * 7 + cast(gradients, ctx.types) + (None,) * ctx.others
 
 
-def split(inputs: Sequence[Tensor], counts: tuple[int, int, int]) -> list[list[Tensor]]:
+def split(inputs: Sequence[Tensor], counts: tuple[int, int, int]) -> list[Sequence[Tensor]]:
     """Students, teachers, indices and masses of an op; of the last two there are as many."""
-    students, teachers, listed = counts
-    ends = (students, students + teachers, students + teachers + listed)
-    return [list(inputs[i:j]) for i, j in zip((0, *ends), (*ends, None), strict=True)]
+    a, b, c = counts
+    return [inputs[:a], inputs[a : a + b], inputs[a + b : a + b + c], inputs[a + b + c :]]
 
 
 def refuse_second_derivative(wanted: bool = False) -> None:
@@ -238,25 +242,30 @@ def denominator_of(given: Tensor | float | None, at: torch.device) -> tuple[Tens
     return (given if whole else given.to(at, torch.float64)), None
 
 
-def scaled_for_backward(ctx: Any, upstream: Tensor) -> list[Tensor]:
+def scaled_in_place(gradients: Sequence[Tensor], upstream: Tensor) -> Sequence[Tensor]:
     """The stored gradients times the upstream one, in place: a factor of 1 costs no traffic.
 
     Where the graph is retained another backward may follow, so that a copy is scaled.
     """
-    gradients = list(ctx.saved_tensors)
     if torch._C._autograd._get_current_graph_task_keep_graph():
         gradients = [g.clone() for g in gradients]
     torch.ops.kdfuse.scale_(gradients, upstream)
-    return [g.to(t) for g, t in zip(gradients, ctx.types, strict=True)]
+    return gradients
 
 
-def scaled(gradient: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
-    """The stored gradient (N, C) times the upstream one, a scalar or (N,)."""
-    on_host = upstream.device.type == "cpu" and not torch.compiler.is_compiling()
+def scaled(gradients: Sequence[Tensor], upstream: Tensor) -> Sequence[Tensor]:
+    """The stored gradients (N, C) times the upstream one, a scalar or (N,)."""
+    on_host = upstream.is_cpu and not torch.compiler.is_compiling()
     if on_host and upstream.dim() == 0 and upstream.item() == 1:
-        return gradient.to(dtype)
+        return gradients
     factor = upstream if upstream.dim() == 0 else upstream[:, None]
-    return (gradient * factor.to(gradient.dtype)).to(dtype)
+    return [g * factor.to(g.dtype) for g in gradients]
+
+
+def cast(gradients: Sequence[Tensor], types: Sequence[torch.dtype]) -> tuple[Tensor, ...]:
+    """`to` alone would take longer to find that there is nothing to do."""
+    pairs = zip(gradients, types, strict=True)
+    return tuple([g if g.dtype == t else g.to(t) for g, t in pairs])
 
 
 def register(op: Op, namespace: str) -> None:

@@ -1,6 +1,7 @@
 // What the CPU ops have around their row passes: numbers and labels in, gradients and batch sums out.
 // Only torch's stable ABI is used.
 #pragma once
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #if defined(__linux__)
@@ -8,7 +9,9 @@
 #endif
 
 #include <algorithm>
+#include <initializer_list>
 #include <optional>
+#include <stdexcept>
 #include <string>
 #include <utility>
 #include <vector>
@@ -19,6 +22,17 @@ namespace kdfuse {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+
+// torch::stable::empty looks its op up by name and boxes what it gets, for longer than a small loss takes.
+inline Tensor empty(std::initializer_list<int64_t> shape, ScalarType type) {
+  const int64_t strides[] = {shape.size() == 2 ? shape.end()[-1] : 1, 1};
+  const auto code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
+  AtenTensorHandle made;
+  if (aoti_torch_empty_strided(shape.size(), shape.begin(), strides, code, aoti_torch_device_type_cpu(), 0, &made)) {
+    throw std::runtime_error("torch has no memory for a tensor of this loss");
+  }
+  return Tensor(made);
+}
 
 inline std::vector<double> numbers(const Tensor& x, const char* name) {
   if (x.dim() > 1 || (x.scalar_type() != ScalarType::Float && x.scalar_type() != ScalarType::Double)) {
@@ -101,7 +115,7 @@ inline std::vector<Tensor> gradients_of(const std::vector<Tensor>& students) {
   for (const Tensor& x : students) {
     // float16 would lose what lies below 6e-8 before a loss scaler could lift it.
     const auto type = x.scalar_type() == ScalarType::Half ? ScalarType::Float : x.scalar_type();
-    gradients.push_back(torch::stable::empty({x.size(0), x.size(1)}, type));
+    gradients.push_back(empty({x.size(0), x.size(1)}, type));
     ask_for_large_pages(gradients.back());
   }
   return gradients;
@@ -140,13 +154,13 @@ inline std::pair<Tensor, Tensor> reduced(const OpFacts& facts, const std::vector
   for (int64_t i = 0; i < rows; ++i) {
     for (int k = 0; k < width; ++k) totals[k] += out[i * width + k];
   }
-  Tensor value = reduction == kNone ? torch::stable::empty({rows}, real) : torch::stable::empty({}, real);
+  Tensor value = reduction == kNone ? empty({rows}, real) : empty({}, real);
   if (reduction == kNone) {
     for (int64_t i = 0; i < rows; ++i) put(value, i, out[i * width]);
   } else {
     put(value, 0, totals[0] * scale);
   }
-  Tensor terms = torch::stable::empty({width}, real);
+  Tensor terms = empty({width}, real);
   for (int k = 0; k < num_terms; ++k) {
     put(terms, k, totals[1 + k] / (facts.counts(k) ? 1. : std::max<double>(valid, 1)));
   }

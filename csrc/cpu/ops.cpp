@@ -53,10 +53,11 @@ std::atomic<Level> current_level{best_level()};
 using Result = std::tuple<Tensor, Tensor, std::vector<Tensor>>;
 
 template <Loss which>
-Result loss(std::vector<Tensor> students, std::vector<Tensor> teachers, std::vector<Tensor> indices,
-            std::vector<Tensor> masses, std::optional<Tensor> target, std::optional<Tensor> denominator,
-            std::optional<double> divisor, std::optional<Tensor> upstream, std::vector<double> params,
-            int64_t reduction, int64_t ignore_index, bool with_gradient) {
+Result loss(const std::vector<Tensor>& students, const std::vector<Tensor>& teachers,
+            const std::vector<Tensor>& indices, const std::vector<Tensor>& masses, const std::optional<Tensor>& target,
+            const std::optional<Tensor>& denominator, std::optional<double> divisor,
+            const std::optional<Tensor>& upstream, const std::vector<double>& params, int64_t reduction,
+            int64_t ignore_index, bool with_gradient) {
   const OpOnCpu op = op_on_cpu(which);
   check_call(op.facts, students, teachers, target.has_value(), params);
   if (!op.facts.takes_top_k) refuse_sparse(indices, masses);

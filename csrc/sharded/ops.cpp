@@ -67,7 +67,7 @@ Tensor stats(std::vector<Tensor> students, std::vector<Tensor> teachers, std::op
   const OpOnCpu op = op_on_cpu(loss);
   Part part = Part::of(op, students, teachers, target, first, classes, params, ignore_index);
   SplitProblem& p = part.problem(params);
-  Tensor packed = torch::stable::empty({p.rows, p.layout.width()}, ScalarType::Double);
+  Tensor packed = empty({p.rows, p.layout.width()}, ScalarType::Double);
   p.packed = static_cast<double*>(packed.data_ptr());
   if (p.rows > 0) each_row(op.parts.stats, p);
   return packed;

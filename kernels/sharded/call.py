@@ -24,6 +24,7 @@ from ..op import (
     Loss,
     Op,
     Options,
+    cast,
     denominator_of,
     named,
     refuse_second_derivative,
@@ -255,15 +256,12 @@ class Split(torch.autograd.Function):
     def backward(ctx, upstream, _):
         refuse_second_derivative()
         if ctx.stored:
-            made = [
-                scaled(g, upstream, t) for g, t in zip(ctx.saved_tensors, ctx.types, strict=True)
-            ]
+            made = scaled(ctx.saved_tensors, upstream)
         else:
             target, merged, denominator, *logits = ctx.saved_tensors
             lists = (logits[: ctx.count], logits[ctx.count :])
-            _, _, found = ctx.call(*lists, target, merged, denominator, upstream, True)
-            made = [g.to(t) for g, t in zip(found, ctx.types, strict=True)]
-        return (None,) * 6 + tuple(made) + (None,) * ctx.teachers
+            _, _, made = ctx.call(*lists, target, merged, denominator, upstream, True)
+        return (None,) * 6 + cast(made, ctx.types) + (None,) * ctx.teachers
 
 
 def register(op: Op) -> None:

@@ -12,7 +12,6 @@ the logits' placements.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -60,7 +59,7 @@ def run(
     if columns is not None:
         local[0] = part_of(students[0], local[0], mesh, columns)
     if isinstance(options.denominator, DTensor):
-        options = replace(options, denominator=options.denominator.full_tensor())
+        options = options._replace(denominator=options.denominator.full_tensor())
     given = (local, [x.to_local() for x in teachers], local_target(target, mesh, rows), params)
     if rows is not None:
         return over_rows(op, given, options, mesh, rows, students[0].shape[0], run_local)
@@ -142,7 +141,7 @@ def over_rows(
     if denominator is not None:
         check_denominator(denominator, hidden=False)
     each = "none" if whole == "none" else "sum"
-    inner = replace(options, reduction=each, denominator=None, return_terms=True)
+    inner = options._replace(reduction=each, denominator=None, return_terms=True)
     students, teachers, target, params = given
     loss, terms = run_local(op, students, teachers, target, params, inner)
     own = terms["rows"]

@@ -190,6 +190,21 @@ def test_float16_gradients_live_under_a_loss_scale(name, backend, stored):
         assert small.any() and (g[small] != 0).all()
 
 
+@pytest.mark.parametrize("stored", (True, False))
+@pytest.mark.parametrize("name", NAMES)
+def test_a_call_passes_by_the_autograd_of_its_op(name, stored):
+    """torch.library has it in Python, entered even where nothing requires grad."""
+    case, entered, before = make(name, 4, 9), set(), sys.getprofile()
+    sys.setprofile(lambda frame, *_: entered.add(frame.f_code.co_filename))
+    try:
+        loss_and_gradients(name, case, stored_gradient=stored, **FULL[name])
+        call(name, case, **FULL[name])
+    finally:
+        sys.setprofile(before)
+    assert any(x.endswith("op.py") for x in entered)
+    assert not [x for x in entered if "_library" in x]
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_torch_func_takes_the_reference(name):
     case = make(name, 4, 5)
