@@ -8,6 +8,7 @@
 #include "../losses/tf_nkd.h"
 #include "grid.h"
 #include "kernel_table.h"
+#include "shape.h"
 
 namespace kdfuse {
 
@@ -28,42 +29,50 @@ KDFUSE_DEVICE Exponents exponents(float step, float peak) { return {step, peak *
 template <class Loss>
 constexpr bool is_taught = !std::is_same_v<Loss, TfNkd>;
 
-// What a row is summed up to, over the classes but the label, of a student z and a teacher t: exponentials at
-// their temperatures and at T = 1, Taught::mixed to base 2, and how many classes come before the label.
-template <class Loss, bool labelled>
+// What a row is summed up to, over the classes but the label, of a student z and teachers t: exponentials at their
+// temperatures and at T = 1, Taught::mixed to base 2; of class probabilities their mass, and their product with the
+// student's exponents at T = 1 to base 2; and how many classes come before the label.
+template <class Loss, Labels labels, int teachers = 1>
 struct Sums {
   static constexpr bool kTaught = is_taught<Loss>, kTeacherAt1 = Loss::kTeacherAt1;
   static constexpr bool kApart = kTaught && !Loss::kStudentAt1;  // the student at T from the one at T = 1
-  static constexpr bool kAt1 = labelled || Loss::kStudentAt1;
+  static constexpr bool kAt1 = labels != Labels::none || Loss::kStudentAt1;
+  static constexpr int kTeachers = kTaught ? teachers : 0;
   enum {
     student,
     teacher = student + kApart,
-    mixed = teacher + kTaught,
-    teacher1 = mixed + kTaught,
+    mixed = teacher + kTeachers,
+    teacher1 = mixed + kTeachers,
     student1 = teacher1 + kTeacherAt1,
-    rank = student1 + kAt1,
-    kCount = rank + labelled
+    mass = student1 + kAt1,
+    product = mass + (labels == Labels::soft),
+    rank = product + (labels == Labels::soft),
+    kCount = rank + (labels != Labels::none)
   };
 };
 
 // The label's natural exponents in the student's and in the teacher's row, at their temperatures and at T = 1.
+template <int teachers = 1>
 struct Far {
-  float student = -INFINITY, teacher = -INFINITY, student1 = -INFINITY, teacher1 = -INFINITY;
+  float student = -INFINITY, teacher[teachers > 0 ? teachers : 1], student1 = -INFINITY, teacher1 = -INFINITY;
 };
 
 // The loss, its own terms, cross-entropy, top-1 and top-5.
 template <class Loss>
 constexpr int columns_of = 1 + Loss::kTerms + 3;
 
+template <int teachers = 1>
 struct Blend {
-  float a, c, b;  // the factors of the student's exponentials at T and at T = 1, and of the teacher's
+  float a, c;  // the factors of the student's exponentials at T and at T = 1
+  float b[teachers > 0 ? teachers : 1];  // and of the teachers'
   float label;  // the entry of the label
+  float q;  // the factor of class probabilities
 };
 
-template <class Loss>
+template <class Loss, int teachers = 1>
 struct Conclusion {
   float values[columns_of<Loss>];
-  Blend gradient;
+  Blend<teachers> gradient;
 };
 
 struct Hit {
@@ -105,55 +114,68 @@ KDFUSE_DEVICE void split_rest(const Stats<float> (&x)[n], Split<float> (&out)[n]
   for (int k = 0; k < n; ++k) out[k] = {from_lane(log_sum, k), 0, 1, -INFINITY, from_lane(unit, k)};
 }
 
-// A row's student and teacher from their sums, as far as the loss reads them.
-template <class Loss, bool labelled>
-KDFUSE_DEVICE Taught<float> taught(const float (&sums)[Sums<Loss, labelled>::kCount], const Far& far) {
-  using S = Sums<Loss, labelled>;
+// A row's student and teachers from their sums, as far as the loss reads them.
+template <class Loss, Labels labels, int teachers>
+KDFUSE_DEVICE void taught(const float (&sums)[Sums<Loss, labels, teachers>::kCount], const Far<teachers>& far,
+                          Taught<float> (&x)[teachers]) {
+  using S = Sums<Loss, labels, teachers>;
   enum {
     kOwn,
     kTeacher = kOwn + (S::kApart && Loss::kSoftmaxAtT),
-    kAt1 = kTeacher + Loss::kSoftmaxAtT,
+    kAt1 = kTeacher + teachers * Loss::kSoftmaxAtT,
     kTeacherAt1 = kAt1 + S::kAt1,
     kCount = kTeacherAt1 + S::kTeacherAt1
   };
   Stats<float> of[kCount];
   const Stats<float> z = {sums[S::kApart ? S::student : S::student1], S::kApart ? far.student : far.student1};
-  const Stats<float> t = {sums[S::teacher], far.teacher};
   if constexpr (S::kApart && Loss::kSoftmaxAtT) of[kOwn] = z;
-  if constexpr (Loss::kSoftmaxAtT) of[kTeacher] = t;
+#pragma unroll
+  for (int k = 0; k < teachers; ++k) {
+    x[k] = {z, {sums[S::teacher + k], far.teacher[k]}, {}, {}, {}, {}, kLn2 * sums[S::mixed + k]};
+    if constexpr (Loss::kSoftmaxAtT) of[kTeacher + k] = x[k].t_sums;
+  }
   if constexpr (S::kAt1) of[kAt1] = {sums[S::student1], far.student1};
   if constexpr (S::kTeacherAt1) of[kTeacherAt1] = {sums[S::teacher1], far.teacher1};
   Split<float> made[kCount];
-  if constexpr (labelled) {
+  if constexpr (labels == Labels::hard) {
     split_all(of, made);
   } else {
     split_rest(of, made);
   }
-  Taught<float> x = {z, t, {}, {}, {}, {}, kLn2 * sums[S::mixed]};
-  if constexpr (S::kAt1) x.z1 = made[kAt1];
-  if constexpr (S::kTeacherAt1) x.t1 = made[kTeacherAt1];
-  if constexpr (Loss::kSoftmaxAtT) x.z = made[S::kApart ? kOwn : kAt1], x.t = made[kTeacher];
-  return x;
+#pragma unroll
+  for (int k = 0; k < teachers; ++k) {
+    if constexpr (S::kAt1) x[k].z1 = made[kAt1];
+    if constexpr (S::kTeacherAt1) x[k].t1 = made[kTeacherAt1];
+    if constexpr (Loss::kSoftmaxAtT) x[k].z = made[S::kApart ? kOwn : kAt1], x[k].t = made[kTeacher + k];
+  }
 }
 
 // The launcher brings no row here that a weight of 0 should leave out.
-template <class Loss, bool labelled>
-KDFUSE_DEVICE Conclusion<Loss> conclude(const FastTask& p, const float (&sums)[Sums<Loss, labelled>::kCount],
-                                        const Far& far, Hit hit) {
-  const Taught<float> x = taught<Loss, labelled>(sums, far);
-  const auto& factors = *reinterpret_cast<const typename Loss::template Factors<float>*>(p.params);
+template <class Loss, Labels labels, int teachers>
+KDFUSE_DEVICE Conclusion<Loss, teachers> conclude(const FastTask& p,
+                                                  const float (&sums)[Sums<Loss, labels, teachers>::kCount],
+                                                  const Far<teachers>& far, Hit hit) {
+  using S = Sums<Loss, labels, teachers>;
+  Taught<float> x[teachers];
+  taught<Loss, labels>(sums, far, x);
+  const auto* const factors = reinterpret_cast<const typename Loss::template Factors<float>*>(p.params);
   Lesson<float, Loss::kTerms> row;
-  const float b = Loss::template add<false>(factors, x, row);
-  Conclusion<Loss> found = {};
-  Blend& g = found.gradient;
-  g = {row.a, row.c, b, row.label};
+  Conclusion<Loss, teachers> found = {};
+  Blend<teachers>& g = found.gradient;
+#pragma unroll
+  for (int k = 0; k < teachers; ++k) g.b[k] = Loss::template add<false>(factors[k], x[k], row);
+  g.a = row.a, g.c = row.c, g.label = row.label;
   float ce = 0;
-  if constexpr (labelled) {
-    ce = cross_entropy(x.z1, 1.f, far.student1);
-    g.c = std::fma(p.ce_weight, x.z1.unit, row.c), g.label = std::fma(-p.ce_weight, x.z1.rest, row.label);
+  if constexpr (labels == Labels::hard) {
+    ce = cross_entropy(x[0].z1, 1.f, far.student1);
+    g.c = std::fma(p.ce_weight, x[0].z1.unit, row.c), g.label = std::fma(-p.ce_weight, x[0].z1.rest, row.label);
+  }
+  if constexpr (labels == Labels::soft) {
+    ce = cross_entropy(x[0].z1, sums[S::mass], kLn2 * sums[S::product]);
+    g.c = std::fma(p.ce_weight * sums[S::mass], x[0].z1.unit, row.c), g.q = -p.ce_weight;
   }
   if constexpr (Loss::kStudentAt1) g.c += g.a, g.a = 0;
-  found.values[0] = labelled ? row.value + gated(p.ce_weight, ce) : row.value;
+  found.values[0] = labels == Labels::none ? row.value : row.value + gated(p.ce_weight, ce);
 #pragma unroll
   for (int k = 0; k < Loss::kTerms; ++k) found.values[1 + k] = row.terms_of_row[k];
   found.values[Loss::kTerms + 1] = ce;
@@ -162,59 +184,82 @@ KDFUSE_DEVICE Conclusion<Loss> conclude(const FastTask& p, const float (&sums)[S
 }
 
 // The score: the label's probability, and its mean over the batch.
-KDFUSE_DEVICE Conclusion<TfNkd> conclude_alone(const FastTask& p, const Split<float>& at1, float far, Hit hit,
-                                               double score, double mean) {
+KDFUSE_DEVICE Conclusion<TfNkd, 0> conclude_alone(const FastTask& p, const Split<float>& at1, float far, Hit hit,
+                                                  double score, double mean) {
   const TfNkdParams<float> q(p.params);
   const float w = static_cast<float>(smoothed_weight(score, 1., mean)), value = gated(w, -at1.log_label);
   const float ce = cross_entropy(at1, 1.f, far), c = q.weight * w + q.ce_weight;
   const float loss = gated(q.weight, value) + gated(q.ce_weight, ce);
-  return {{loss, value, ce, hit.top1, hit.top5}, {0, c * at1.unit, 0, -c * at1.rest}};
+  return {{loss, value, ce, hit.top1, hit.top5}, {0, c * at1.unit, {0}, -c * at1.rest, 0}};
 }
 
 // The exponentials of a class: at their temperatures, and the student's at T = 1.
+template <int teachers = 1>
 struct Powers {
-  float z, t, one;
+  float z, one, t[teachers > 0 ? teachers : 1];
 };
 
-// A student's row and its teacher's, class by class.
-//
+// A student's row and its teachers', class by class.
 // squarings: so many make one at T = 1 of an exponential at T, which is 1, 2 or 4; negative: T is any.
-template <class Loss, bool labelled, int squarings = -1>
+template <class Loss, Labels labels, int teachers = 1, int squarings = -1>
 struct Pair {
-  using S = Sums<Loss, labelled>;
-  Exponents z, t, z1, t1;  // at their temperatures and at T = 1
+  using S = Sums<Loss, labels, teachers>;
+  using E = Powers<teachers>;
+  using G = Blend<teachers>;
+  static constexpr int kLogits = 1 + teachers;
+  Exponents z, z1, t[teachers > 0 ? teachers : 1], t1;  // at their temperatures and at T = 1
 
-  KDFUSE_DEVICE_MEMBER Pair(const FastTask& p, float peak, float of_teacher) {
-    z = exponents(p.own_step, peak), t = exponents(p.step, of_teacher);
-    z1 = exponents(kLog2e, peak), t1 = exponents(kLog2e, of_teacher);
+  // peak: of the student, then of the teachers.
+  KDFUSE_DEVICE_MEMBER Pair(const FastTask& p, const float (&peak)[kLogits]) {
+    z = exponents(p.own_step, peak[0]), z1 = exponents(kLog2e, peak[0]);
+#pragma unroll
+    for (int k = 0; k < teachers; ++k) t[k] = exponents(p.step, peak[1 + k]);
+    t1 = exponents(kLog2e, peak[kLogits - 1]);
   }
 
-  KDFUSE_DEVICE_MEMBER Far far(float label, float of_teacher) const {
-    Far far;
-    if constexpr (labelled) far.student1 = z1.natural(label);
-    if constexpr (labelled && S::kApart) far.student = z.natural(label);
-    if constexpr (labelled && S::kTaught) far.teacher = t.natural(of_teacher);
-    if constexpr (labelled && S::kTeacherAt1) far.teacher1 = t1.natural(of_teacher);
+  KDFUSE_DEVICE_MEMBER Far<teachers> far(const float (&label)[kLogits]) const {
+    Far<teachers> far;
+#pragma unroll
+    for (float& teacher : far.teacher) teacher = -INFINITY;
+    if constexpr (labels != Labels::hard) return far;
+    far.student1 = z1.natural(label[0]);
+    if constexpr (S::kApart) far.student = z.natural(label[0]);
+#pragma unroll
+    for (int k = 0; k < teachers; ++k) far.teacher[k] = t[k].natural(label[1 + k]);
+    if constexpr (S::kTeacherAt1) far.teacher1 = t1.natural(label[kLogits - 1]);
     return far;
   }
 
-  KDFUSE_DEVICE_MEMBER Powers powers(float x, float of_teacher) const {
-    Powers e = {S::kApart ? power(z.of(x)) : 0.f, S::kTaught ? power(t.of(of_teacher)) : 0.f, 0.f};
-    if constexpr (S::kAt1) e.one = S::kApart ? at_one(z1, x, e.z) : power(z1.of(x));
+  KDFUSE_DEVICE_MEMBER E powers(const float (&x)[kLogits]) const {
+    E e = {};
+    if constexpr (S::kApart) e.z = power(z.of(x[0]));
+#pragma unroll
+    for (int k = 0; k < teachers; ++k) e.t[k] = power(t[k].of(x[1 + k]));
+    if constexpr (S::kAt1) e.one = S::kApart ? at_one(z1, x[0], e.z) : power(z1.of(x[0]));
     return e;
   }
 
-  KDFUSE_DEVICE_MEMBER Powers add(float x, float of_teacher, float (&sums)[S::kCount]) const {
-    const Powers e = powers(x, of_teacher);
+  KDFUSE_DEVICE_MEMBER E add(const float (&x)[kLogits], float (&sums)[S::kCount]) const {
+    const E e = powers(x);
     if constexpr (S::kAt1) sums[S::student1] += e.one;
+    if constexpr (S::kApart) sums[S::student] += e.z;
     if constexpr (S::kTaught) {
-      const float uz = S::kApart ? z.of(x) : z1.of(x), ut = t.of(of_teacher), gap = Loss::kEntropy ? ut - uz : uz;
-      if constexpr (S::kApart) sums[S::student] += e.z;
-      sums[S::teacher] += e.t;
-      sums[S::mixed] = e.t > 0 ? std::fma(e.t, gap, sums[S::mixed]) : sums[S::mixed];
-      if constexpr (S::kTeacherAt1) sums[S::teacher1] += at_one(t1, of_teacher, e.t);
+#pragma unroll
+      for (int k = 0; k < teachers; ++k) {
+        const float uz = S::kApart ? z.of(x[0]) : z1.of(x[0]), ut = t[k].of(x[1 + k]);
+        const float gap = Loss::kEntropy ? ut - uz : uz;
+        sums[S::teacher + k] += e.t[k];
+        sums[S::mixed + k] = e.t[k] > 0 ? std::fma(e.t[k], gap, sums[S::mixed + k]) : sums[S::mixed + k];
+      }
     }
+    if constexpr (S::kTeacherAt1) sums[S::teacher1] += at_one(t1, x[kLogits - 1], e.t[0]);
     return e;
+  }
+
+  // A class's probability in the target.
+  KDFUSE_DEVICE_MEMBER void add_probability(float x, float q, float (&sums)[S::kCount]) const {
+    sums[S::mass] += q;
+    sums[S::product] = q != 0 ? std::fma(q, z1.of(x), sums[S::product]) : sums[S::product];
   }
 
   // An exponential at T = 1, of a class whose one at T is e.
@@ -224,22 +269,33 @@ struct Pair {
     return squarings == 2 ? e * e : e;
   }
 
-  KDFUSE_DEVICE_MEMBER static float combine(const Blend& g, const Powers& e) {
-    if constexpr (!S::kTaught) return g.c * e.one;
-    if constexpr (!S::kApart) return g.c * e.one + g.b * e.t;
-    if constexpr (labelled) return std::fma(g.a, e.z, std::fma(g.b, e.t, g.c * e.one));
-    return combine_bare(g, e);
+  KDFUSE_DEVICE_MEMBER static float combine(const G& g, const E& e) {
+    if constexpr (teachers == 0) return g.c * e.one;
+    if constexpr (!S::kApart) return g.c * e.one + g.b[0] * e.t[0];
+    if constexpr (labels == Labels::none) return combine_bare(g, e);
+    float sum = g.c * e.one;
+#pragma unroll
+    for (int k = teachers - 1; k >= 0; --k) sum = std::fma(g.b[k], e.t[k], sum);
+    return std::fma(g.a, e.z, sum);
   }
 
   // Where nothing is at T = 1. Each product is rounded by itself, so that equal rows with opposite factors cancel
   // to exactly 0.
-  KDFUSE_DEVICE_MEMBER static float combine_bare(const Blend& g, const Powers& e) { return g.a * e.z + g.b * e.t; }
+  KDFUSE_DEVICE_MEMBER static float combine_bare(const G& g, const E& e) {
+    float sum = g.a * e.z;
+#pragma unroll
+    for (int k = 0; k < teachers; ++k) sum += g.b[k] * e.t[k];
+    return sum;
+  }
 
-  KDFUSE_DEVICE_MEMBER static bool is_bare(const Blend& g) { return S::kApart && g.c == 0; }
+  KDFUSE_DEVICE_MEMBER static bool is_bare(const G& g) { return S::kApart && g.c == 0; }
 };
 
-KDFUSE_DEVICE Blend weighted(Blend g, float weight) {
-  g.a *= weight, g.b *= weight, g.c *= weight, g.label *= weight;
+template <int teachers>
+KDFUSE_DEVICE Blend<teachers> weighted(Blend<teachers> g, float weight) {
+  g.a *= weight, g.c *= weight, g.label *= weight, g.q *= weight;
+#pragma unroll
+  for (float& b : g.b) b *= weight;
   return g;
 }
 

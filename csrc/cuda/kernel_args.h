@@ -69,12 +69,14 @@ struct Task : Call {
 
 constexpr int kFastInputs = 4;  // of them at most 3 students
 
-// Rows that are all of one type, lie alike on 16-byte boundaries and have labels, or none: the logits
-// of the students, then of the teacher.
+// Rows that lie alike on 16-byte boundaries, of students of one type: the logits of the students, then of the teachers,
+// then class probabilities.
 struct FastTask : Call {
   int inputs;
   const void* logits[kFastInputs];
   uint32_t steps[kFastInputs];  // bytes from row to row
+  DType types[kFastInputs];
+  bool any;  // they are not all the same
   void* gradients[kFastInputs - 1];
   float params[12];  // the op's own; of a loss under teachers its Factors
   float ce_weight;  // of such a loss

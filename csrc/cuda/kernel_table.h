@@ -5,14 +5,13 @@
 namespace kdfuse {
 
 constexpr int kTickets = 1 << 16;
-// So that every row stays in registers: 255 for a thread of a fast block, 128 where it has a pair of 16-bit rows; in
-// fast warps 168 for bfloat16, 255 for the others.
+// So that every row stays in registers: 255 for a thread of a fast block, 128 where two fit (pairs of 16-bit students);
+// in fast warps 168 for bfloat16, 255 for the others.
 constexpr int kFastBlock = 256;  // threads
-constexpr int fast_blocks_of(DType type) { return type == DType::f32 ? 1 : 2; }  // of a multiprocessor, of pairs
 constexpr int fast_warp_blocks(DType type) { return type == DType::bf16 ? 3 : 2; }  // of a multiprocessor
 constexpr int kStreamBlock = 256, kGeneralBlock = 256;  // threads
 
-// Of rows of one type with labels, or none. A kernel may be missing.
+// Of rows of one shape. A kernel may be missing.
 struct FastKernels {
   int chunks = 0, thread_bytes = 0;  // of each thread; not of streams
   const void* warps = nullptr;  // a warp for each row
@@ -28,7 +27,7 @@ struct GeneralKernels {
 struct LossKernels {
   // Whether the rows of a call may be fast ones, as far as the op has a say; then it sets its own part of `fast`.
   bool (*set_fast)(const Task& p, FastTask& fast);
-  FastKernels (*fast)(const Task& p);
+  FastKernels (*fast)(const Task& p, const FastTask& fast);
   GeneralKernels (*general)();
   bool scored, sorted, fused;  // needs the batch mean of its label scores; sorts a row; has a fused teacher
 };

@@ -59,30 +59,26 @@ const void* address(Kernel* kernel) {
   return reinterpret_cast<const void*>(kernel);
 }
 
-constexpr int kChunksOfPair = 4;
+constexpr int kChunksOfStudent = 4;
 template <DType type>
 constexpr int kChunksOfSlkd = type == DType::f32 ? 1 : 2;
 
-// Rows longer than a block's registers; of float16, in which few train with so many classes, they are general ones.
-template <DType type>
-constexpr bool kLongRows = type != DType::f16;
-
-// Of a student with one teacher, or alone.
-template <class Loss, DType type, bool labelled>
-struct PairKernels {
+// Of one student.
+template <class Loss, class Shape>
+struct StudentKernels {
   template <class Team>
-  using Rows = Resident<Loss, type, labelled, kChunksOfPair, Team>;
+  using Rows = Resident<Loss, Shape, kChunksOfStudent, Team>;
+  static constexpr DType type = Shape::type;
+  static constexpr bool kPair = !Shape::any && !Shape::soft && Shape::kInputs <= 2;
 
   static FastKernels get() {
     FastKernels k;
-    k.chunks = kChunksOfPair;
+    k.chunks = kChunksOfStudent;
     k.thread_bytes = Rows<Block>::kThreadBytes;
-    k.warps = address(fast_warps<Rows<Warp>, fast_warp_blocks(type)>);
-    k.blocks = address(fast_blocks<Rows<Block>, fast_blocks_of(type)>);
-    if constexpr (kLongRows<type>) {
-      if constexpr (!Rows<Block>::kScored) k.clusters = address(fast_clusters<Rows, fast_blocks_of(type)>);
-      k.streams = address(fast_streams<Streamed<Loss, type, labelled, Block>>);
-    }
+    k.warps = address(fast_warps < Rows<Warp>, kPair ? fast_warp_blocks(type) : 2 >);
+    k.blocks = address(fast_blocks<Rows<Block>, fast_blocks_of<Shape>>);
+    if constexpr (!Rows<Block>::kScored) k.clusters = address(fast_clusters<Rows, fast_blocks_of<Shape>>);
+    if constexpr (kPair) k.streams = address(fast_streams<Streamed<Loss, Shape, Block>>);
     return k;
   }
 };
@@ -98,7 +94,7 @@ struct SlkdKernels {
     k.thread_bytes = Rows<Block>::kThreadBytes;
     k.warps = address(fast_warps<Rows<Warp>, fast_warp_blocks(type)>);
     k.blocks = address(fast_blocks<Rows<Block>, 1>);
-    if constexpr (kLongRows<type>) k.clusters = address(fast_clusters<Rows, 1>);
+    k.clusters = address(fast_clusters<Rows, 1>);
     return k;
   }
 };

@@ -159,30 +159,32 @@ LossKernels kernels_of(Loss loss) {
 
 // Whether a call's rows are fast ones; then fast is that call.
 bool make_fast(const LossKernels& of, const Task& p, FastTask& fast) {
-  const int inputs = p.num_students + p.num_teachers;
+  const int logits = p.num_students + p.num_teachers;
+  fast.inputs = logits + (p.soft.data != nullptr);
   const DType type = p.logits[0].type;
-  if (!of.set_fast || inputs > kFastInputs || p.rows > kMaxFastRows || type == DType::f64 || p.soft.data) return false;
-  const int64_t size = type == DType::f32 ? 4 : 2, own = type == DType::bf16 ? 2 : 4;
+  if (!of.set_fast || fast.inputs > kFastInputs || p.rows > kMaxFastRows) return false;
+  const int64_t size = bytes_of(type), own = type == DType::bf16 ? 2 : 4;
   const auto first = reinterpret_cast<uintptr_t>(p.logits[0].data);
-  if (first % size || (p.logits[0].stride - p.classes) % kChunk) return false;
   static_cast<Call&>(fast) = p;
+  fast.shift = static_cast<int>(first / size % kChunk);
   bool overlap = false;  // rows of an input
-  fast.inputs = inputs;
-  for (int k = 0; k < inputs; ++k) {
-    const Matrix& m = p.logits[k];
-    const auto at = reinterpret_cast<uintptr_t>(m.data);
-    if (m.type != type || (at - first) % (kChunk * size) || (m.stride - p.classes) % kChunk) return false;
-    if (m.stride * size > kMaxStep) return false;
+  for (int k = 0; k < fast.inputs; ++k) {
+    const Matrix& m = k < logits ? p.logits[k] : p.soft;
+    const int64_t bytes = bytes_of(m.type);
+    const auto at = reinterpret_cast<uintptr_t>(m.data) - static_cast<uintptr_t>(fast.shift * bytes);
+    if (m.type == DType::f64 || at % (kChunk * bytes) || (m.stride - p.classes) % kChunk) return false;
+    if (k < p.num_students && m.type != type) return false;
+    if (m.stride * bytes > kMaxStep) return false;
     overlap |= m.stride < p.classes;
-    fast.logits[k] = m.data, fast.steps[k] = static_cast<uint32_t>(m.stride * size);
+    fast.any |= m.type != type;
+    fast.logits[k] = m.data, fast.steps[k] = static_cast<uint32_t>(m.stride * bytes), fast.types[k] = m.type;
   }
   for (int k = 0; p.with_gradient && k < p.num_students; ++k) {
     const auto at = reinterpret_cast<uintptr_t>(p.gradients[k].data);
-    if (at / own % kChunk != first / size % kChunk) return false;
+    if (at / own % kChunk != static_cast<uintptr_t>(fast.shift)) return false;
     fast.gradients[k] = p.gradients[k].data;
   }
-  fast.whole = p.classes % kChunk == 0 && first % (kChunk * size) == 0;
-  fast.shift = static_cast<int>(first / size % kChunk);
+  fast.whole = p.classes % kChunk == 0 && fast.shift == 0;
   fast.guarded = static_cast<uint32_t>(fast.whole ? p.rows : overlap ? 0 : p.rows - 1);
   return of.set_fast(p, fast);
 }
@@ -260,7 +262,7 @@ void launch_rows(Loss loss, Task p, bool wide, int device, cudaStream_t stream) 
   FastTask fast = {};
   Launch l;
   const LossKernels of = kernels_of(loss);
-  if (!wide && make_fast(of, p, fast) && shape_fast(of, of.fast(p), fast, p.logits[0].type, device, l) &&
+  if (!wide && make_fast(of, p, fast) && shape_fast(of, of.fast(p, fast), fast, p.logits[0].type, device, l) &&
       blocks_at_once(l, device) > 0) {
     return start(l, fast, device, stream);
   }

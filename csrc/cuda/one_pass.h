@@ -1,20 +1,24 @@
-// The rows of a student with one teacher, or alone, in registers.
+// The rows of a student with teachers, or alone, in registers.
 #pragma once
 #include "aligned_row.h"
 
 namespace kdfuse {
 
-template <class Loss, DType type, bool labelled, int kChunks, class Team>
-class Resident : public FastRows<type, 1, is_taught<Loss>, labelled, kChunks, Team> {
-  using Base = FastRows<type, 1, is_taught<Loss>, labelled, kChunks, Team>;
+template <class Loss, class Shape, int kChunks, class Team>
+class Resident : public FastRows<Shape, kChunks, Team> {
+  using Base = FastRows<Shape, kChunks, Team>;
   using typename Base::Row;
-  using S = Sums<Loss, labelled>;
+  static constexpr DType type = Shape::type;
+  static constexpr int kTeachers = Shape::kTeachers, kLogits = Shape::kLogits;
+  using S = Sums<Loss, Shape::labels, kTeachers>;
   template <int squarings>
-  using Of = Pair<Loss, labelled, squarings>;
+  using Of = Pair<Loss, Shape::labels, kTeachers, squarings>;
   using Any = Of<-1>;
-  // Whether the exponentials stay in registers; else they are made again for the gradient, and two blocks fit.
-  static constexpr bool kKept = type == DType::f32 || Team::kTeams > 1;
-  using Base::p_, Base::stage_, Base::team_, Base::x_;
+  using E = Powers<kTeachers>;
+  using G = Blend<kTeachers>;
+  // Whether the exponentials stay in registers; else they are made again for the gradient.
+  static constexpr bool kKept = keeps_powers<Shape> || (Team::kTeams > 1 && Shape::kInputs <= 2);
+  using Base::p_, Base::stage_, Base::team_;
 
  public:
   static constexpr bool kScored = !is_taught<Loss>;
@@ -27,7 +31,7 @@ class Resident : public FastRows<type, 1, is_taught<Loss>, labelled, kChunks, Te
     float sums[S::kCount];
     exponentiate(at, sums);
     this->join(joint<Sum>(sums));
-    const Split<float> one = split(Stats<float>{sums[S::student1], far(at).student1});
+    const Split<float> one = split(Stats<float>{sums[S::student1], of(at).far(at.label.values).student1});
     put_scores(team_, p_, row, one.label, 0);
   }
 
@@ -40,18 +44,25 @@ class Resident : public FastRows<type, 1, is_taught<Loss>, labelled, kChunks, Te
     float sums[S::kCount];
     exponentiate(at, sums);
     this->join(joint<Sum>(sums));
-    const Blend g = conclude_row(at, sums);
+    const G g = conclude_row(at, sums);
     if (p_.with_gradient) write_gradient(at, g);
   }
 
  private:
   template <int squarings = -1>
   KDFUSE_DEVICE_MEMBER Of<squarings> of(const Row& at) const {
-    return {p_, at.peak[0], at.peak[Base::kInputs - 1]};
+    return {p_, at.peak};
   }
 
-  KDFUSE_DEVICE_MEMBER Far far(const Row& at) const {
-    return of(at).far(at.label.values[0], at.label.values[Base::kInputs - 1]);
+  // Class v of this thread's u-th chunk in the student's and the teachers' rows.
+  struct Class {
+    float x[kLogits];
+  };
+  KDFUSE_DEVICE_MEMBER Class class_at(int u, int v) const {
+    Class c;
+#pragma unroll
+    for (int k = 0; k < kLogits; ++k) c.x[k] = this->at(k, u, v);
+    return c;
   }
 
   // run(squarings) with the T of the call, where exponentials are to be saved.
@@ -75,58 +86,64 @@ class Resident : public FastRows<type, 1, is_taught<Loss>, labelled, kChunks, Te
 #pragma unroll
       for (int u = 0; u < kChunks; ++u) {
         if (!stage_.has(at.span, u)) continue;
-        if constexpr (labelled) this->count_ahead(at, threshold, 0, u, ahead);
+        if constexpr (Shape::labels != Labels::none) this->count_ahead(at, threshold, 0, u, ahead);
 #pragma unroll
         for (int v = 0; v < kChunk; ++v) {
-          const Powers e = of.add(unpack(x_[0][u], v), unpack(x_[Base::kInputs - 1][u], v), sums);
+          const Class c = class_at(u, v);
+          const E e = of.add(c.x, sums);
           if constexpr (kKept) e_[u][v] = e;
+          if constexpr (Shape::soft) of.add_probability(c.x[0], this->at(kLogits, u, v), sums);
         }
       }
     });
-    if constexpr (labelled) sums[S::rank] = ahead.total() + at.ties[0];
+    if constexpr (Shape::labels != Labels::none) sums[S::rank] = ahead.total() + at.ties[0];
   }
 
   // What the row comes to.
-  KDFUSE_DEVICE_MEMBER Blend conclude_row(const Row& at, const float (&sums)[S::kCount]) const {
-    const Far far = this->far(at);
+  KDFUSE_DEVICE_MEMBER G conclude_row(const Row& at, const float (&sums)[S::kCount]) const {
+    const auto far = of(at).far(at.label.values);
     Hit hit = {0, 0};
-    if constexpr (labelled) hit = this->hit(at, 0, sums[S::rank]);
-    Conclusion<Loss> found;
+    if constexpr (Shape::labels != Labels::none) hit = this->hit(at, 0, sums[S::rank]);
+    Conclusion<Loss, kTeachers> found;
     if constexpr (kScored) {
       const Split<float> one = split(Stats<float>{sums[S::student1], far.student1});
       found = conclude_alone(p_, one, far.student1, hit, p_.scores[2 * at.row], team_.batch().score_mean[0]);
     } else {
-      found = conclude<Loss, labelled>(p_, sums, far, hit);
+      found = conclude<Loss, Shape::labels>(p_, sums, far, hit);
     }
     write_values(team_, p_, at.row, 0, found.values);
     return weighted(found.gradient, row_weight<float>(team_, p_, at.row));
   }
 
-  KDFUSE_DEVICE_MEMBER void write_gradient(const Row& at, const Blend& g) {
-    if (labelled && Any::is_bare(g)) {
+  KDFUSE_DEVICE_MEMBER void write_gradient(const Row& at, const G& g) {
+    if (Shape::labelled && Any::is_bare(g)) {
       write_bare(at, g);
     } else {
       at_temperature([&](auto squarings) {
-        this->template write_chunks<decltype(squarings)::value>(at,
-                                                                [&](const Powers& e) { return Any::combine(g, e); });
+        this->template write_chunks<decltype(squarings)::value>(at, g, [&](const E& e) { return Any::combine(g, e); });
       });
     }
     void* const to = this->gradient(0, at.row);
-    if (labelled && at.label.mine) store_one<type>(to, at.label.index, g.label);
+    if (Shape::labelled && at.label.mine) store_one<type>(to, at.label.index, g.label);
     this->each_edge(at.span, [&](int j) {
-      if (j == at.label.index) return;
-      const auto e = of(at).powers(this->logit(0, at.row, j), this->logit(Base::kInputs - 1, at.row, j));
-      store_one<type>(to, j, Any::is_bare(g) ? Any::combine_bare(g, e) : Any::combine(g, e));
+      if (Shape::labelled && j == at.label.index) return;
+      Class c;
+#pragma unroll
+      for (int k = 0; k < kLogits; ++k) c.x[k] = this->logit(k, at.row, j);
+      const E e = of(at).powers(c.x);
+      float out = Any::is_bare(g) ? Any::combine_bare(g, e) : Any::combine(g, e);
+      if constexpr (Shape::soft) out = std::fma(g.q, this->logit(kLogits, at.row, j), out);
+      store_one<type>(to, j, out);
     });
   }
 
   // Without cross-entropy.
-  KDFUSE_DEVICE_MEMBER void write_bare(const Row& at, const Blend& g) {
-    write_chunks<-1>(at, [&](const Powers& e) { return Any::combine_bare(g, e); });
+  KDFUSE_DEVICE_MEMBER void write_bare(const Row& at, const G& g) {
+    write_chunks<-1>(at, g, [&](const E& e) { return Any::combine_bare(g, e); });
   }
 
   template <int squarings, class F>
-  KDFUSE_DEVICE_MEMBER void write_chunks(const Row& at, F element) {
+  KDFUSE_DEVICE_MEMBER void write_chunks(const Row& at, const G& g, F element) {
     void* const to = this->gradient(0, at.row);
     const auto of = this->template of<squarings>(at);
 #pragma unroll
@@ -138,15 +155,16 @@ class Resident : public FastRows<type, 1, is_taught<Loss>, labelled, kChunks, Te
         if constexpr (kKept) {
           out[v] = element(e_[u][v]);
         } else {
-          out[v] = element(of.powers(unpack(x_[0][u], v), unpack(x_[Base::kInputs - 1][u], v)));
+          out[v] = element(of.powers(class_at(u, v).x));
         }
+        if constexpr (Shape::soft) out[v] = std::fma(g.q, this->at(kLogits, u, v), out[v]);
       }
       const int i = stage_.chunk(u);
       if (at.span.whole(i)) store_chunk<type>(to, at.span.first(i), out);
     }
   }
 
-  Powers e_[kKept ? kChunks : 1][kChunk];
+  E e_[kKept ? kChunks : 1][kChunk];
 };
 
 }  // namespace kdfuse

@@ -7,11 +7,10 @@
 namespace kdfuse {
 
 template <DType type, int K, int kChunks, class Team>
-class ResidentSlkd : public FastRows<type, 1 + K, 1, true, kChunks, Team> {
-  using Base = FastRows<type, 1 + K, 1, true, kChunks, Team>;
-  using Base::p_, Base::stage_, Base::team_, Base::x_;
+class ResidentSlkd : public FastRows<Shape<type, 1 + K, 1>, kChunks, Team> {
+  using Base = FastRows<Shape<type, 1 + K, 1>, kChunks, Team>;
+  using Base::p_, Base::stage_, Base::team_;
   using typename Base::Row;
-  static constexpr int kInputs = Base::kInputs;
   static constexpr int kTeacher = 1 + K;
 
  public:
@@ -86,7 +85,7 @@ class ResidentSlkd : public FastRows<type, 1 + K, 1, true, kChunks, Team> {
 
   KDFUSE_DEVICE_MEMBER Exponents at_t(float peak) const { return exponents(p_.step, peak); }
 
-  KDFUSE_DEVICE_MEMBER float fused(const Packed<type> (&x)[kInputs], int v) const {
+  KDFUSE_DEVICE_MEMBER float fused(const Packed<type> (&x)[1 + K], int v) const {
     float f = 0;
 #pragma unroll
     for (int k = 0; k < K; ++k) f += q_.fusion[k] * unpack(x[1 + k], v);
@@ -96,7 +95,7 @@ class ResidentSlkd : public FastRows<type, 1 + K, 1, true, kChunks, Team> {
   KDFUSE_DEVICE_MEMBER float fused(int u, int v) const {
     float f = 0;
 #pragma unroll
-    for (int k = 0; k < K; ++k) f += q_.fusion[k] * unpack(x_[1 + k][u], v);
+    for (int k = 0; k < K; ++k) f += q_.fusion[k] * this->at(1 + k, u, v);
     return f;
   }
 
@@ -104,7 +103,7 @@ class ResidentSlkd : public FastRows<type, 1 + K, 1, true, kChunks, Team> {
   template <class... Joints>
   KDFUSE_DEVICE_MEMBER void join(const Joints&... of) {
     peak_[0] = -INFINITY;
-    this->prepare([&](const Packed<type>(&x)[kInputs]) {
+    this->prepare([&](const Packed<type>(&x)[1 + K]) {
 #pragma unroll
       for (int v = 0; v < kChunk; ++v) {
         const float f = fused(x, v);
@@ -134,7 +133,7 @@ class ResidentSlkd : public FastRows<type, 1 + K, 1, true, kChunks, Team> {
       this->count_ahead(at, threshold, 0, u, ahead);
 #pragma unroll
       for (int v = 0; v < kChunk; ++v) {
-        const float z = unpack(x_[0][u], v), uz = of_z.of(z), ut = of_t.of(unpack(x_[kTeacher][u], v));
+        const float z = this->at(0, u, v), uz = of_z.of(z), ut = of_t.of(this->at(kTeacher, u, v));
         const float uf = of_f.of(fused(u, v));
         sums[kStudent] += z_[u][v] = power(uz);
         sums[kStudent1] += one_[u][v] = power(of_z1.of(z));
@@ -183,7 +182,7 @@ class ResidentSlkd : public FastRows<type, 1 + K, 1, true, kChunks, Team> {
       if (!stage_.has(at.span, u)) break;
 #pragma unroll
       for (int v = 0; v < kChunk; ++v) {
-        f_[u][v] = pull(f_[u][v], of_f.of(fused(u, v)), of_z.of(unpack(x_[0][u], v)), drift);
+        f_[u][v] = pull(f_[u][v], of_f.of(fused(u, v)), of_z.of(this->at(0, u, v)), drift);
       }
     }
   }
@@ -203,7 +202,7 @@ class ResidentSlkd : public FastRows<type, 1 + K, 1, true, kChunks, Team> {
       this->count_ahead(at, threshold, 1 + k, u, ahead);
 #pragma unroll
       for (int v = 0; v < kChunk; ++v) {
-        const float s = unpack(x_[1 + k][u], v), us = of_s.of(s), ut = of_t.of(unpack(x_[kTeacher][u], v));
+        const float s = this->at(1 + k, u, v), us = of_s.of(s), ut = of_t.of(this->at(kTeacher, u, v));
         sums[kOwn] += z_[u][v] = power(us);
         sums[kOwn1] += one_[u][v] = power(of_s1.of(s));
         sums[kOwnMixed] = cross(t_[u][v], ut - us, sums[kOwnMixed]);

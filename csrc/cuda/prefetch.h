@@ -2,19 +2,33 @@
 // places in the block's memory, two rows ahead of their use. No other thread touches them, so nothing here
 // needs a barrier; a place takes single elements, where a register could not be indexed.
 #pragma once
+#include "shape.h"
 #include "vec8.h"
 
 namespace kdfuse {
 
-// kInputs rows of logits at a time, kChunks chunks of each by a thread: chunk u * size + rank is its u-th. There are
-// two sets of places; all but turn() and clear() see one.
-template <DType type, int kInputs, int kChunks, class Team>
+// The rows of a shape's inputs, kChunks chunks of each by a thread: chunk u * size + rank is its u-th. There are two
+// sets of places; all but turn() and clear() see one.
+template <class Shape, int kChunks, class Team>
 class Stage {
- public:
-  static constexpr int kBytes = 2 * kInputs * kChunks * Packed<type>::kUnits * 16;  // of a thread
+  static constexpr DType type = Shape::type;
+  static constexpr int kInputs = Shape::kInputs;
+  // Units of 16 bytes that a chunk of the k-th input may take, and that those before it take.
+  KDFUSE_DEVICE_MEMBER static constexpr int units(int k) {
+    return k < Shape::kStudents ? Packed<type>::kUnits : Packed<Shape::others>::kUnits;
+  }
+  KDFUSE_DEVICE_MEMBER static constexpr int units_before(int k) {
+    return k < Shape::kStudents ? k * units(0) : Shape::kStudents * units(0) + (k - Shape::kStudents) * units(kInputs);
+  }
 
-  KDFUSE_DEVICE_MEMBER explicit Stage(const Team& team)
+ public:
+  static constexpr int kBytes =
+      2 * kChunks * 16 *
+      (Shape::kStudents * Packed<type>::kUnits + Shape::kOthers * Packed<Shape::others>::kUnits);  // of a thread
+
+  KDFUSE_DEVICE_MEMBER Stage(const Team& team, const FastTask& p)
       : team_(team),
+        p_(p),
         base_(static_cast<char*>(team.memory()) + 16 * team.place()),
         step_(16 * team.places()),
         other_(kBytes / 2 * team.places()) {}
@@ -41,18 +55,20 @@ class Stage {
   // The first `chunks` chunks. rows: class 0 of each input. What the first and the last chunk have outside the row
   // comes along: it is of the same 32 bytes, which are memory of the tensor.
   KDFUSE_DEVICE_MEMBER void fetch(const char* const (&rows)[kInputs], const Span& span, int chunks) const {
-    const int first = (kChunk * team_.rank() - span.shift) * kSize;
+    const int first = kChunk * team_.rank() - span.shift;
     const char* from[kInputs];
 #pragma unroll
-    for (int k = 0; k < kInputs; ++k) from[k] = kept(rows[k] + first);
+    for (int k = 0; k < kInputs; ++k) from[k] = kept(rows[k] + first * size_of(k));
 #pragma unroll
     for (int u = 0; u < kChunks; ++u) {
       if (chunk(u) >= chunks) continue;
-      const int64_t at = u * (kChunk * kSize) * static_cast<int64_t>(team_.size());
+      const int64_t at = u * kChunk * static_cast<int64_t>(team_.size());
 #pragma unroll
       for (int k = 0; k < kInputs; ++k) {
 #pragma unroll
-        for (int h = 0; h < Packed<type>::kUnits; ++h) copy_async(place(k, u, h), from[k] + at + 16 * h);
+        for (int h = 0; h < units(k); ++h) {
+          if (h * 16 < kChunk * size_of(k)) copy_async(place(k, u, h), from[k] + at * size_of(k) + 16 * h);
+        }
       }
     }
   }
@@ -85,15 +101,34 @@ class Stage {
   // Class v of the u-th chunk, in every input.
   KDFUSE_DEVICE_MEMBER void drop(int u, int v) const {
 #pragma unroll
-    for (int k = 0; k < kInputs; ++k) put(k, u, v, nothing<type>().w[0]);
+    for (int k = 0; k < kInputs; ++k) put(k, u, v, absent(k));
   }
 
+  // Of a student.
   KDFUSE_DEVICE_MEMBER float peek(int k, int u, int v) const { return load_one<type>(element(k, u, v), 0); }
 
-  KDFUSE_DEVICE_MEMBER Packed<type> take(int k, int u) const {
-    Packed<type> x;
+  KDFUSE_DEVICE_MEMBER Packed<type> take(int k, int u) const { return raw<type>(k, u); }
+
+  // Of the others, from 0 on.
+  KDFUSE_DEVICE_MEMBER Packed<Shape::others> take_other(int i, int u) const {
+    const int k = Shape::kStudents + i;
+    if constexpr (Shape::any) {
+      if (type_of(k) == DType::bf16) return widened(raw<DType::bf16>(k, u));
+      if (type_of(k) == DType::f16) return widened(raw<DType::f16>(k, u));
+    }
+    return raw<Shape::others>(k, u);
+  }
+
+  KDFUSE_DEVICE_MEMBER DType type_of(int k) const { return Shape::any && k >= Shape::kStudents ? p_.types[k] : type; }
+
+ private:
+  KDFUSE_DEVICE_MEMBER int size_of(int k) const { return type_of(k) == DType::f32 ? 4 : 2; }
+
+  template <DType stored>
+  KDFUSE_DEVICE_MEMBER Packed<stored> raw(int k, int u) const {
+    Packed<stored> x;
 #pragma unroll
-    for (int h = 0; h < Packed<type>::kUnits; ++h) {
+    for (int h = 0; h < Packed<stored>::kUnits; ++h) {
       const Words words = load_held(place(k, u, h));
 #pragma unroll
       for (int i = 0; i < 4; ++i) x.w[4 * h + i] = words.w[i];
@@ -101,32 +136,43 @@ class Stage {
     return x;
   }
 
- private:
-  static constexpr int kSize = type == DType::f32 ? 4 : 2;
-
   KDFUSE_DEVICE_MEMBER char* place(int k, int u, int h) const {
-    return base_ + ((k * kChunks + u) * Packed<type>::kUnits + h) * step_;
+    return base_ + (units_before(k) * kChunks + u * units(k) + h) * step_;
   }
-  KDFUSE_DEVICE_MEMBER char* element(int k, int u, int v) const { return place(k, u, v * kSize / 16) + v * kSize % 16; }
+  KDFUSE_DEVICE_MEMBER char* element(int k, int u, int v) const {
+    const int at = v * size_of(k);
+    return place(k, u, at / 16) + at % 16;
+  }
   KDFUSE_DEVICE_MEMBER void put(int k, int u, int v, uint32_t bits) const {
     char* const at = element(k, u, v);
-    if constexpr (type == DType::f32) {
+    if (size_of(k) == 4) {
       *reinterpret_cast<uint32_t*>(at) = bits;
     } else {
       *reinterpret_cast<uint16_t*>(at) = static_cast<uint16_t>(bits);
     }
   }
+
+  // What takes no part: a logit at -inf, a probability of 0.
+  KDFUSE_DEVICE_MEMBER uint32_t absent(int k) const {
+    if (k >= Shape::kLogits) return 0;
+    const DType of = type_of(k);
+    return of == DType::f32    ? nothing<DType::f32>().w[0]
+           : of == DType::bf16 ? nothing<DType::bf16>().w[0]
+                               : nothing<DType::f16>().w[0];
+  }
+
   // The u-th chunk, in every input.
   KDFUSE_DEVICE_MEMBER void drop(int u) const {
-    const uint32_t w = nothing<type>().w[0];
 #pragma unroll
     for (int k = 0; k < kInputs; ++k) {
+      const uint32_t w = absent(k);
 #pragma unroll
-      for (int h = 0; h < Packed<type>::kUnits; ++h) store_words(place(k, u, h), {{w, w, w, w}});
+      for (int h = 0; h < units(k); ++h) store_words(place(k, u, h), {{w, w, w, w}});
     }
   }
 
   const Team& team_;
+  const FastTask& p_;
   char* base_;
   int step_, other_;  // bytes to the next place, and to the other set
 };

@@ -4,6 +4,14 @@
 
 namespace kdfuse {
 
+// The larger of a word's numbers, where largest_word() has left it.
+template <DType type>
+KDFUSE_DEVICE float largest_number(uint32_t top) {
+  if constexpr (type == DType::f32) return as_float(top);
+  const float a = unpack_one<type>(top), b = unpack_one<type>(top >> 16);
+  return b > a || a != a ? b : a;
+}
+
 // Peaks travel in words: two of 16-bit rows in one.
 template <DType type, int n>
 constexpr int peak_words = type == DType::f32 ? n : (n + 1) / 2;

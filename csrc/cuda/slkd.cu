@@ -5,7 +5,7 @@ namespace {
 
 #define KDFUSE_ONE(type) SlkdKernels<type, 1>::get()
 #define KDFUSE_TWO(type) SlkdKernels<type, 2>::get()
-FastKernels fast(const Task& p) {
+FastKernels fast(const Task& p, const FastTask&) {
   const DType type = p.logits[0].type;
   return p.num_students == 2 ? KDFUSE_FOR_TYPE(type, KDFUSE_ONE) : KDFUSE_FOR_TYPE(type, KDFUSE_TWO);
 }
@@ -14,7 +14,9 @@ FastKernels fast(const Task& p) {
 bool set_fast(const Task& p, FastTask& fast) {
   const SlkdParams q(p.params);
   const int slts = p.num_students - 1;
-  if (slts > 2 || q.kd_weight == 0 || q.fused_kd_weight == 0 || std::count(q.fusion, q.fusion + slts, 0.)) return false;
+  if (slts > 2 || fast.any || p.soft.data || q.kd_weight == 0 || q.fused_kd_weight == 0 ||
+      std::count(q.fusion, q.fusion + slts, 0.))
+    return false;
   std::copy(p.params, p.params + 7 + slts, fast.params);
   fast.square_by_t = static_cast<float>(q.square / q.temperature);
   fast.pull = q.detach ? 0.f : static_cast<float>(q.fused_kd_weight * q.square / q.temperature);

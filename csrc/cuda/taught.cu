@@ -16,26 +16,61 @@ namespace {
 using Facts = KDFUSE_FACTS;
 using Factors = Facts::Factors<double>;
 
-#define KDFUSE_LABELLED(type) PairKernels<Facts, type, true>::get()
-#define KDFUSE_BARE(type) PairKernels<Facts, type, false>::get()
-FastKernels fast(const Task& p) {
+template <int teachers, Labels labels, bool any>
+struct Of {
+  template <DType type>
+  static FastKernels get() {
+    return StudentKernels<Facts, Shape<type, 1, teachers, labels, any>>::get();
+  }
+};
+
+// Of float16, in which few train, there are rows of one type alone.
+template <class Rows>
+FastKernels of_any(DType type) {
+  return type == DType::bf16 ? Rows::template get<DType::bf16>() : Rows::template get<DType::f32>();
+}
+
+FastKernels fast(const Task& p, const FastTask& task) {
   const DType type = p.logits[0].type;
+  if constexpr (!Facts::kNeedsTarget) {
+    if (p.soft.data) return of_any<Of<1, Labels::soft, true>>(type);
+  }
+  if constexpr (Facts::kManyTeachers) {
+    if (p.num_teachers == 2) return of_any<Of<2, Labels::hard, false>>(type);
+  }
+  if (task.any) return of_any<Of<1, Labels::hard, true>>(type);
+#define KDFUSE_HARD(type) Of<1, Labels::hard, false>::get<type>()
+#define KDFUSE_BARE(type) Of<1, Labels::none, false>::get<type>()
   if constexpr (!Facts::kNeedsTarget) {
     if (!p.labels) return KDFUSE_FOR_TYPE(type, KDFUSE_BARE);
   }
-  return KDFUSE_FOR_TYPE(type, KDFUSE_LABELLED);
+  return KDFUSE_FOR_TYPE(type, KDFUSE_HARD);
+}
+
+// Which shapes of rows have kernels.
+bool has_shape(const Task& p, const FastTask& fast) {
+  const bool plain = !fast.any && !p.soft.data && p.num_teachers == 1;
+  if (plain) return true;
+  if (p.logits[0].type == DType::f16) return false;
+  if (p.num_teachers == 2) return Facts::kManyTeachers && p.labels && !fast.any;
+  if (p.num_teachers != 1) return false;
+  return p.soft.data ? !Facts::kNeedsTarget : p.labels != nullptr;
 }
 
 // A weight of 0 leaves out what a row holds, whatever that is: the fast rows multiply.
 bool set_fast(const Task& p, FastTask& fast) {
-  if (p.num_teachers != 1 || p.sparse || !Facts::weighs_all(p.params)) return false;
-  const Factors factors = Facts::factors<double>(p.params, 0);
+  if (p.sparse || !has_shape(p, fast)) return false;
   constexpr int count = sizeof(Factors) / sizeof(double);
-  static_assert(count <= sizeof(fast.params) / sizeof(float) && sizeof(Facts::Factors<float>) == count * sizeof(float),
+  static_assert((Facts::kManyTeachers ? 2 : 1) * count <= sizeof(fast.params) / sizeof(float) &&
+                    sizeof(Facts::Factors<float>) == count * sizeof(float),
                 "factors are numbers, few enough for a task");
-  double numbers[count];
-  std::memcpy(numbers, &factors, sizeof(factors));
-  std::copy(numbers, numbers + count, fast.params);
+  for (int k = 0; k < p.num_teachers; ++k) {
+    if (!Facts::weighs_all(p.params, k)) return false;
+    const Factors factors = Facts::factors<double>(p.params, k);
+    double numbers[count];
+    std::memcpy(numbers, &factors, sizeof(factors));
+    std::copy(numbers, numbers + count, fast.params + k * count);
+  }
   fast.ce_weight = static_cast<float>(p.params[Facts::kCeWeight]);
   fast.step = static_cast<float>(kLog2OfE / p.params[0]);
   fast.squarings = p.params[0] == 1 ? 0 : p.params[0] == 2 ? 1 : p.params[0] == 4 ? 2 : -1;

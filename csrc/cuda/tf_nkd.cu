@@ -3,10 +3,11 @@
 namespace kdfuse {
 namespace {
 
-#define KDFUSE_ROWS(type) PairKernels<TfNkd, type, true>::get()
-FastKernels fast(const Task& p) { return KDFUSE_FOR_TYPE(p.logits[0].type, KDFUSE_ROWS); }
+#define KDFUSE_ROWS(type) StudentKernels<TfNkd, Shape<type, 1, 0>>::get()
+FastKernels fast(const Task& p, const FastTask&) { return KDFUSE_FOR_TYPE(p.logits[0].type, KDFUSE_ROWS); }
 
 bool set_fast(const Task& p, FastTask& fast) {
+  if (p.soft.data) return false;
   std::copy(p.params, p.params + 2, fast.params);
   return true;
 }

@@ -6,11 +6,14 @@
 
 namespace kdfuse {
 
-template <class Loss, DType type, bool labelled, class Team>
+template <class Loss, class Shape, class Team>
 class Streamed {
-  using S = Sums<Loss, labelled>;
-  using Of = Pair<Loss, labelled>;
-  static constexpr int kInputs = S::kTaught ? 2 : 1, kAhead = type == DType::f32 ? 1 : 2;
+  static_assert(!Shape::any && !Shape::soft && Shape::kInputs <= 2, "rows of one type");
+  static constexpr DType type = Shape::type;
+  static constexpr bool labelled = Shape::labelled;
+  static constexpr int kTeachers = Shape::kTeachers, kInputs = Shape::kInputs, kAhead = type == DType::f32 ? 1 : 2;
+  using S = Sums<Loss, Shape::labels, kTeachers>;
+  using Of = Pair<Loss, Shape::labels, kTeachers>;
   struct Row {
     uint32_t row;
     Span span;
@@ -33,7 +36,7 @@ class Streamed {
     Row at = open(row);
     float sums[S::kCount];
     sum_up(at, sums);
-    const Split<float> one = split(Stats<float>{sums[S::student1], of(at).far(at.values[0], 0).student1});
+    const Split<float> one = split(Stats<float>{sums[S::student1], of(at).far(at.values).student1});
     put_scores(team_, p_, row, one.label, 0);
   }
 
@@ -42,15 +45,15 @@ class Streamed {
     if (labelled && ignored(p_, row)) return leave_out(at);
     float sums[S::kCount];
     sum_up(at, sums);
-    const Far far = of(at).far(at.values[0], at.values[kInputs - 1]);
+    const auto far = of(at).far(at.values);
     Hit hit = {0, 0};
     if constexpr (labelled) hit = hit_of(at.values[0], sums[S::rank]);
-    Conclusion<Loss> found;
+    Conclusion<Loss, kTeachers> found;
     if constexpr (kScored) {
       const Split<float> one = split(Stats<float>{sums[S::student1], far.student1});
       found = conclude_alone(p_, one, far.student1, hit, p_.scores[2 * row], team_.batch().score_mean[0]);
     } else {
-      found = conclude<Loss, labelled>(p_, sums, far, hit);
+      found = conclude<Loss, Shape::labels>(p_, sums, far, hit);
     }
     write_values(team_, p_, row, 0, found.values);
     if (p_.with_gradient) write_gradient(at, weighted(found.gradient, row_weight<float>(team_, p_, row)));
@@ -63,7 +66,7 @@ class Streamed {
   KDFUSE_DEVICE_MEMBER void* gradient(uint32_t row) const {
     return static_cast<char*>(p_.gradients[0]) + kept(int64_t{row} * p_.classes * bytes_of(gradient_type<type>));
   }
-  KDFUSE_DEVICE_MEMBER Of of(const Row& at) const { return {p_, at.peak[0], at.peak[kInputs - 1]}; }
+  KDFUSE_DEVICE_MEMBER Of of(const Row& at) const { return {p_, at.peak}; }
 
   KDFUSE_DEVICE_MEMBER Row open(uint32_t row) const {
     Row at;
@@ -140,16 +143,18 @@ class Streamed {
   // Moves sums from the peaks that they were made with to others.
   KDFUSE_DEVICE_MEMBER void move(const float (&from)[kInputs], const float (&to)[kInputs],
                                  float (&sums)[S::kCount]) const {
-    const Of old(p_, finite(from[0]), finite(from[kInputs - 1]));
-    const Of now(p_, finite(to[0]), finite(to[kInputs - 1]));
+    float was[kInputs], is[kInputs];
+#pragma unroll
+    for (int k = 0; k < kInputs; ++k) was[k] = finite(from[k]), is[k] = finite(to[k]);
+    const Of old(p_, was), now(p_, is);
     const auto factor = [](float peak, const Exponents& a, const Exponents& b) {
       return peak == -INFINITY ? 0.f : power(a.origin - b.origin);
     };
     if constexpr (S::kAt1) sums[S::student1] *= factor(from[0], old.z1, now.z1);
     if constexpr (S::kTaught) {
       const float by_z = S::kApart ? old.z.origin - now.z.origin : old.z1.origin - now.z1.origin;
-      const float by_t = old.t.origin - now.t.origin, shift = Loss::kEntropy ? by_t - by_z : by_z;
-      const float teacher = factor(from[1], old.t, now.t);
+      const float by_t = old.t[0].origin - now.t[0].origin, shift = Loss::kEntropy ? by_t - by_z : by_z;
+      const float teacher = factor(from[1], old.t[0], now.t[0]);
       sums[S::mixed] = sums[S::teacher] == 0 ? 0.f : teacher * std::fma(sums[S::teacher], shift, sums[S::mixed]);
       if constexpr (S::kApart) sums[S::student] *= factor(from[0], old.z, now.z);
       sums[S::teacher] *= teacher;
@@ -217,9 +222,17 @@ class Streamed {
 #pragma unroll
       for (int k = 0; k < kInputs; ++k) peak[k] = top[k];
     }
-    const Of of(p_, finite(peak[0]), finite(peak[kInputs - 1]));
+    float origin[kInputs];
 #pragma unroll
-    for (int v = 0; v < kChunk; ++v) of.add(unpack(x[0], v), unpack(x[kInputs - 1], v), sums);
+    for (int k = 0; k < kInputs; ++k) origin[k] = finite(peak[k]);
+    const Of of(p_, origin);
+#pragma unroll
+    for (int v = 0; v < kChunk; ++v) {
+      float of_class[kInputs];
+#pragma unroll
+      for (int k = 0; k < kInputs; ++k) of_class[k] = unpack(x[k], v);
+      of.add(of_class, sums);
+    }
   }
 
   // Brings the threads' sums to the peaks of all.
@@ -237,18 +250,23 @@ class Streamed {
     team_.sum(sums);
   }
 
-  KDFUSE_DEVICE_MEMBER void write_gradient(const Row& at, const Blend& g) const {
+  KDFUSE_DEVICE_MEMBER void write_gradient(const Row& at, const Blend<kTeachers>& g) const {
     const Of of = this->of(at);
     void* const to = gradient(at.row);
     const int label = labelled ? at.span.chunk_of(at.label) : -1;
     const bool bare = Of::is_bare(g);
 #pragma unroll 1
     for (int i = team_.rank(); i < at.span.chunks; i += team_.size()) {
-      const Packed<type> z = again(at, 0, i), t = again(at, kInputs - 1, i);
+      Packed<type> x[kInputs];
+#pragma unroll
+      for (int k = 0; k < kInputs; ++k) x[k] = again(at, k, i);
       float out[kChunk];
 #pragma unroll
       for (int v = 0; v < kChunk; ++v) {
-        const auto e = of.powers(unpack(z, v), unpack(t, v));
+        float of_class[kInputs];
+#pragma unroll
+        for (int k = 0; k < kInputs; ++k) of_class[k] = unpack(x[k], v);
+        const auto e = of.powers(of_class);
         out[v] = bare ? Of::combine_bare(g, e) : Of::combine(g, e);
       }
       const int j = at.span.first(i);

@@ -32,9 +32,11 @@ KDFUSE_DEVICE float unpack(const Packed<type>& p, int v) {
 }
 
 template <DType type>
-KDFUSE_DEVICE void unpack(const Packed<type>& p, float (&x)[kChunk]) {
+KDFUSE_DEVICE Packed<DType::f32> widened(const Packed<type>& p) {
+  Packed<DType::f32> x;
 #pragma unroll
-  for (int v = 0; v < kChunk; ++v) x[v] = unpack(p, v);
+  for (int v = 0; v < kChunk; ++v) x.w[v] = as_bits(unpack(p, v));
+  return x;
 }
 
 // The largest of a chunk's numbers.

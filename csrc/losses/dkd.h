@@ -17,7 +17,7 @@ struct Dkd {
   };
 
   KDFUSE_MEMBER static bool reads(const double*, int) { return true; }
-  static bool weighs_all(const double* p) { return p[2] != 0 || p[3] != 0; }
+  static bool weighs_all(const double* p, int) { return p[2] != 0 || p[3] != 0; }
 
   template <class R>
   KDFUSE_MEMBER static Factors<R> factors(const double* p, int) {

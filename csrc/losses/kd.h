@@ -17,7 +17,7 @@ struct Kd {
   };
 
   KDFUSE_MEMBER static bool reads(const double* p, int k) { return p[4 + k] != 0; }
-  static bool weighs_all(const double* p) { return p[2] != 0 && p[4] != 0; }
+  static bool weighs_all(const double* p, int k) { return p[2] != 0 && p[4 + k] != 0; }
 
   template <class R>
   KDFUSE_MEMBER static Factors<R> factors(const double* p, int k) {

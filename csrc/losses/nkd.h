@@ -19,7 +19,7 @@ struct Nkd {
   };
 
   KDFUSE_MEMBER static bool reads(const double*, int) { return true; }
-  static bool weighs_all(const double* p) { return p[2] != 0; }
+  static bool weighs_all(const double* p, int) { return p[2] != 0; }
 
   template <class R>
   KDFUSE_MEMBER static Factors<R> factors(const double* p, int) {

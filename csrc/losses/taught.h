@@ -12,7 +12,7 @@
 //   kEntropy        Taught::mixed holds the teacher's exponent
 //   kSoftmaxAtT     reads the softmaxes at T; else the sums over j != y alone
 //   reads           whether a teacher is read; where it is not, its row may hold anything
-//   weighs_all      whether the loss may multiply all that rows hold, as no weight is 0
+//   weighs_all      whether the loss may multiply all that a teacher's rows hold, as no weight is 0
 //   Factors         what the params come to, for one teacher
 //   add             adds what one teacher teaches; returns the factor of its exponentials in the gradient
 #pragma once

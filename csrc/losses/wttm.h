@@ -19,7 +19,7 @@ struct Wttm {
   };
 
   KDFUSE_MEMBER static bool reads(const double*, int) { return true; }
-  static bool weighs_all(const double* p) { return p[1] != 0; }
+  static bool weighs_all(const double* p, int) { return p[1] != 0; }
 
   template <class R>
   KDFUSE_MEMBER static Factors<R> factors(const double* p, int) {

@@ -6,18 +6,21 @@
 namespace kdfuse {
 namespace {
 
-template <class Loss, bool labelled, class Team>
-using Of = typename PairKernels<Loss, DType::bf16, labelled>::template Rows<Team>;
+template <Labels labels>
+using Pairs = Shape<DType::bf16, 1, 1, labels>;
+template <class Loss, Labels labels, class Team>
+using Of = typename StudentKernels<Loss, Pairs<labels>>::template Rows<Team>;
 
-template __global__ void fast_warps<Of<Kd, false, Warp>, fast_warp_blocks(DType::bf16)>(
+template __global__ void fast_warps<Of<Kd, Labels::none, Warp>, fast_warp_blocks(DType::bf16)>(
     const __grid_constant__ FastTask);
-template __global__ void fast_warps<Of<Kd, true, Warp>, fast_warp_blocks(DType::bf16)>(
+template __global__ void fast_warps<Of<Kd, Labels::hard, Warp>, fast_warp_blocks(DType::bf16)>(
     const __grid_constant__ FastTask);
-template __global__ void fast_warps<Of<Dkd, true, Warp>, fast_warp_blocks(DType::bf16)>(
+template __global__ void fast_warps<Of<Dkd, Labels::hard, Warp>, fast_warp_blocks(DType::bf16)>(
     const __grid_constant__ FastTask);
-template __global__ void fast_blocks<Of<Kd, true, Block>, fast_blocks_of(DType::bf16)>(const __grid_constant__ FastTask);
-template __global__ void fast_clusters<PairKernels<Kd, DType::bf16, true>::Rows, fast_blocks_of(DType::bf16)>(
+template __global__ void fast_blocks<Of<Kd, Labels::hard, Block>, fast_blocks_of<Pairs<Labels::hard>>>(
     const __grid_constant__ FastTask);
+template __global__ void fast_clusters<StudentKernels<Kd, Pairs<Labels::hard>>::Rows,
+                                       fast_blocks_of<Pairs<Labels::hard>>>(const __grid_constant__ FastTask);
 
 }  // namespace
 }  // namespace kdfuse

@@ -5,8 +5,8 @@
 namespace kdfuse {
 
 FastKernels modelled(int k) {
-  if (k == 0) return PairKernels<Kd, DType::bf16, true>::get();
-  if (k == 1) return PairKernels<Kd, DType::f32, true>::get();
+  if (k == 0) return StudentKernels<Kd, Shape<DType::bf16, 1, 1>>::get();
+  if (k == 1) return StudentKernels<Kd, Shape<DType::f32, 1, 1>>::get();
   return SlkdKernels<DType::bf16, 2>::get();
 }
 

@@ -22,7 +22,8 @@ Place = tuple[str, int]  # a file's name and a line of it
 
 @dataclass(frozen=True)
 class Kernel:
-    """kind: as in csrc/cuda/kernels.h. variant: labels or none ("bare"); the number of SL-Ts."""
+    """kind: as in csrc/cuda/kernels.h. variant: labels, none ("bare") or class probabilities
+    ("soft"); labels beside a teacher of another type ("mixed") or "two"; the number of SL-Ts."""
 
     kind: str
     loss: str
@@ -74,10 +75,17 @@ def kernel_of(mangled: str) -> Kernel | None:
         return Kernel(kind[1], "slkd", TYPES[int(slkd[1])], slkd[2])
     names = {f"{len(facts)}{facts}": op for op, facts in {**TAUGHT, "tf_nkd": "TfNkd"}.items()}
     facts = "|".join(names)
-    pair = re.search(rf"NS_({facts})ELNS_5DTypeE(\d)ELb([01])E", mangled)
-    if pair:
-        variant = "labelled" if pair[3] == "1" else "bare"
-        return Kernel(kind[1], names[pair[1]], TYPES[int(pair[2])], variant)
+    student = re.search(
+        rf"NS_({facts})ENS_5ShapeILNS_5DTypeE(\d)ELi1ELi(\d)ELNS_6LabelsE(\d)ELb([01])E", mangled
+    )
+    if student:
+        loss, dtype, teachers, labels, other = student.groups()
+        variant = ("bare", "labelled", "soft")[int(labels)]
+        if teachers == "2":
+            variant = "two"
+        elif other == "1" and variant != "soft":
+            variant = "mixed"
+        return Kernel(kind[1], names[loss], TYPES[int(dtype)], variant)
     row = re.search(
         rf"7GeneralI([fd])NS_.*?(?:10taught_rowINS_({facts})E|\d([a-z_]+)_rowI)", mangled
     )

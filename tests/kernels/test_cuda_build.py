@@ -25,12 +25,23 @@ ROOT = Path(__file__).resolve().parents[2]
 MODULE = backends.compiled()[0]
 ARCHS = MODULE.cuda_archs if MODULE else []
 CUBINS = [name for name in ARCHS if name.startswith("sm_")]
-FAST = {"slkd": ("1", "2"), "tf_nkd": ("labelled",)}
-FAST |= {
-    name: ("labelled",) if OPS[name].needs_target else ("bare", "labelled") for name in sass.TAUGHT
-}
 TYPES = ("bf16", "f16", "f32")
-FAST_ROWS = [(loss, t, variant) for loss, these in FAST.items() for t in TYPES for variant in these]
+
+
+def variants(loss: str, dtype: str) -> tuple[str, ...]:
+    """Of float16 students there are rows of one type alone."""
+    if loss == "slkd":
+        return ("1", "2")
+    if loss == "tf_nkd":
+        return ("labelled",)
+    free, more = not OPS[loss].needs_target, dtype != "f16"
+    found = {"labelled": True, "mixed": more, "bare": free, "soft": free and more}
+    found["two"] = more and OPS[loss].teacher_weights is not None
+    return tuple(name for name, there in found.items() if there)
+
+
+LOSSES = ("slkd", "tf_nkd", *sass.TAUGHT)
+FAST_ROWS = [(loss, t, variant) for loss in LOSSES for t in TYPES for variant in variants(loss, t)]
 # Threads that a multiprocessor holds of fast rows: a block, or blocks of four warps.
 FAST_BLOCK = 256
 WARPS = {"bf16": 384, "f16": 256, "f32": 256}
@@ -42,12 +53,12 @@ needs_tool = pytest.mark.skipif(
 on_every_arch = pytest.mark.parametrize("arch", CUBINS)
 
 
-def kinds_of(loss: str, dtype: str, _variant: str) -> list[str]:
-    """Long rows: not of float16. tf_nkd waits for the whole grid, as clusters cannot; SLKD's rows
-    are not streamed."""
+def kinds_of(loss: str, _dtype: str, variant: str) -> list[str]:
+    """tf_nkd waits for the whole grid, as clusters cannot; only rows of one type with one teacher
+    at most are streamed."""
     long = [] if loss == "tf_nkd" else ["fast_clusters"]
-    long += [] if loss == "slkd" else ["fast_streams"]
-    return ["fast_warps", "fast_blocks", *(long if dtype != "f16" else [])]
+    long += ["fast_streams"] if variant in ("labelled", "bare") else []
+    return ["fast_warps", "fast_blocks", *long]
 
 
 def the_table() -> set[Kernel]:
@@ -66,8 +77,11 @@ def registers(kernel: Kernel) -> int:
     """What the launch bounds leave to a thread: four warps at a time, each to a register file of
     its own, of 65536 in all, in steps of 8."""
     threads = {"fast_streams": 768, "general_warps": 256, "general_blocks": 256}
-    threads["fast_warps"] = WARPS.get(kernel.type, 0)
-    threads |= dict.fromkeys(("fast_blocks", "fast_clusters"), FAST_BLOCK)
+    pair = kernel.variant in ("labelled", "bare") or kernel.loss == "slkd"
+    threads["fast_warps"] = WARPS.get(kernel.type, 0) if pair else 256
+    of_pair = kernel.loss != "slkd" and kernel.type != "f32"
+    blocks = 2 if of_pair and kernel.variant in ("labelled", "bare", "mixed") else 1
+    threads |= dict.fromkeys(("fast_blocks", "fast_clusters"), blocks * FAST_BLOCK)
     together = -(-threads[kernel.kind] // 128) * 128
     return min(255, 65536 // together // 8 * 8)
 

@@ -164,12 +164,15 @@ size_t table(Named* all) {
     n = add(all, n, general.blocks, "general_blocks", loss, "f32", "any");
     n = add(all, n, general.wide, "general_blocks", loss, "f64", "any");
     for (const auto& t : types) {
-      const auto add_fast = [&](int students, bool labelled, const char* variant) {
+      const auto add_fast = [&](const char* variant, int students, int teachers, bool labelled, bool soft, bool any) {
         Task p = {};
-        p.num_students = students, p.logits[0].type = t.type, p.labels = labelled ? &label : nullptr;
-        const FastKernels k = of.fast(p);
+        p.num_students = students, p.num_teachers = teachers;
+        p.logits[0].type = t.type, p.labels = labelled ? &label : nullptr, p.soft.data = soft ? &label : nullptr;
+        FastTask task = {};
+        task.any = any;
+        const FastKernels k = of.fast(p, task);
         for (size_t i = 0; i < n; ++i) {
-          if (all[i].kernel == k.warps) return;  // the same with labels and without
+          if (all[i].kernel == k.warps) return;  // the same as before
         }
         n = add(all, n, k.warps, "fast_warps", loss, t.name, variant);
         n = add(all, n, k.blocks, "fast_blocks", loss, t.name, variant);
@@ -178,9 +181,11 @@ size_t table(Named* all) {
       };
       if (!of.fast) continue;
       if (of.fused) {
-        add_fast(2, true, "1"), add_fast(3, true, "2");
+        add_fast("1", 2, 1, true, false, false), add_fast("2", 3, 1, true, false, false);
       } else {
-        add_fast(1, true, "labelled"), add_fast(1, false, "bare");
+        add_fast("labelled", 1, 1, true, false, false), add_fast("bare", 1, 1, false, false, false);
+        add_fast("mixed", 1, 1, true, false, true), add_fast("two", 1, 2, true, false, false);
+        add_fast("soft", 1, 1, false, true, false);
       }
     }
   }

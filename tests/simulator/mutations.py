@@ -62,7 +62,8 @@ SLTS = Call("slkd", 5, 1001)  # whose sums follow each other
 FUSED = Call("slkd", 3, 4203, processors=16)
 SCORES = Call("tf_nkd", 9, 41)
 FLOATS = Call("kd", 9, 33, torch.float32)
-MIXED = Call("kd", 9, 1101, processors=1, teacher=torch.float32)  # several rows of a block
+# Several rows of a block, in the general kernels.
+MIXED = Call("kd", 9, 1101, torch.float16, processors=1, teacher=torch.float32)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import pytest
 import sass
 import simulator
 import torch
-from calls import FULL, PAIR, Case, arguments, cast, compare, make
+from calls import FULL, PAIR, Case, arguments, cast, compare, make, probabilities
 from sass import Kernel
 from simulator import Gpu, device
 from test_cuda_build import the_table
@@ -14,12 +14,15 @@ from test_cuda_build import the_table
 pytestmark = pytest.mark.slow(90)
 
 TYPES = {"f32": torch.float32, "f64": torch.float64, "bf16": torch.bfloat16, "f16": torch.float16}
+# The teachers' types beside students of another, at odd numbers of classes and at even ones.
+OTHER = {("bf16", 1): torch.float32, ("bf16", 0): torch.float16}
+OTHER |= {("f32", 1): torch.bfloat16, ("f32", 0): torch.float16}
 SEEDS = 3
 # Classes that lie on 16-byte boundaries in every way, of few and of many rows.
 WARPS = [(9, 33), (12, 64), (17, 201)]
 BLOCKS = [(2, 7), (5, 1001)]
 ANY_WARPS, ANY_BLOCKS = [(9, 33), (6, 200)], [(3, 1101), (2, 2600)]
-LONG = {"slkd": {"f32": 2100, "bf16": 4200}}
+LONG = {"slkd": {"f32": 2100, "bf16": 4200, "f16": 4200}}
 
 
 def sizes(kernel: Kernel) -> list[tuple[int, int]]:
@@ -48,16 +51,20 @@ def a_case(kernel: Kernel, n: int, c: int) -> tuple[Case, dict]:
     settings = {**FULL[kernel.loss], **(PAIR.get(kernel.loss, {}) if c == 2 else {})}
     if kernel.loss == "slkd":
         settings["fusion"] = [1.0] if slts == 1 else [0.25, 0.75]
-    case = make(kernel.loss, n, c, seed=c, slts=slts)
+    teachers = 2 if kernel.variant == "two" else 1
+    if teachers == 2:
+        settings["teacher_weights"] = [0.25, 0.75]
+    case = make(kernel.loss, n, c, seed=c, slts=slts, teachers=teachers)
     if kernel.kind.startswith("general") and kernel.type != "f64":
-        # Types that differ; where there is one row only, rows that lie apart.
         case = cast(case, torch.bfloat16, torch.float32)
-        if kernel.loss in ("tf_nkd", "uskd"):
-            case.students = [spaced(x) for x in case.students]
+        case.students = [spaced(x) for x in case.students]  # rows that lie apart
     else:
-        case = cast(case, TYPES[kernel.type])
+        other = OTHER[kernel.type, c % 2] if kernel.variant == "mixed" else None
+        case = cast(case, TYPES[kernel.type], other)
     if kernel.variant == "bare":
         case.target, settings["ce_weight"] = None, 0.0
+    elif kernel.variant == "soft":
+        case.target = probabilities(n, c).to(torch.bfloat16 if c % 2 else torch.float32)
     elif n > 4:
         case.target[3] = -100
     return case, settings

@@ -3,7 +3,9 @@
 import pytest
 import torch
 from calls import FULL, TAUGHT, WITH_TEACHER, arguments, cast, make
+from sass import Kernel
 from simulator import Gpu, device
+from test_kernels import a_case
 
 pytestmark = pytest.mark.slow(15)
 TYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -37,10 +39,7 @@ def check(got, passes, n, c, dtype):
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 @pytest.mark.parametrize("name", TAUGHT)
 def test_rows_in_registers_move_once(library, name, dtype):
-    sizes = [(20, 64), (20, 240), (4, 1024)]
-    if dtype != torch.float16:
-        sizes.append((2, 8256 if name != "slkd" else 4160))
-    for n, c in sizes:
+    for n, c in [(20, 64), (20, 240), (4, 1024), (2, 8256 if name != "slkd" else 4160)]:
         got = moved(library, name, n, c, dtype)
         assert got.launches[0].kernel.split("-")[0] in (
             "fast_warps",
@@ -69,19 +68,40 @@ def test_rows_read_twice_are_held_where_they_fit(library, name):
         assert got.traffic["gradient 0"].written == c * 2
 
 
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16, torch.float32), ids=str)
 @pytest.mark.parametrize("name", WITH_TEACHER)
-def test_rows_of_mixed_types_move_once(library, name):
+def test_rows_of_mixed_types_move_once(library, name, dtype):
     n, c = 6, 512  # of which a warp holds all five of SLKD
-    case = cast(make(name, n, c), torch.bfloat16, torch.float32)
+    teacher = torch.float32 if dtype != torch.float32 else torch.bfloat16
+    case = cast(make(name, n, c), dtype, teacher)
     got = Gpu(library).run(name, *arguments(name, case, **FULL[name]))
-    assert got.launches[0].kernel.startswith("general")
+    general = name == "slkd" or dtype == torch.float16
+    assert got.launches[0].kernel.startswith("general" if general else "fast_blocks")
+    own = dtype if dtype == torch.bfloat16 else torch.float32
+    bytes_of = {"student": dtype.itemsize, "teacher": teacher.itemsize}
     for tensor, traffic in got.traffic.items():
-        if tensor.startswith("student"):
-            assert traffic.read == n * c * 2
-        elif tensor.startswith("teacher"):
-            assert traffic.read == n * c * 4
-        elif tensor.startswith("gradient"):
-            assert traffic.written == n * c * 2
+        kind = tensor.split()[0]
+        if kind in bytes_of:
+            assert traffic.read == n * c * bytes_of[kind]
+        elif kind == "gradient":
+            assert traffic.written == n * c * own.itemsize
+
+
+@pytest.mark.parametrize("variant", ("two", "soft"))
+@pytest.mark.parametrize("dtype", ("bf16", "f32"))
+def test_a_second_teacher_and_class_probabilities_move_once(library, dtype, variant):
+    for n, c in ((20, 64), (4, 1024)):
+        case, settings = a_case(Kernel("fast_blocks", "kd", dtype, variant), n, c)
+        got = Gpu(library).run("kd", *arguments("kd", case, **settings))
+        assert got.launches[0].kernel.endswith(variant)
+        size = case.students[0].element_size()
+        for tensor, traffic in got.traffic.items():
+            if tensor.split()[0] in ("student", "teacher"):
+                assert traffic.read == n * c * size, tensor
+            elif tensor == "target" and variant == "soft":
+                assert traffic.read == n * c * case.target.element_size()
+            elif tensor.startswith("gradient"):
+                assert traffic.written == n * c * size
 
 
 def test_scratch_is_a_few_numbers_a_block(library):
