@@ -206,7 +206,7 @@ class Fused(torch.autograd.Function):
         if upstream is None:
             return (None,) * (7 + len(ctx.types) + ctx.others)
         if ctx.stored and backends.scales_in_place(upstream):
-            gradients = scaled_in_place(ctx.saved_tensors, upstream)
+            gradients = scaled_on_gpu(ctx.saved_tensors, upstream, ctx.types)
         elif ctx.stored:
             gradients = scaled(ctx.saved_tensors, upstream)
         else:
@@ -242,11 +242,16 @@ def denominator_of(given: Tensor | float | None, at: torch.device) -> tuple[Tens
     return (given if whole else given.to(at, torch.float64)), None
 
 
-def scaled_in_place(gradients: Sequence[Tensor], upstream: Tensor) -> Sequence[Tensor]:
+def scaled_on_gpu(
+    gradients: Sequence[Tensor], upstream: Tensor, types: Sequence[torch.dtype]
+) -> Sequence[Tensor]:
     """The stored gradients times the upstream one, in place: a factor of 1 costs no traffic.
 
-    Where the graph is retained another backward may follow, so that a copy is scaled.
+    Where the graph is retained another backward may follow, so that a copy is scaled. float32
+    gradients of float16 students are rounded in the same pass.
     """
+    if all(t == torch.float16 for t in types):
+        return torch.ops.kdfuse.scale_to_half(gradients, upstream)
     if torch._C._autograd._get_current_graph_task_keep_graph():
         gradients = [g.clone() for g in gradients]
     torch.ops.kdfuse.scale_(gradients, upstream)
@@ -327,6 +332,9 @@ def register(op: Op, namespace: str) -> None:
 
 def register_scale() -> None:
     torch.library.register_fake("kdfuse::scale_", lambda gradients, factor: None)
+    torch.library.register_fake(
+        "kdfuse::scale_to_half", lambda gradients, factor: [g.half() for g in gradients]
+    )
 
 
 class LossModule(nn.Module):

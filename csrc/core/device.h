@@ -72,6 +72,25 @@ KDFUSE_HD uint32_t to_bf16(float low, float high) {
 #endif
 }
 
+// Two float16 numbers, in the same way; beyond their range they are infinite.
+KDFUSE_HD uint32_t to_f16(float low, float high) {
+#if defined(__CUDA_ARCH__)
+  uint32_t both;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+  return both;
+#else
+  const auto narrow = [](float x) {
+    const uint32_t w = as_bits(x), sign = w >> 16 & 0x8000u, body = w & 0x7fffffffu;
+    if (x != x) return 0x7fffu;
+    if (body >= 0x477ff000u) return sign | 0x7c00u;  // 65520
+    // Below 2^-14 the sum with 1/2 is rounded where the subnormals' last bit stands.
+    if (body < 0x38800000u) return sign | (as_bits(as_float(body) + 0.5f) - as_bits(0.5f));
+    return sign | (body - 0x38000000u + 0xfffu + (body >> 13 & 1u)) >> 13;
+  };
+  return narrow(high) << 16 | narrow(low);
+#endif
+}
+
 // A number as it comes, from the lower half of a word where it has 16 bits.
 template <DType type>
 KDFUSE_HD float unpack_one(uint32_t bits) {

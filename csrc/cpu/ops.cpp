@@ -190,6 +190,7 @@ STABLE_TORCH_LIBRARY(kdfuse, m) {
 #define KDFUSE_OTHER(name) m.def(#name KDFUSE_SCHEMA);
 #include "../losses/all.def"
   m.def("scale_(Tensor(a!)[] gradients, Tensor factor) -> ()");
+  m.def("scale_to_half(Tensor[] gradients, Tensor factor) -> Tensor[]");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(kdfuse, CPU, m) {

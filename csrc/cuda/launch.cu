@@ -272,14 +272,15 @@ void launch_rows(Loss loss, Task p, bool wide, int device, cudaStream_t stream) 
   start(l, p, device, stream);
 }
 
-void launch_scales(const Output* gradients, int count, int64_t rows, int64_t classes, const Numbers& factor, int device,
-                   cudaStream_t stream) {
+void launch_scales(const Output* gradients, void* const* halves, int count, int64_t rows, int64_t classes,
+                   const Numbers& factor, int device, cudaStream_t stream) {
   check(cudaSetDevice(device));
   const int blocks = 8 * device_of(device).processors;
   for (int k = 0; k < count; k += kScaled) {
     Scaling s = {};
     s.count = std::min(kScaled, count - k), s.rows = rows, s.classes = classes, s.factor = factor;
     std::copy(gradients + k, gradients + k + s.count, s.gradients);
+    if (halves) std::copy(halves + k, halves + k + s.count, s.halves);
     enqueue(scale_rows, {nullptr, kMaxBlock}, blocks, stream, s);
   }
 }
@@ -295,11 +296,11 @@ std::string launch(Loss loss, Task p, bool wide, int device, void* stream) {
   return "";
 }
 
-std::string launch_scale(const Output* gradients, int count, int64_t rows, int64_t classes, const Numbers& factor,
-                         int device, void* stream) {
+std::string launch_scale(const Output* gradients, void* const* halves, int count, int64_t rows, int64_t classes,
+                         const Numbers& factor, int device, void* stream) {
   if (rows == 0) return "";  // nothing to scale, and perhaps no factor either
   try {
-    launch_scales(gradients, count, rows, classes, factor, device, static_cast<cudaStream_t>(stream));
+    launch_scales(gradients, halves, count, rows, classes, factor, device, static_cast<cudaStream_t>(stream));
   } catch (const Failure& failure) {
     return failure.what;
   }

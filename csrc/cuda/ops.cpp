@@ -142,14 +142,15 @@ Result run(std::vector<Tensor> students, std::vector<Tensor> teachers, std::vect
   return {value, terms, gradients};
 }
 
-// In place: gradients (N, C) that nobody else has seen.
-void scale(std::vector<Tensor> gradients, Tensor factor) {
+// Gradients (N, C) times a number, or one for each row: into `halves`, one for each, or in place where there are none.
+void multiply(const std::vector<Tensor>& gradients, const std::vector<Tensor>& halves, const Tensor& factor) {
   if (gradients.empty()) return;
   const Tensor& first = gradients[0];
   const int device = first.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
   check_device(factor, device, "factor");
   std::vector<Output> outputs;
+  std::vector<void*> into;
   for (const Tensor& g : gradients) {
     check_device(g, device, "gradients");
     if (g.dim() != 2 || g.size(0) != first.size(0) || g.size(1) != first.size(1) || !g.is_contiguous()) {
@@ -158,17 +159,33 @@ void scale(std::vector<Tensor> gradients, Tensor factor) {
     if (g.scalar_type() == ScalarType::Half) refuse("gradients must be float32, bfloat16 or float64");
     outputs.push_back({g.data_ptr(), type_of(g)});
   }
+  for (const Tensor& half : halves) into.push_back(half.data_ptr());
   void* stream = nullptr;
   if (aoti_torch_get_current_cuda_stream(device, &stream)) refuse("torch has no current CUDA stream");
-  const std::string failed = launch_scale(outputs.data(), static_cast<int>(outputs.size()), first.size(0),
-                                          first.size(1), numbers(factor, first.size(0), "factor"), device, stream);
+  const std::string failed =
+      launch_scale(outputs.data(), into.empty() ? nullptr : into.data(), static_cast<int>(outputs.size()),
+                   first.size(0), first.size(1), numbers(factor, first.size(0), "factor"), device, stream);
   if (!failed.empty()) throw std::runtime_error("kdfuse: " + failed);
+}
+
+// Of gradients that nobody else has seen.
+void scale(std::vector<Tensor> gradients, Tensor factor) { multiply(gradients, {}, factor); }
+
+std::vector<Tensor> scale_to_half(std::vector<Tensor> gradients, Tensor factor) {
+  std::vector<Tensor> halves;
+  for (const Tensor& g : gradients) {
+    if (g.dim() != 2 || g.scalar_type() != ScalarType::Float) refuse("gradients must be (N, C) and float32");
+    halves.push_back(torch::stable::new_empty(g, {g.size(0), g.size(1)}, ScalarType::Half));
+  }
+  multiply(gradients, halves, factor);
+  return halves;
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(kdfuse, CUDA, m) {
   m.impl("scale_", TORCH_BOX(&scale));
+  m.impl("scale_to_half", TORCH_BOX(&scale_to_half));
 #define KDFUSE_OTHER(name) m.impl(#name, TORCH_BOX(&run<Loss::name>));
 #include "../losses/all.def"
 }

@@ -115,6 +115,7 @@ def test_opcheck(name):
     gradients = [torch.randn(6, 9, device="cuda") for _ in range(2)]
     factor = torch.tensor(2.0, device="cuda")
     torch.library.opcheck(torch.ops.kdfuse.scale_.default, (gradients, factor))
+    torch.library.opcheck(torch.ops.kdfuse.scale_to_half.default, (gradients, factor))
 
 
 @pytest.mark.parametrize("backend", ("aot_eager", "inductor"))

@@ -128,12 +128,12 @@ const char* capture(const Asked& asked, int64_t count, int64_t destroyed) {
   return failed;
 }
 
-const char* scale(const Given* gradients, int64_t count, int64_t rows, int64_t classes, const Given* factor,
-                  int64_t device) {
+const char* scale(const Given* gradients, void* const* halves, int64_t count, int64_t rows, int64_t classes,
+                  const Given* factor, int64_t device) {
   Output outputs[64];
   for (int64_t k = 0; k < count; ++k) outputs[k] = {gradients[k].data, static_cast<DType>(gradients[k].type)};
-  return said(launch_scale(outputs, static_cast<int>(count), rows, classes, numbers(factor), static_cast<int>(device),
-                           nullptr));
+  return said(launch_scale(outputs, halves, static_cast<int>(count), rows, classes, numbers(factor),
+                           static_cast<int>(device), nullptr));
 }
 
 // Doubles.

@@ -10,10 +10,10 @@ namespace {
 
 using namespace kdfuse;
 
-constexpr int kInstructions = 10;
-const char* const kNames[kInstructions] = {"from_bf16",       "from_f16",      "to_bf16",    "larger f32",
-                                           "larger bf16",     "larger f16",    "above bf16", "above f16",
-                                           "add_counts bf16", "add_counts f16"};
+constexpr int kInstructions = 11;
+const char* const kNames[kInstructions] = {"from_bf16",       "from_f16",       "to_bf16",    "larger f32",
+                                           "larger bf16",     "larger f16",     "above bf16", "above f16",
+                                           "add_counts bf16", "add_counts f16", "to_f16"};
 
 KDFUSE_HD uint32_t run_one(int which, uint32_t a, uint32_t b) {
   switch (which) {
@@ -35,8 +35,10 @@ KDFUSE_HD uint32_t run_one(int which, uint32_t a, uint32_t b) {
       return above<DType::f16>(a, b);
     case 8:
       return add_counts<DType::bf16>(a, b);
-    default:
+    case 9:
       return add_counts<DType::f16>(a, b);
+    default:
+      return to_f16(as_float(a), as_float(b));
   }
 }
 
@@ -57,9 +59,9 @@ __global__ void run_device(int which, const uint32_t* a, const uint32_t* b, uint
 }
 
 bool is_nan(int which, uint32_t bits) {
-  const float x = which == 2 || which == 4 ? from_bf16(bits & 0xffffu)
-                  : which == 5             ? from_f16(bits & 0xffffu)
-                                           : as_float(bits);
+  const float x = which == 2 || which == 4    ? from_bf16(bits & 0xffffu)
+                  : which == 5 || which == 10 ? from_f16(bits & 0xffffu)
+                                              : as_float(bits);
   return x != x;
 }
 
@@ -67,7 +69,7 @@ bool is_nan(int which, uint32_t bits) {
 bool same(int which, uint32_t x, uint32_t y) {
   if (x == y) return true;
   if (which == 0 || which == 1 || which == 3) return is_nan(which, x) && is_nan(which, y);
-  if (which > 5) return false;
+  if (which > 5 && which < 10) return false;
   const auto half = [&](uint32_t p, uint32_t q) {
     return (p & 0xffffu) == (q & 0xffffu) || (is_nan(which, p) && is_nan(which, q));
   };
@@ -121,8 +123,9 @@ int main() {
   std::printf("power: relative error %.3g\n", error_at_most);
   int failed = error_at_most > 1. / (1 << 21);
   for (int which = 0; which < kInstructions; ++which) {
-    const auto& x = which < 8 ? a : counts(which, 1);
-    const auto& y = which < 8 ? b : counts(which, 7);
+    const bool counted = which == 8 || which == 9;
+    const auto& x = counted ? counts(which, 1) : a;
+    const auto& y = counted ? counts(which, 7) : b;
     const int64_t m = static_cast<int64_t>(x.size());
     std::vector<uint32_t> host(m), device(m);
     run_host(which, x.data(), y.data(), host.data(), m);

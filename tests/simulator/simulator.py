@@ -291,17 +291,20 @@ class Gpu:
     def _scratch(self, rows: int, terms: int) -> int:
         return self._lib.scratch(ctypes.c_int64(rows), ctypes.c_int64(terms))
 
-    def scale(self, gradients: list[Tensor], factor: Tensor) -> Result:
-        """In place, by one number or one for each row."""
+    def scale(
+        self, gradients: list[Tensor], factor: Tensor, halves: Sequence[Tensor] = ()
+    ) -> Result:
+        """By one number or one for each row, in place or into `halves`."""
         rows, classes = gradients[0].shape
         tensors = {f"written {k}": x for k, x in enumerate(gradients)} | {"factor": factor}
-        names = self._open(tensors, ("written",))
+        tensors |= {f"half {k}": x for k, x in enumerate(halves)}
+        names = self._open(tensors, ("written", "half"))
         outputs = (Given * 64)(*[given(g) for g in gradients])
+        into = (ctypes.c_void_p * 64)(*[x.data_ptr() for x in halves]) if halves else None
         size = (ctypes.c_int64(len(gradients)), ctypes.c_int64(rows), ctypes.c_int64(classes))
+        by = ctypes.byref(given(factor))
         launches = self._close(
-            self._lib.scale(
-                outputs, *size, ctypes.byref(given(factor)), ctypes.c_int64(self._number())
-            )
+            self._lib.scale(outputs, into, *size, by, ctypes.c_int64(self._number()))
         )
         traffic = self._traffic(names)
         return Result(factor, factor, gradients, launches, traffic, self._counts())

@@ -14,7 +14,7 @@ import torch
 
 SOURCE = Path(__file__).with_name("device.cu")
 NAMES = "from_bf16 from_f16 to_bf16 larger_f32 larger_bf16 larger_f16 above_bf16 above_f16".split()
-NAMES += ["add_counts_bf16", "add_counts_f16"]
+NAMES += ["add_counts_bf16", "add_counts_f16", "to_f16"]
 ALL = torch.arange(1 << 16, dtype=torch.int32)
 pytestmark = pytest.mark.slow(5)
 
@@ -65,19 +65,20 @@ def test_widening(twin, dtype):
     assert np.array_equal(np.signbit(wide), np.signbit(halves(dtype)))
 
 
-def test_rounding_to_bfloat16(twin):
+@each_type
+def test_rounding(twin, dtype):
     """Every upper half of a float32 number, with the lower halves that decide its rounding."""
-    upper, lower = pairs([0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF])
+    upper, lower = pairs([0, 1, 0x0FFF, 0x1000, 0x1001, 0x7FFF, 0x8000, 0x8001, 0xFFFF])
     bits = upper << 16 | lower
     x = torch.from_numpy(bits.view(np.float32))
-    rounded = x.to(torch.bfloat16)
-    got = torch.from_numpy(twin("to_bf16", bits, np.zeros_like(bits)).astype(np.uint32) & 0xFFFF)
-    got = got.to(torch.int32).to(torch.int16).view(torch.bfloat16)
+    rounded, name = x.to(dtype), f"to_{KIND[dtype]}"
+    got = torch.from_numpy(twin(name, bits, np.zeros_like(bits)).astype(np.uint32) & 0xFFFF)
+    got = got.to(torch.int32).to(torch.int16).view(dtype)
     assert torch.equal(got.isnan(), x.isnan())
     assert torch.equal(got[~x.isnan()].view(torch.int16), rounded[~x.isnan()].view(torch.int16))
     # The second number stands in the upper half.
-    other = twin("to_bf16", np.zeros_like(bits), bits) >> 16
-    assert np.array_equal(other, twin("to_bf16", bits, np.zeros_like(bits)) & 0xFFFF)
+    other = twin(name, np.zeros_like(bits), bits) >> 16
+    assert np.array_equal(other, twin(name, bits, np.zeros_like(bits)) & 0xFFFF)
 
 
 @each_type

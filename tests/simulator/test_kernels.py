@@ -162,6 +162,24 @@ def test_scale(library, dtype, each):
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("factor", (0.5, 1.0, 1e5, "a factor a row"))
+def test_scale_to_half(library, factor):
+    """Each gradient is read once and each half written once, whatever the factor is."""
+    n, c = 7, 37
+    stored = [torch.randn(n, c, generator=torch.Generator().manual_seed(k)) for k in range(3)]
+    by = upstream_of(n).float() if isinstance(factor, str) else torch.tensor(factor)
+    halves = [torch.empty(n, c, dtype=torch.float16) for _ in stored]
+    kept = [x.clone() for x in stored]
+    got = Gpu(library).scale(stored, by, halves)
+    for half, x, before in zip(halves, stored, kept, strict=True):
+        assert torch.equal(half, (before * (by[:, None] if by.dim() else by)).half())
+        assert torch.equal(x, before)
+    for k in range(3):
+        of, to = got.traffic[f"written {k}"], got.traffic[f"half {k}"]
+        assert of.read + of.read_singly == n * c * 4 and of.written == of.written_singly == 0
+        assert to.written + to.written_singly == n * c * 2
+
+
 def test_a_factor_of_1_moves_nothing(library):
     gradient = torch.randn(9, 40)
     got = Gpu(library).scale([gradient], torch.tensor(1.0))
