@@ -192,7 +192,7 @@ def is_tracing() -> bool:
     return torch.compiler.is_compiling() or in_functorch()
 
 
-def scales_in_place(upstream: Tensor) -> bool:
+def scales_on_gpu(upstream: Tensor) -> bool:
     """Whether gradients on the device of `upstream` are scaled by the compiled op."""
     if not upstream.is_cuda or torch.compiler.is_compiling():
         return False

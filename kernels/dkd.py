@@ -52,8 +52,9 @@ def from_stats(zs, ts, pairs, params, valid, labelled):
     nckd = pairs[0] * b + (z.log_rest - t.log_rest)
     nckd = square * torch.where(none, 0.0, torch.where(empty, torch.inf, nckd))
     gap = z.p_label - t.p_label
-    a = step * (whole.gated(beta, torch.where(none, 0.0, own)) - alpha * gap * own)
-    g = whole.Gradient(a, torch.zeros_like(a), step * alpha * gap, [(-step * beta * b, 0)])
+    gap = whole.gated(alpha, gap)
+    a = step * (whole.gated(beta, torch.where(none, 0.0, own)) - gap * own)
+    g = whole.Gradient(a, torch.zeros_like(a), step * gap, [(-step * whole.gated(beta, b), 0)])
     ce = whole.cross_entropy(z, ce_weight, g)
     loss = whole.gated(alpha, tckd) + whole.gated(beta, nckd) + whole.gated(ce_weight, ce)
     return loss, [[tckd, nckd, ce]], [g], None
@@ -73,11 +74,11 @@ def coefficients(params, z, taught, REAL: tl.constexpr):
     value, a, b = kl_rest(z_total, t_total, crossed)
     nckd = square * value
     # d TCKD / d z_j = -gap * p_j / (1 - p_y), and p_j / (1 - p_y) = e_j / sum.
-    gap = at[1] - t[1]
-    a = step * (beta * a - alpha * gap * spread(z_total))
+    gap = gated(alpha, at[1] - t[1])
+    a = step * (gated(beta, a) - gap * spread(z_total))
     own = gated(alpha, tckd) + gated(beta, nckd)
-    at_label = step * alpha * gap
-    return own, (tckd, nckd), a, number(0, REAL), (step * (beta * b),), at_label, ce_weight
+    bs = (step * gated(beta, b),)
+    return own, (tckd, nckd), a, number(0, REAL), bs, step * gap, ce_weight
 
 
 OP = Op(

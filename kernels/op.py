@@ -205,7 +205,7 @@ class Fused(torch.autograd.Function):
         refuse_second_derivative()
         if upstream is None:
             return (None,) * (7 + len(ctx.types) + ctx.others)
-        if ctx.stored and backends.scales_in_place(upstream):
+        if ctx.stored and backends.scales_on_gpu(upstream):
             gradients = scaled_on_gpu(ctx.saved_tensors, upstream, ctx.types)
         elif ctx.stored:
             gradients = scaled(ctx.saved_tensors, upstream)

@@ -98,11 +98,13 @@ def with_cross_entropy(
     """The rows' loss and terms of a distillation term and cross-entropy, of which a weight of 0
     leaves out whatever the term is; without labels of the first alone.
     """
-    none = torch.zeros_like(kd)
+    none = student[:, :0].sum(1).to(kd.dtype)  # 0, whose gradient is 0
+    loss = kd_weight * kd if kd_weight else none
     if y is None:
-        return kd_weight * kd, {"kd": kd, "ce": none, "top1": none, "top5": none}
+        return loss, {"kd": kd, "ce": none, "top1": none, "top5": none}
     ce = cross_entropy(student, y)
-    loss = (kd_weight * kd if kd_weight else 0.0) + (ce_weight * ce if ce_weight else 0.0) + none
+    if ce_weight:
+        loss = loss + ce_weight * ce
     return loss, {"kd": kd, "ce": ce, "top1": hits(student, y, 1), "top5": hits(student, y, 5)}
 
 

@@ -63,21 +63,22 @@ def from_stats(zs, ts, pairs, params, valid, labelled):
     z, (t, f), step = zs[0], ts, square / temperature
     own, fused = whole.kl(z, t, pairs[0]), whole.kl(z, f, pairs[1])
     g = whole.no_gradient(z.lse)
-    g.a = step * (kd_weight * own.a + fused_kd * fused.a)
-    g.label = step * (kd_weight * own.label + fused_kd * fused.label)
-    g.others = [(-step * kd_weight * own.b, 0), (-step * fused_kd * fused.b, 1)]
+    asked, of_fused = whole.weighted(kd_weight, own), whole.weighted(fused_kd, fused)
+    g.a = step * (asked.a + of_fused.a)
+    g.label = step * (asked.label + of_fused.label)
+    g.others = [(-step * asked.b, 0), (-step * of_fused.b, 1)]
     ce = whole.cross_entropy(z, ce_weight + fused_ce, g)
     values, gradients = [[square * own.value, square * fused.value, ce]], [g]
     loss = whole.gated(kd_weight, values[0][0]) + whole.gated(fused_kd, values[0][1])
     loss = loss + whole.gated(ce_weight + fused_ce, ce)
     for k, s in enumerate(zs[1:]):
         own, g = whole.kl(s, t, pairs[2 + k]), whole.no_gradient(s.lse)
-        g.a, g.label = step * kd_weight * own.a, step * kd_weight * own.label
-        g.others = [(-step * kd_weight * own.b, 0)]
+        asked = whole.weighted(kd_weight, own)
+        g.a, g.label, g.others = step * asked.a, step * asked.label, [(-step * asked.b, 0)]
         if not detach:
-            g.others.append((fusion[k] * fused_kd * step * fused.b, -1))
+            g.others.append((fusion[k] * step * of_fused.b, -1))
             pulled = whole.gated(f.p_label, f.label - z.label - fused.drift)
-            g.label = g.label + fusion[k] * fused_kd * step * pulled
+            g.label = g.label + whole.gated(fusion[k] * fused_kd * step, pulled)
         slt_ce = whole.cross_entropy(s, ce_weight, g)
         values.append([square * own.value, slt_ce])
         gradients.append(g)

@@ -41,9 +41,9 @@ def from_stats(zs, ts, pairs, params, valid, labelled):
     pair, u = whole.kl(z, t, pairs[0]), torch.ones_like(z.lse)
     if weighted:
         u = (t.lse - t.lse_at_one / temperature).exp()
-    kd, step = u * pair.value, kd_weight * u
+    kd, asked = u * pair.value, whole.weighted(whole.gated(kd_weight, u), pair)
     g = whole.no_gradient(z.lse)
-    g.a, g.label, g.others = step * pair.a, step * pair.label, [(-step * pair.b, 0)]
+    g.a, g.label, g.others = asked.a, asked.label, [(-asked.b, 0)]
     ce = whole.cross_entropy(z, ce_weight, g) if labelled else torch.zeros_like(kd)
     return whole.gated(kd_weight, kd) + whole.gated(ce_weight, ce), [[kd, ce]], [g], None
 
@@ -57,7 +57,7 @@ def coefficients(params, z, taught, REAL: tl.constexpr):
     ce_weight, weighted = param(params, 2, REAL), param(params, 3, REAL)
     value, gap, _ = kl(z_label, at, t_label, t, crossed)
     u = tl.where(weighted != 0, tl.exp(t[0] - t1[0] / temperature), 1.0)
-    kd, step = u * value, kd_weight * u
+    kd, step = u * value, gated(kd_weight, u)
     a, bs, at_label = gated(step, at[4]), (gated(step, t[4]),), gated(step, gap)
     return gated(kd_weight, kd), (kd,), a, number(0, REAL), bs, at_label, ce_weight
 

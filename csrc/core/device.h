@@ -98,6 +98,12 @@ KDFUSE_HD float unpack_one(uint32_t bits) {
   return type == DType::bf16 ? from_bf16(bits) : from_f16(bits & 0xffffu);
 }
 
+KDFUSE_HD float unpack_one(DType type, uint32_t bits) {
+  return type == DType::f32    ? unpack_one<DType::f32>(bits)
+         : type == DType::bf16 ? unpack_one<DType::bf16>(bits)
+                               : unpack_one<DType::f16>(bits);
+}
+
 // The larger of two words' numbers, one by one; a number beside NaN.
 template <DType type>
 KDFUSE_HD uint32_t larger(uint32_t a, uint32_t b) {

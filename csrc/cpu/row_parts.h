@@ -122,7 +122,9 @@ struct Gradient {
   double scales[kMaxStreams];
   int count = 0;
 
+  // A scale of 0 leaves the row out, whatever it holds.
   void add(const T* row, double scale) {
+    if (scale == 0) return;
     streams[count].row = row;
     scales[count++] = scale;
   }

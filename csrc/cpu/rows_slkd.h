@@ -61,10 +61,11 @@ void slkd_row(const Problem& p, int64_t row, Scratch<T>& scratch) {
 
   const double step = q.square / q.temperature;
   Gradient<T> g;
-  g.a = step * (q.kd_weight * pair.a + q.fused_kd_weight * fused.a);
-  g.label[0] = step * (q.kd_weight * pair.label + q.fused_kd_weight * fused.label);
-  g.add(at(5), -step * q.kd_weight * pair.b);
-  g.add(at(7), -step * q.fused_kd_weight * fused.b);
+  const auto of_pair = gated(q.kd_weight, pair), of_fused = gated(q.fused_kd_weight, fused);
+  g.a = step * (of_pair.a + of_fused.a);
+  g.label[0] = step * (of_pair.label + of_fused.label);
+  g.add(at(5), -step * of_pair.b);
+  g.add(at(7), -step * of_fused.b);
   const double ce_weight = q.ce_weight + q.fused_ce_weight;
   const double ce = add_cross_entropy(z, target, dot, ce_weight, g);
   if (p.gradients) write_gradient(p, 0, row, q.temperature, z, g, target);
@@ -94,13 +95,14 @@ void slkd_row(const Problem& p, int64_t row, Scratch<T>& scratch) {
     exponentiate(p, s, q.temperature, true, s.x, at(9 + 2 * k));
     const auto own = kl(s.stats, s.at, t.stats, t.at, slt_crossed);
     Gradient<T> gs;
-    gs.a = step * q.kd_weight * own.a;
-    gs.label[0] = step * q.kd_weight * own.label;
-    gs.add(at(5), -step * q.kd_weight * own.b);
+    const auto asked = gated(q.kd_weight, own);
+    gs.a = step * asked.a;
+    gs.label[0] = step * asked.label;
+    gs.add(at(5), -step * asked.b);
     if (!q.detach) {
-      gs.add(pull, q.fusion[k] * slkd_extra(q, fused));
-      gs.label[0] +=
-          q.fusion[k] * q.fused_kd_weight * step * gated(f.at.label, f.stats.label - z.stats.label - fused.drift);
+      gs.add(pull, q.fusion[k] * step * of_fused.b);
+      const double gap = gated(f.at.label, f.stats.label - z.stats.label - fused.drift);
+      gs.label[0] += gated(q.fusion[k] * q.fused_kd_weight * step, gap);
     }
     const double slt_ce = add_cross_entropy(s, target, slt_dot, q.ce_weight, gs);
     if (p.gradients) write_gradient(p, 1 + k, row, q.temperature, s, gs, target);

@@ -72,7 +72,7 @@ void taught_row(const Problem& p, int64_t row, Scratch<T>& scratch) {
     if (!reads) continue;
     const double b =
         Loss::template add<true>(Loss::template factors<double>(p.params, k), taught_by(z, t, mixed), found);
-    if (b != 0) g.add(t.e, b);
+    g.add(t.e, b);
   }
   g.a = found.a, g.c = found.c, g.label[0] = found.label;
   const double ce = target.count ? add_cross_entropy(z, target, dot, p.params[Loss::kCeWeight], g) : 0;

@@ -111,10 +111,7 @@ class FastRows {
     return stage_.type_of(k) == DType::f32 ? load_bits<DType::f32>(logits(k, row), j)
                                            : load_bits<DType::bf16>(logits(k, row), j);
   }
-  KDFUSE_DEVICE_MEMBER float number_of(int k, uint32_t bits) const {
-    const DType of = stage_.type_of(k);
-    return of == DType::f32 ? as_float(bits) : of == DType::bf16 ? from_bf16(bits) : from_f16(bits & 0xffffu);
-  }
+  KDFUSE_DEVICE_MEMBER float number_of(int k, uint32_t bits) const { return unpack_one(stage_.type_of(k), bits); }
   KDFUSE_DEVICE_MEMBER float logit(int k, uint32_t row, int j) const { return number_of(k, bits_of(k, row, j)); }
 
   // Class v of this thread's u-th chunk of the k-th input.

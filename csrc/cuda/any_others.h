@@ -175,14 +175,12 @@ KDFUSE_DEVICE void slkd_row(const Team& team, const Task& p, int64_t row, const 
   const auto pair = kl(z.stats, z.at, t.stats, t.at, crossed);
   const auto fused = kl(z.stats, z.at, f.stats, f.at, fused_crossed);
 
-  Gradient<T> g = {step * (kd_weight * pair.a + fused_weight * fused.a),
-                   0,
-                   0,
-                   {step * (kd_weight * pair.label + fused_weight * fused.label), 0}};
+  const auto of_pair = gated(kd_weight, pair), of_fused = gated(fused_weight, fused);
+  Gradient<T> g = {step * (of_pair.a + of_fused.a), 0, 0, {step * (of_pair.label + of_fused.label), 0}};
   const T ce_weight = T(q.ce_weight + q.fused_ce_weight);
   const T ce = add_cross_entropy(z, y, seen.dot, ce_weight, g);
   if (p.with_gradient) {
-    const T b = weight * (-step * kd_weight * pair.b), of_f = weight * (-step * fused_weight * fused.b);
+    const T b = weight * (-step * of_pair.b), of_f = weight * (-step * of_fused.b);
     write_gradient(team, p, 0, row, y, span, z, g, weight, [&](int i, const T(&)[kChunk], T(&out)[kChunk]) {
       T x[kChunk];
       read(team, p, t.source, y, span, i, x);
@@ -203,17 +201,18 @@ KDFUSE_DEVICE void slkd_row(const Team& team, const Task& p, int64_t row, const 
     const auto of_s = see(team, p, y, span, s, true);
     const T slt_crossed = teach(team, p, y, span, t, s);
     const auto own = kl(s.stats, s.at, t.stats, t.at, slt_crossed);
-    Gradient<T> gs = {step * kd_weight * own.a, 0, 0, {step * kd_weight * own.label, 0}};
+    const auto asked = gated(kd_weight, own);
+    Gradient<T> gs = {step * asked.a, 0, 0, {step * asked.label, 0}};
     const T reach = q.detach ? T(0) : T(q.fusion[k - 1]);
     gs.label[0] += gated(reach * fused_weight * step * f.at.label, f.stats.label - z.stats.label - fused.drift);
     const T slt_ce = add_cross_entropy(s, y, of_s.dot, T(q.ce_weight), gs);
     if (p.with_gradient) {
-      const T b = weight * (-step * kd_weight * own.b), pull = weight * reach * slkd_extra(q, fused);
+      const T b = weight * (-step * asked.b), pull = weight * reach * step * of_fused.b;
       write_gradient(team, p, k, row, y, span, s, gs, weight, [&](int i, const T(&)[kChunk], T(&out)[kChunk]) {
         T x[kChunk];
         read(team, p, t.source, y, span, i, x);
         add_exponentials(out, b, t.units, x);
-        if (reach != T(0)) add_pull(team, p, y, span, i, z, f, fused.drift, pull, out);
+        if (pull != T(0)) add_pull(team, p, y, span, i, z, f, fused.drift, pull, out);
       });
     }
     const T slt_kd = square * own.value;

@@ -1,5 +1,5 @@
 // What a pass over a row has found, and what a loss concludes from it: the row's value and the
-// coefficients of its gradient. For the rows of one student and at most one teacher with a label.
+// coefficients of its gradient. For the rows of one student under teachers, or alone.
 #pragma once
 #include <type_traits>
 
@@ -32,17 +32,16 @@ constexpr bool is_taught = !std::is_same_v<Loss, TfNkd>;
 // What a row is summed up to, over the classes but the label, of a student z and teachers t: exponentials at their
 // temperatures and at T = 1, Taught::mixed to base 2; of class probabilities their mass, and their product with the
 // student's exponents at T = 1 to base 2; and how many classes come before the label.
-template <class Loss, Labels labels, int teachers = 1>
+template <class Loss, Labels labels, int teachers>
 struct Sums {
   static constexpr bool kTaught = is_taught<Loss>, kTeacherAt1 = Loss::kTeacherAt1;
   static constexpr bool kApart = kTaught && !Loss::kStudentAt1;  // the student at T from the one at T = 1
   static constexpr bool kAt1 = labels != Labels::none || Loss::kStudentAt1;
-  static constexpr int kTeachers = kTaught ? teachers : 0;
   enum {
     student,
     teacher = student + kApart,
-    mixed = teacher + kTeachers,
-    teacher1 = mixed + kTeachers,
+    mixed = teacher + teachers,
+    teacher1 = mixed + teachers,
     student1 = teacher1 + kTeacherAt1,
     mass = student1 + kAt1,
     product = mass + (labels == Labels::soft),
@@ -52,7 +51,7 @@ struct Sums {
 };
 
 // The label's natural exponents in the student's and in the teacher's row, at their temperatures and at T = 1.
-template <int teachers = 1>
+template <int teachers>
 struct Far {
   float student = -INFINITY, teacher[teachers > 0 ? teachers : 1], student1 = -INFINITY, teacher1 = -INFINITY;
 };
@@ -61,7 +60,7 @@ struct Far {
 template <class Loss>
 constexpr int columns_of = 1 + Loss::kTerms + 3;
 
-template <int teachers = 1>
+template <int teachers>
 struct Blend {
   float a, c;  // the factors of the student's exponentials at T and at T = 1
   float b[teachers > 0 ? teachers : 1];  // and of the teachers'
@@ -69,7 +68,7 @@ struct Blend {
   float q;  // the factor of class probabilities
 };
 
-template <class Loss, int teachers = 1>
+template <class Loss, int teachers>
 struct Conclusion {
   float values[columns_of<Loss>];
   Blend<teachers> gradient;
@@ -194,14 +193,14 @@ KDFUSE_DEVICE Conclusion<TfNkd, 0> conclude_alone(const FastTask& p, const Split
 }
 
 // The exponentials of a class: at their temperatures, and the student's at T = 1.
-template <int teachers = 1>
+template <int teachers>
 struct Powers {
   float z, one, t[teachers > 0 ? teachers : 1];
 };
 
 // A student's row and its teachers', class by class.
 // squarings: so many make one at T = 1 of an exponential at T, which is 1, 2 or 4; negative: T is any.
-template <class Loss, Labels labels, int teachers = 1, int squarings = -1>
+template <class Loss, Labels labels, int teachers, int squarings = -1>
 struct Pair {
   using S = Sums<Loss, labels, teachers>;
   using E = Powers<teachers>;

@@ -67,6 +67,14 @@ struct Task : Call {
   int sorted;  // length of the sort that USKD makes in the team's memory
 };
 
+// Whether all logits have the type of the student's.
+inline bool of_one_type(const Task& p) {
+  for (int k = 1; k < p.num_students + p.num_teachers; ++k) {
+    if (p.logits[k].type != p.logits[0].type) return false;
+  }
+  return true;
+}
+
 constexpr int kFastInputs = 4;  // of them at most 3 students
 
 // Rows that lie alike on 16-byte boundaries, of students of one type: the logits of the students, then of the teachers,
@@ -76,7 +84,6 @@ struct FastTask : Call {
   const void* logits[kFastInputs];
   uint32_t steps[kFastInputs];  // bytes from row to row
   DType types[kFastInputs];
-  bool any;  // they are not all the same
   void* gradients[kFastInputs - 1];
   float params[12];  // the op's own; of a loss under teachers its Factors
   float ce_weight;  // of such a loss

@@ -27,7 +27,7 @@ struct GeneralKernels {
 struct LossKernels {
   // Whether the rows of a call may be fast ones, as far as the op has a say; then it sets its own part of `fast`.
   bool (*set_fast)(const Task& p, FastTask& fast);
-  FastKernels (*fast)(const Task& p, const FastTask& fast);
+  FastKernels (*fast)(const Task& p);
   GeneralKernels (*general)();
   bool scored, sorted, fused;  // needs the batch mean of its label scores; sorts a row; has a fused teacher
 };

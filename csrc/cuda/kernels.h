@@ -63,6 +63,20 @@ constexpr int kChunksOfStudent = 4;
 template <DType type>
 constexpr int kChunksOfSlkd = type == DType::f32 ? 1 : 2;
 
+template <DType type>
+using Type = std::integral_constant<DType, type>;
+
+// make(Type<type>()) of a call's students. Float16, in which few train, has rows of one type alone.
+template <class F>
+FastKernels of_trained_type(DType type, F make) {
+  return type == DType::bf16 ? make(Type<DType::bf16>()) : make(Type<DType::f32>());
+}
+
+template <class F>
+FastKernels of_type(DType type, F make) {
+  return type == DType::f16 ? make(Type<DType::f16>()) : of_trained_type(type, make);
+}
+
 // Of one student.
 template <class Loss, class Shape>
 struct StudentKernels {
@@ -70,14 +84,17 @@ struct StudentKernels {
   using Rows = Resident<Loss, Shape, kChunksOfStudent, Team>;
   static constexpr DType type = Shape::type;
   static constexpr bool kPair = !Shape::any && !Shape::soft && Shape::kInputs <= 2;
+  // Of a multiprocessor.
+  static constexpr int kWarpBlocks = kPair ? fast_warp_blocks(type) : 2;
+  static constexpr int kBlocks = type != DType::f32 && Shape::kInputs <= 2 ? 2 : 1;
 
   static FastKernels get() {
     FastKernels k;
     k.chunks = kChunksOfStudent;
     k.thread_bytes = Rows<Block>::kThreadBytes;
-    k.warps = address(fast_warps < Rows<Warp>, kPair ? fast_warp_blocks(type) : 2 >);
-    k.blocks = address(fast_blocks<Rows<Block>, fast_blocks_of<Shape>>);
-    if constexpr (!Rows<Block>::kScored) k.clusters = address(fast_clusters<Rows, fast_blocks_of<Shape>>);
+    k.warps = address(fast_warps<Rows<Warp>, kWarpBlocks>);
+    k.blocks = address(fast_blocks<Rows<Block>, kBlocks>);
+    if constexpr (!Rows<Block>::kScored) k.clusters = address(fast_clusters<Rows, kBlocks>);
     if constexpr (kPair) k.streams = address(fast_streams<Streamed<Loss, Shape, Block>>);
     return k;
   }
@@ -107,10 +124,6 @@ GeneralKernels general_kernels() {
           address(general_blocks<General<float, Block, block, block_score>>),
           address(general_blocks<General<double, Block, wide, wide_score>>)};
 }
-
-// variant<type>() for one of the types that fast rows may have.
-#define KDFUSE_FOR_TYPE(type, variant) \
-  ((type) == DType::bf16 ? variant(DType::bf16) : (type) == DType::f16 ? variant(DType::f16) : variant(DType::f32))
 
 }  // namespace
 }  // namespace kdfuse

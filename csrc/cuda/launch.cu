@@ -176,7 +176,6 @@ bool make_fast(const LossKernels& of, const Task& p, FastTask& fast) {
     if (k < p.num_students && m.type != type) return false;
     if (m.stride * bytes > kMaxStep) return false;
     overlap |= m.stride < p.classes;
-    fast.any |= m.type != type;
     fast.logits[k] = m.data, fast.steps[k] = static_cast<uint32_t>(m.stride * bytes), fast.types[k] = m.type;
   }
   for (int k = 0; p.with_gradient && k < p.num_students; ++k) {
@@ -262,7 +261,7 @@ void launch_rows(Loss loss, Task p, bool wide, int device, cudaStream_t stream) 
   FastTask fast = {};
   Launch l;
   const LossKernels of = kernels_of(loss);
-  if (!wide && make_fast(of, p, fast) && shape_fast(of, of.fast(p, fast), fast, p.logits[0].type, device, l) &&
+  if (!wide && make_fast(of, p, fast) && shape_fast(of, of.fast(p), fast, p.logits[0].type, device, l) &&
       blocks_at_once(l, device) > 0) {
     return start(l, fast, device, stream);
   }

@@ -16,8 +16,9 @@ class Resident : public FastRows<Shape, kChunks, Team> {
   using Any = Of<-1>;
   using E = Powers<kTeachers>;
   using G = Blend<kTeachers>;
-  // Whether the exponentials stay in registers; else they are made again for the gradient.
-  static constexpr bool kKept = keeps_powers<Shape> || (Team::kTeams > 1 && Shape::kInputs <= 2);
+  // Whether the exponentials stay in registers; else they are made again for the gradient: of 16-bit rows two blocks
+  // share a multiprocessor, and more than two inputs leave no room.
+  static constexpr bool kKept = Shape::kInputs <= 2 && (type == DType::f32 || Team::kTeams > 1);
   using Base::p_, Base::stage_, Base::team_;
 
  public:

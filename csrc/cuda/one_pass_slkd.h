@@ -31,9 +31,7 @@ class ResidentSlkd : public FastRows<Shape<type, 1 + K, 1>, kChunks, Team> {
       join();
       return this->leave_out(at);
     }
-    float label = 0;
-#pragma unroll
-    for (int k = 0; k < K; ++k) label += q_.fusion[k] * at.label.values[1 + k];
+    const float label = fused([&](int k) { return at.label.values[k]; });
     // The label stands in where nothing else is finite.
     const float peak = peak_[0] != -INFINITY ? peak_[0] : label != -INFINITY ? label : 0.f;
     const Exponents of_t = at_t(at.peak[kTeacher]), of_f = at_t(peak), of_z = at_t(at.peak[0]);
@@ -85,18 +83,19 @@ class ResidentSlkd : public FastRows<Shape<type, 1 + K, 1>, kChunks, Team> {
 
   KDFUSE_DEVICE_MEMBER Exponents at_t(float peak) const { return exponents(p_.step, peak); }
 
-  KDFUSE_DEVICE_MEMBER float fused(const Packed<type> (&x)[1 + K], int v) const {
+  // logit(k): of the k-th input.
+  template <class F>
+  KDFUSE_DEVICE_MEMBER float fused(F logit) const {
     float f = 0;
 #pragma unroll
-    for (int k = 0; k < K; ++k) f += q_.fusion[k] * unpack(x[1 + k], v);
+    for (int k = 0; k < K; ++k) f += q_.fusion[k] * logit(1 + k);
     return f;
   }
-
-  KDFUSE_DEVICE_MEMBER float fused(int u, int v) const {
-    float f = 0;
-#pragma unroll
-    for (int k = 0; k < K; ++k) f += q_.fusion[k] * this->at(1 + k, u, v);
-    return f;
+  KDFUSE_DEVICE_MEMBER float fused_at(int u, int v) const {
+    return fused([&](int k) { return this->at(k, u, v); });
+  }
+  KDFUSE_DEVICE_MEMBER float fused_logit(const Row& at, int j) const {
+    return fused([&](int k) { return this->logit(k, at.row, j); });
   }
 
   // With the peak of the next row's fused SL-Ts.
@@ -106,18 +105,11 @@ class ResidentSlkd : public FastRows<Shape<type, 1 + K, 1>, kChunks, Team> {
     this->prepare([&](const Packed<type>(&x)[1 + K]) {
 #pragma unroll
       for (int v = 0; v < kChunk; ++v) {
-        const float f = fused(x, v);
+        const float f = fused([&](int k) { return unpack(x[k], v); });
         peak_[0] = f > peak_[0] ? f : peak_[0];
       }
     });
     team_.join(of..., joint<Larger<type>>(this->next_.peaks), joint<Max>(peak_));
-  }
-
-  KDFUSE_DEVICE_MEMBER float fused_one(const Row& at, int j) const {
-    float f = 0;
-#pragma unroll
-    for (int k = 0; k < K; ++k) f += q_.fusion[k] * this->logit(1 + k, at.row, j);
-    return f;
   }
 
   KDFUSE_DEVICE_MEMBER static float cross(float e, float gap, float sum) { return e > 0 ? std::fma(e, gap, sum) : sum; }
@@ -134,7 +126,7 @@ class ResidentSlkd : public FastRows<Shape<type, 1 + K, 1>, kChunks, Team> {
 #pragma unroll
       for (int v = 0; v < kChunk; ++v) {
         const float z = this->at(0, u, v), uz = of_z.of(z), ut = of_t.of(this->at(kTeacher, u, v));
-        const float uf = of_f.of(fused(u, v));
+        const float uf = of_f.of(fused_at(u, v));
         sums[kStudent] += z_[u][v] = power(uz);
         sums[kStudent1] += one_[u][v] = power(of_z1.of(z));
         sums[kOfTeacher] += t_[u][v] = power(ut);
@@ -166,7 +158,7 @@ class ResidentSlkd : public FastRows<Shape<type, 1 + K, 1>, kChunks, Team> {
       if (j == at.label.index) return;
       const float z = this->logit(0, at.row, j);
       const float t = power(at_t(at.peak[kTeacher]).of(this->logit(kTeacher, at.row, j)));
-      const float f = power(at_t(g.peak).of(fused_one(at, j)));
+      const float f = power(at_t(g.peak).of(fused_logit(at, j)));
       store_one<type>(to, j, combine(power(at_t(at.peak[0]).of(z)), power(exponents(kLog2e, at.peak[0]).of(z)), t, f));
     });
   }
@@ -182,7 +174,7 @@ class ResidentSlkd : public FastRows<Shape<type, 1 + K, 1>, kChunks, Team> {
       if (!stage_.has(at.span, u)) break;
 #pragma unroll
       for (int v = 0; v < kChunk; ++v) {
-        f_[u][v] = pull(f_[u][v], of_f.of(fused(u, v)), of_z.of(this->at(0, u, v)), drift);
+        f_[u][v] = pull(f_[u][v], of_f.of(fused_at(u, v)), of_z.of(this->at(0, u, v)), drift);
       }
     }
   }
@@ -250,7 +242,7 @@ class ResidentSlkd : public FastRows<Shape<type, 1 + K, 1>, kChunks, Team> {
       if (j == at.label.index) return;
       const float s = this->logit(1 + k, at.row, j), z = this->logit(0, at.row, j);
       const float t = power(at_t(at.peak[kTeacher]).of(this->logit(kTeacher, at.row, j)));
-      const float uf = at_t(pulled.peak).of(fused_one(at, j)), uz = at_t(at.peak[0]).of(z);
+      const float uf = at_t(pulled.peak).of(fused_logit(at, j)), uz = at_t(at.peak[0]).of(z);
       const float e = power(at_t(at.peak[1 + k]).of(s)), e1 = power(exponents(kLog2e, at.peak[1 + k]).of(s));
       store_one<type>(to, j, combine(e, e1, t, pull(power(uf), uf, uz, pulled.drift)));
     });

@@ -73,9 +73,10 @@ KDFUSE_DEVICE T stored(const Source<T>& s, int64_t j) {
   if (sizeof(T) == sizeof(double) && s.type == DType::f64) {
     return static_cast<T>(reinterpret_cast<const double*>(s.row)[j]);
   }
-  if (s.type == DType::f32) return static_cast<T>(reinterpret_cast<const float*>(s.row)[j]);
-  const uint32_t bits = reinterpret_cast<const uint16_t*>(s.row)[j];
-  return static_cast<T>(s.type == DType::bf16 ? from_bf16(bits) : from_f16(bits));
+  const bool wide = s.type == DType::f32;
+  const uint32_t bits =
+      wide ? reinterpret_cast<const uint32_t*>(s.row)[j] : reinterpret_cast<const uint16_t*>(s.row)[j];
+  return static_cast<T>(unpack_one(s.type, bits));
 }
 
 template <class T>

@@ -4,7 +4,15 @@
 
 namespace kdfuse {
 
-// The larger of a word's numbers, where largest_word() has left it.
+// The largest number of a chunk, and `top`, as it comes: of 16-bit rows one in each half of the word.
+template <DType type>
+KDFUSE_DEVICE uint32_t largest_word(const Packed<type>& x, uint32_t top) {
+#pragma unroll
+  for (const uint32_t w : x.w) top = larger<type>(top, w);
+  return top;
+}
+
+// The larger of such a word's numbers.
 template <DType type>
 KDFUSE_DEVICE float largest_number(uint32_t top) {
   if constexpr (type == DType::f32) return as_float(top);

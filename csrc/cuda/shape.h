@@ -17,11 +17,4 @@ struct Shape {
   static constexpr int kInputs = kLogits + soft, kOthers = kInputs - students;
 };
 
-// Of a student's rows: whether registers keep a pair's exponentials beside them; else two blocks share a
-// multiprocessor, or the rows have no room for them.
-template <class Shape>
-constexpr bool keeps_powers = Shape::type == DType::f32 && Shape::kInputs <= 2;
-template <class Shape>
-constexpr int fast_blocks_of = Shape::type != DType::f32 && Shape::kInputs <= 2 ? 2 : 1;
-
 }  // namespace kdfuse

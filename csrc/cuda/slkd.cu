@@ -3,18 +3,24 @@
 namespace kdfuse {
 namespace {
 
-#define KDFUSE_ONE(type) SlkdKernels<type, 1>::get()
-#define KDFUSE_TWO(type) SlkdKernels<type, 2>::get()
-FastKernels fast(const Task& p, const FastTask&) {
+template <int K>
+struct Rows {
+  template <DType type>
+  FastKernels operator()(Type<type>) const {
+    return SlkdKernels<type, K>::get();
+  }
+};
+
+FastKernels fast(const Task& p) {
   const DType type = p.logits[0].type;
-  return p.num_students == 2 ? KDFUSE_FOR_TYPE(type, KDFUSE_ONE) : KDFUSE_FOR_TYPE(type, KDFUSE_TWO);
+  return p.num_students == 2 ? of_type(type, Rows<1>()) : of_type(type, Rows<2>());
 }
 
 // A weight of 0 leaves out what a row holds, whatever that is: the fast rows multiply.
 bool set_fast(const Task& p, FastTask& fast) {
   const SlkdParams q(p.params);
   const int slts = p.num_students - 1;
-  if (slts > 2 || fast.any || p.soft.data || q.kd_weight == 0 || q.fused_kd_weight == 0 ||
+  if (slts > 2 || !of_one_type(p) || p.soft.data || q.kd_weight == 0 || q.fused_kd_weight == 0 ||
       std::count(q.fusion, q.fusion + slts, 0.))
     return false;
   std::copy(p.params, p.params + 7 + slts, fast.params);

@@ -16,50 +16,43 @@ namespace {
 using Facts = KDFUSE_FACTS;
 using Factors = Facts::Factors<double>;
 
-template <int teachers, Labels labels, bool any>
-struct Of {
+template <int teachers, Labels labels, bool any = false>
+struct Rows {
   template <DType type>
-  static FastKernels get() {
+  FastKernels operator()(Type<type>) const {
     return StudentKernels<Facts, Shape<type, 1, teachers, labels, any>>::get();
   }
 };
 
-// Of float16, in which few train, there are rows of one type alone.
-template <class Rows>
-FastKernels of_any(DType type) {
-  return type == DType::bf16 ? Rows::template get<DType::bf16>() : Rows::template get<DType::f32>();
-}
-
-FastKernels fast(const Task& p, const FastTask& task) {
+FastKernels fast(const Task& p) {
   const DType type = p.logits[0].type;
   if constexpr (!Facts::kNeedsTarget) {
-    if (p.soft.data) return of_any<Of<1, Labels::soft, true>>(type);
+    if (p.soft.data) return of_trained_type(type, Rows<1, Labels::soft, true>());
   }
   if constexpr (Facts::kManyTeachers) {
-    if (p.num_teachers == 2) return of_any<Of<2, Labels::hard, false>>(type);
+    if (p.num_teachers == 2) return of_trained_type(type, Rows<2, Labels::hard>());
   }
-  if (task.any) return of_any<Of<1, Labels::hard, true>>(type);
-#define KDFUSE_HARD(type) Of<1, Labels::hard, false>::get<type>()
-#define KDFUSE_BARE(type) Of<1, Labels::none, false>::get<type>()
+  if (!of_one_type(p)) return of_trained_type(type, Rows<1, Labels::hard, true>());
   if constexpr (!Facts::kNeedsTarget) {
-    if (!p.labels) return KDFUSE_FOR_TYPE(type, KDFUSE_BARE);
+    if (!p.labels) return of_type(type, Rows<1, Labels::none>());
   }
-  return KDFUSE_FOR_TYPE(type, KDFUSE_HARD);
+  return of_type(type, Rows<1, Labels::hard>());
 }
 
 // Which shapes of rows have kernels.
-bool has_shape(const Task& p, const FastTask& fast) {
-  const bool plain = !fast.any && !p.soft.data && p.num_teachers == 1;
-  if (plain) return true;
+bool has_shape(const Task& p) {
+  const bool one_type = of_one_type(p);
+  if (one_type && !p.soft.data && p.num_teachers == 1) return true;
   if (p.logits[0].type == DType::f16) return false;
-  if (p.num_teachers == 2) return Facts::kManyTeachers && p.labels && !fast.any;
+  if (p.num_teachers == 2) return Facts::kManyTeachers && p.labels && one_type;
   if (p.num_teachers != 1) return false;
   return p.soft.data ? !Facts::kNeedsTarget : p.labels != nullptr;
 }
 
 // A weight of 0 leaves out what a row holds, whatever that is: the fast rows multiply.
 bool set_fast(const Task& p, FastTask& fast) {
-  if (p.sparse || !has_shape(p, fast)) return false;
+  if (p.sparse || !has_shape(p)) return false;
+  if (p.soft.data && p.params[Facts::kCeWeight] == 0) return false;
   constexpr int count = sizeof(Factors) / sizeof(double);
   static_assert((Facts::kManyTeachers ? 2 : 1) * count <= sizeof(fast.params) / sizeof(float) &&
                     sizeof(Facts::Factors<float>) == count * sizeof(float),

@@ -3,8 +3,14 @@
 namespace kdfuse {
 namespace {
 
-#define KDFUSE_ROWS(type) StudentKernels<TfNkd, Shape<type, 1, 0>>::get()
-FastKernels fast(const Task& p, const FastTask&) { return KDFUSE_FOR_TYPE(p.logits[0].type, KDFUSE_ROWS); }
+struct Rows {
+  template <DType type>
+  FastKernels operator()(Type<type>) const {
+    return StudentKernels<TfNkd, Shape<type, 1, 0>>::get();
+  }
+};
+
+FastKernels fast(const Task& p) { return of_type(p.logits[0].type, Rows()); }
 
 bool set_fast(const Task& p, FastTask& fast) {
   if (p.soft.data) return false;

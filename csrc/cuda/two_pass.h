@@ -213,7 +213,7 @@ class Streamed {
 #pragma unroll
     for (int k = 0; k < kInputs; ++k) {
       if (p_.hold) hold(x[k], k, i);
-      const float of_chunk = peak_of(x[k]);
+      const float of_chunk = largest_number<type>(largest_word(x[k], x[k].w[0]));
       top[k] = of_chunk > peak[k] ? of_chunk : peak[k];
       grows |= top[k] > peak[k];
     }

@@ -39,26 +39,6 @@ KDFUSE_DEVICE Packed<DType::f32> widened(const Packed<type>& p) {
   return x;
 }
 
-// The largest of a chunk's numbers.
-template <DType type>
-KDFUSE_DEVICE float peak_of(const Packed<type>& p) {
-  uint32_t top = p.w[0];
-#pragma unroll
-  for (const uint32_t w : p.w) top = larger<type>(top, w);
-  if constexpr (type == DType::f32) return as_float(top);
-  Packed<type> both = {};
-  both.w[0] = top;
-  const float a = unpack(both, 0), b = unpack(both, 1);
-  return b > a || a != a ? b : a;
-}
-
-template <DType type>
-KDFUSE_DEVICE uint32_t largest_word(const Packed<type>& p, uint32_t top) {
-#pragma unroll
-  for (const uint32_t w : p.w) top = larger<type>(top, w);
-  return top;
-}
-
 template <DType type>
 KDFUSE_DEVICE uint32_t load_bits(const void* row, int64_t j) {
   if constexpr (type == DType::f32) return static_cast<const uint32_t*>(row)[j];

@@ -35,9 +35,10 @@ struct Dkd {
     const R spread = x.z_sums.sum > R(0) ? R(1) / x.z_sums.sum : R(0);
     row.terms_of_row[0] = f.square * tckd, row.terms_of_row[1] = f.square * others.value;
     row.value = gated(f.alpha, row.terms_of_row[0]) + gated(f.beta, row.terms_of_row[1]);
-    row.a = f.step * (f.beta * others.a - f.alpha * gap * spread);
-    row.label = f.step * f.alpha * gap;
-    return -(f.step * (f.beta * others.b));
+    const R pull = times<may_be_zero>(f.alpha, gap);
+    row.a = f.step * (times<may_be_zero>(f.beta, others.a) - pull * spread);
+    row.label = f.step * pull;
+    return -(f.step * times<may_be_zero>(f.beta, others.b));
   }
 };
 

@@ -25,17 +25,15 @@ struct Kd {
     return {weight, of_teacher * square, weight * of_teacher * square / R(p[0])};
   }
 
-  // may_be_zero: a weight of 0 leaves out what the teacher holds, whatever that is.
   template <bool may_be_zero, class R>
   KDFUSE_MEMBER static R add(const Factors<R>& f, const Taught<R>& x, Lesson<R, kTerms>& row) {
-    const auto times = [](R w, R v) { return may_be_zero ? gated(w, v) : w * v; };
     const Kl<R> pair = kl(x.z_sums, x.z, x.t_sums, x.t, x.mixed);
     R& term = row.terms_of_row[0];
-    term += times(f.value, pair.value);
-    row.value = times(f.weight, term);
-    row.a += times(f.step, pair.a);
-    row.label += times(f.step, pair.label);
-    return -times(f.step, pair.b);
+    term += times<may_be_zero>(f.value, pair.value);
+    row.value = times<may_be_zero>(f.weight, term);
+    row.a += times<may_be_zero>(f.step, pair.a);
+    row.label += times<may_be_zero>(f.step, pair.label);
+    return -times<may_be_zero>(f.step, pair.b);
   }
 };
 

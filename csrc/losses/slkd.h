@@ -26,10 +26,4 @@ struct SlkdParams {
         fusion(p + 7) {}
 };
 
-// The factor of exp((f_j - peak) / T) * ((f_j - z_j) / T - D) in the SL-Ts' extra gradient, per fusion weight.
-template <class R, class N>
-KDFUSE_HD R slkd_extra(const SlkdParams<N>& p, const Kl<R>& fused) {
-  return R(p.fused_kd_weight) * R(p.square) / R(p.temperature) * fused.b;
-}
-
 }  // namespace kdfuse

@@ -36,4 +36,10 @@ struct Lesson {
   R a = 0, c = 0, label = 0;
 };
 
+// weight * x; where it may be 0, that leaves out x, whatever it is.
+template <bool may_be_zero, class R>
+KDFUSE_HD R times(R weight, R x) {
+  return may_be_zero ? gated(weight, x) : weight * x;
+}
+
 }  // namespace kdfuse

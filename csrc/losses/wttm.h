@@ -30,12 +30,13 @@ struct Wttm {
   KDFUSE_MEMBER static R add(const Factors<R>& f, const Taught<R>& x, Lesson<R, kTerms>& row) {
     const Kl<R> pair = kl(x.z_sums, x.z, x.t_sums, x.t, x.mixed);
     // Of the exponents' two origins, the peak at T and at 1, gamma makes one: they cancel.
-    const R of_row = f.weighted != R(0) ? std::exp(x.t.lse - f.gamma * x.t1.lse) : R(1), step = f.kd_weight * of_row;
+    const R of_row = f.weighted != R(0) ? std::exp(x.t.lse - f.gamma * x.t1.lse) : R(1);
+    const R step = times<may_be_zero>(f.kd_weight, of_row);
     row.terms_of_row[0] = of_row * pair.value;
     row.value = gated(f.kd_weight, row.terms_of_row[0]);
-    row.a = step * pair.a;
-    row.label = step * pair.label;
-    return -step * pair.b;
+    row.a = times<may_be_zero>(step, pair.a);
+    row.label = times<may_be_zero>(step, pair.label);
+    return -times<may_be_zero>(step, pair.b);
   }
 };
 

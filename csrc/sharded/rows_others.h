@@ -91,10 +91,11 @@ void split_slkd_row(const SplitProblem& p, int64_t row, Scratch<T>& scratch) {
   }
 
   Gradient<T> g;
-  g.a = step * (q.kd_weight * pair.a + q.fused_kd_weight * fused.a);
-  g.label[0] = step * (q.kd_weight * pair.label + q.fused_kd_weight * fused.label);
-  g.add(x_t, -step * q.kd_weight * pair.b * of_t.at);
-  g.add(x_f, -step * q.fused_kd_weight * fused.b * of_f.at);
+  const auto of_pair = gated(q.kd_weight, pair), of_fused = gated(q.fused_kd_weight, fused);
+  g.a = step * (of_pair.a + of_fused.a);
+  g.label[0] = step * (of_pair.label + of_fused.label);
+  g.add(x_t, gated(-step * of_pair.b, of_t.at));
+  g.add(x_f, gated(-step * of_fused.b, of_f.at));
   const double ce_weight = q.ce_weight + q.fused_ce_weight;
   const double ce = add_cross_entropy(z, target, wholes[0].label - wholes[0].peak, ce_weight, g);
   if (p.gradients) write_part(p, 0, row, q.temperature, z, g, target, factors);
@@ -110,13 +111,14 @@ void split_slkd_row(const SplitProblem& p, int64_t row, Scratch<T>& scratch) {
     auto& s = students[1 + k];
     const auto own = kl(s.stats, s.at, t.stats, t.at, in[layout.of_pair(2 + k)]);
     Gradient<T> gs;
-    gs.a = step * q.kd_weight * own.a;
-    gs.label[0] = step * q.kd_weight * own.label;
-    gs.add(x_t, -step * q.kd_weight * own.b * of_t.at);
+    const auto asked = gated(q.kd_weight, own);
+    gs.a = step * asked.a;
+    gs.label[0] = step * asked.label;
+    gs.add(x_t, gated(-step * asked.b, of_t.at));
     if (!q.detach) {
-      gs.add(pull, q.fusion[k] * slkd_extra(q, fused) * of_f.at);
-      gs.label[0] +=
-          q.fusion[k] * q.fused_kd_weight * step * gated(f.at.label, f.stats.label - z.stats.label - fused.drift);
+      gs.add(pull, gated(q.fusion[k] * step * of_fused.b, of_f.at));
+      const double gap = gated(f.at.label, f.stats.label - z.stats.label - fused.drift);
+      gs.label[0] += gated(q.fusion[k] * q.fused_kd_weight * step, gap);
     }
     const double slt_ce = add_cross_entropy(s, target, wholes[1 + k].label - wholes[1 + k].peak, q.ce_weight, gs);
     if (p.gradients) {

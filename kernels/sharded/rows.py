@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..op import Op
 from .merge import TOP, Layout, layout
-from .whole import Gradient, Known
+from .whole import Gradient, Known, gated
 
 
 def working_type(logits: Sequence[Tensor]) -> torch.dtype:
@@ -205,7 +205,7 @@ def write(
         close = near(x, z)
         out = column(g.a) * (close / z.temperature).exp()
         for scale, k in g.others:
-            out = out + column(scale) * exps[k]
+            out = out + gated(column(scale), exps[k])
         out = out + column(g.c) * close.exp()
         out = torch.where(part.label, column(g.label), out)
         out = torch.where(part.valid[:, None], out, 0.0)

@@ -53,6 +53,12 @@ def kl(z: Known, t: Known, pair: Tensor) -> Kl:
     return Kl(drift + (z.lse - t.lse), z.unit, t.unit, z.p_label - t.p_label, drift)
 
 
+def weighted(weight: Tensor | float, x: Kl) -> Kl:
+    """Its gradient under a weight, of which 0 leaves it out whatever it is."""
+    a, b, label = (gated(weight, y) for y in (x.a, x.b, x.label))
+    return Kl(gated(weight, x.value), a, b, label, x.drift)
+
+
 @dataclass
 class Gradient:
     """Of one student: the coefficients of its exponentials and of other rows, and its label."""

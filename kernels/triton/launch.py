@@ -136,6 +136,7 @@ def in_private_pool(address: int) -> bool:
         held = range(segment["address"], segment["address"] + segment["total_size"])
         if address in held:
             private = tuple(segment.get("segment_pool_id", (0, 0))) != (0, 0)
-            _PRIVATE.update({held} if private else ())
+            if private:
+                _PRIVATE.add(held)
             return private
     return False

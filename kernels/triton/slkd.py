@@ -132,7 +132,7 @@ def put_gradients(
         if AT_ONE == 1:
             g += c * tl.exp2((x - now) * LOG2E)
         if TARGET == 2:
-            g += of_q * q
+            g += gated(of_q, q)
         g = tl.where(valid, tl.where(offs == y, at_label, g), 0.0)
         put_tile(gradients[k], row, units, offs, inside, g, WHOLE)
 

@@ -138,7 +138,7 @@ def put_gradient(
     if AT_ONE == 1:
         g += c * tl.exp2((z - now) * LOG2E)
     if TARGET == 2:
-        g += of_q * q
+        g += gated(of_q, q)
     g = tl.where(valid, tl.where(offs == y, at_label, g), 0.0)
     put_tile(gradient, row, units, offs, inside, g, WHOLE)
 

@@ -50,7 +50,7 @@ def put_gradient(
     _, z, q = tiles
     g = c * tl.exp2((z - now) * LOG2E)
     if TARGET == 2:
-        g += of_q * q
+        g += gated(of_q, q)
     g = tl.where(offs == ys[0], at[0], g)
     g = tl.where(offs == ys[1], at[1], g)
     g = tl.where(valid, g, 0.0)

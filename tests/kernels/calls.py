@@ -82,6 +82,13 @@ FULL = {
         "detach_slts": False,
     },
 }
+# What leaves the teacher out.
+NO_TEACHER = {
+    "kd": {"kd_weight": 0.0},
+    "wttm": {"kd_weight": 0.0},
+    "dkd": {"alpha": 0.0, "beta": 0.0},
+    "slkd": {"kd_weight": 0.0, "fused_kd_weight": 0.0},
+}
 # Where C == 2 leaves a part of the loss without a meaning: that part off.
 PAIR = {"dkd": {"beta": 0.0}, "nkd": {"gamma": 0.0}, "uskd": {"beta": 0.0}}
 # float16 has no logits of 1e4 with a useful fraction, but holds them.

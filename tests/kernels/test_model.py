@@ -1,7 +1,5 @@
 """The predictions of docs/results/model.md: what they rest on, and laws that they keep."""
 
-import fcntl
-import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,16 +26,7 @@ IN_FLIGHT = 64  # KB that an SM of an H100 has on their way at least, of rows be
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory) -> Path:
-    """The simulator's, of which a run has one (tests/simulator/conftest.py)."""
-    folder = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        folder = folder.parent
-    folder = folder / "simulator"
-    folder.mkdir(exist_ok=True)
-    with open(folder / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        made = folder / "simulator.so"
-        return made if made.exists() else simulator.build(folder)
+    return simulator.of_run(tmp_path_factory)
 
 
 def shipped(kernel: Kernel) -> tuple[int, int]:

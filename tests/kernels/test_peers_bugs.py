@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from calls import (
     FULL,
     NAMES,
+    NO_TEACHER,
     SCALED,
     WITH_PROBABILITIES,
     WITH_TEACHER,
@@ -24,6 +25,7 @@ from calls import (
 
 import kdfuse
 from kdfuse.kernels import backends
+from kdfuse.kernels.table import OPS
 
 BACKENDS = [name for name in ("reference", "cpu") if not backends.backends()[name]]
 
@@ -255,6 +257,34 @@ def test_a_weight_of_zero_leaves_a_teacher_out(backend, value):
     off = {**FULL["kd"], "backend": backend, "kd_weight": 0.0}
     loss, (g,) = loss_and_gradients("kd", case, **off)
     assert loss.isfinite() and g.isfinite().all()
+
+
+@pytest.mark.parametrize("value", (torch.nan, torch.inf, -torch.inf))
+@pytest.mark.parametrize("name", NO_TEACHER)
+def test_a_teacher_without_weight_may_hold_anything(name, backend, value):
+    case, settings = cast(make(name, 5, 33), torch.float32), {**FULL[name], **NO_TEACHER[name]}
+    targets = [case.target, *([] if OPS[name].needs_target else [None])]
+    for case.target in targets:
+        more = {"ce_weight": 0.3 if case.target is not None else 0.0, "backend": backend}
+        want = loss_and_gradients(name, case, **{**settings, **more})
+        broken = Case(
+            case.students, [torch.full_like(t, value) for t in case.teachers], case.target
+        )
+        got = loss_and_gradients(name, broken, **{**settings, **more})
+        torch.testing.assert_close(got, want, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("value", (torch.nan, torch.inf))
+@pytest.mark.parametrize("name", [n for n in WITH_PROBABILITIES if not OPS[n].needs_target])
+def test_class_probabilities_without_cross_entropy_may_hold_anything(name, backend, value):
+    case = cast(make(name, 9, 33), torch.float32)
+    case.target, settings = None, {**FULL[name], "ce_weight": 0.0, "backend": backend}
+    want = loss_and_gradients(name, case, **settings)
+    case.target = probabilities(9, 33).float()
+    case.target[::2, 5] = value
+    torch.testing.assert_close(
+        loss_and_gradients(name, case, **settings), want, rtol=1e-6, atol=1e-8
+    )
 
 
 @pytest.mark.parametrize("value", (torch.nan, torch.inf, -torch.inf))

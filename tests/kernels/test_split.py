@@ -12,6 +12,7 @@ import torch
 from calls import (
     FULL,
     IN_PARTS,
+    NO_TEACHER,
     WITH_TEACHER,
     Case,
     call,
@@ -158,6 +159,18 @@ def test_several_teachers_one_of_weight_zero_with_nan(backend):
     )
     np.testing.assert_allclose(loss.detach(), true.loss, rtol=1e-5)
     np.testing.assert_allclose(gradient, true.gradients[0], atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", NO_TEACHER)
+def test_a_teacher_without_weight_may_hold_anything(name, backend):
+    case = cast(make(name, 5, 33), torch.float32)
+    more = {**FULL[name], **NO_TEACHER[name], "backend": backend}
+    want = in_parts(name, case, CUTS, **more)
+    for value in (torch.nan, INF, -INF):
+        case.teachers = [torch.full_like(t, value) for t in case.teachers]
+        got = in_parts(name, case, CUTS, **more)
+        torch.testing.assert_close(got, want, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

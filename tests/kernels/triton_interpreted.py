@@ -14,6 +14,7 @@ import triton.language as tl
 from calls import (
     FULL,
     NAMES,
+    NO_TEACHER,
     PAIR,
     WITH_PROBABILITIES,
     WITH_TEACHER,
@@ -31,6 +32,7 @@ from calls import (
 from triton.runtime import interpreter
 
 import kdfuse
+from kdfuse.kernels.table import OPS
 from kdfuse.kernels.triton import call as triton_call
 from kdfuse.kernels.triton import launch as triton_launch
 
@@ -436,6 +438,28 @@ def test_several_teachers(name, residency):
         "kd", few, backend="triton", teacher_weights=[0.25, 0.5], **FULL["kd"]
     )
     torch.testing.assert_close((loss, g), (want, of_want), rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("name", NO_TEACHER)
+def test_a_teacher_without_weight_may_hold_anything(name, residency):
+    case = cast(make(name, 3, 19), torch.float32)
+    more = {**FULL[name], **NO_TEACHER[name], "backend": "triton"}
+    want = loss_and_gradients(name, case, **more)
+    case.teachers = [
+        torch.full_like(t, value) for t, value in zip(case.teachers, (torch.nan, INF), strict=False)
+    ]
+    torch.testing.assert_close(loss_and_gradients(name, case, **more), want, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", [n for n in WITH_PROBABILITIES if not OPS[n].needs_target])
+def test_class_probabilities_without_cross_entropy_may_hold_anything(name, residency):
+    case, more = cast(make(name, 3, 19), torch.float32), {**FULL[name], "ce_weight": 0.0}
+    case.target = None
+    want = loss_and_gradients(name, case, backend="triton", **more)
+    case.target = probabilities(3, 19).float()
+    case.target[1, 5] = torch.nan
+    got = loss_and_gradients(name, case, backend="triton", **more)
+    torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("name", ("kd",))

@@ -167,10 +167,10 @@ size_t table(Named* all) {
       const auto add_fast = [&](const char* variant, int students, int teachers, bool labelled, bool soft, bool any) {
         Task p = {};
         p.num_students = students, p.num_teachers = teachers;
-        p.logits[0].type = t.type, p.labels = labelled ? &label : nullptr, p.soft.data = soft ? &label : nullptr;
-        FastTask task = {};
-        task.any = any;
-        const FastKernels k = of.fast(p, task);
+        for (int k = 0; k < students + teachers; ++k) p.logits[k].type = t.type;
+        if (any) p.logits[1].type = t.type == DType::f32 ? DType::bf16 : DType::f32;
+        p.labels = labelled ? &label : nullptr, p.soft.data = soft ? &label : nullptr;
+        const FastKernels k = of.fast(p);
         for (size_t i = 0; i < n; ++i) {
           if (all[i].kernel == k.warps) return;  // the same as before
         }

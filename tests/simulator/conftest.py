@@ -1,7 +1,5 @@
-"""The simulator, compiled once for all workers of a run."""
+"""The simulator, of which a run has one."""
 
-import fcntl
-import os
 from pathlib import Path
 
 import pytest
@@ -10,12 +8,4 @@ import simulator
 
 @pytest.fixture(scope="session")
 def library(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        folder = folder.parent
-    folder = folder / "simulator"
-    folder.mkdir(exist_ok=True)
-    with open(folder / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        made = folder / "simulator.so"
-        return made if made.exists() else simulator.build(folder)
+    return simulator.of_run(tmp_path_factory)

@@ -5,6 +5,7 @@ way (see docs/testing.md) is a `Failed` with the place in csrc.
 """
 
 import ctypes
+import fcntl
 import os
 import re
 import shutil
@@ -137,6 +138,19 @@ def build(
     link = [compiler, "-shared", "-pthread", *map(str, objects), "-o", str(library)]
     subprocess.run(link, check=True)
     return library
+
+
+def of_run(tmp_path_factory) -> Path:
+    """The simulator, compiled once for all workers of a run."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    folder = folder / "simulator"
+    folder.mkdir(exist_ok=True)
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        made = folder / "simulator.so"
+        return made if made.exists() else build(folder)
 
 
 @dataclass(frozen=True)

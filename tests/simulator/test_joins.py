@@ -64,9 +64,7 @@ def meetings(kernel: Kernel) -> list[Meeting]:
     shared = 2 * BARE_SHARED[kernel.loss] if bare else 5 * SHARED[kernel.loss]
     if kernel.variant == "two":
         summed, shared = summed + 2, shared + 5
-    if (
-        kernel.variant == "soft"
-    ):  # their mass, their product with the student; no softmax has a label
+    if kernel.variant == "soft":  # their mass and product with the student; no softmax has a label
         summed, shared = summed + 2, 2 * SHARED[kernel.loss]
     scored = kernel.loss == "tf_nkd"  # goes over its rows before the batch's mean is known, too
     if kernel.kind == "fast_streams":

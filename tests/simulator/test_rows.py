@@ -6,6 +6,7 @@ from asked import REDUCTIONS
 from calls import (
     FULL,
     NAMES,
+    NO_TEACHER,
     PAIR,
     TAUGHT,
     WITH_PROBABILITIES,
@@ -21,6 +22,7 @@ from simulator import Gpu, device
 
 import kdfuse
 from kdfuse.kernels import backends
+from kdfuse.kernels.table import OPS
 
 INF = float("inf")
 pytestmark = [
@@ -84,6 +86,26 @@ def test_class_probabilities(library, name, dtype, way):
     # Not only two classes, and not only labels with the highest logits.
     case.target = torch.softmax(torch.arange(9 * 33).reshape(9, 33).double().sin(), 1).to(dtype)
     check(library, name, case, settings_for(name, 33), way)
+
+
+@ways
+@pytest.mark.parametrize("name", NO_TEACHER)
+def test_a_teacher_without_weight_may_hold_anything(library, name, way):
+    case = cast(make(name, 9, 33), torch.float32)
+    case.teachers[0][::2], case.teachers[0][1::2] = float("nan"), INF
+    got = check(library, name, case, settings_for(name, 33, **NO_TEACHER[name]), way)
+    assert got.loss.isfinite().all() and all(g.isfinite().all() for g in got.gradients)
+
+
+@ways
+@pytest.mark.parametrize("value", (float("nan"), INF))
+@pytest.mark.parametrize("name", [n for n in WITH_PROBABILITIES if not OPS[n].needs_target])
+def test_class_probabilities_without_cross_entropy_may_hold_anything(library, name, value, way):
+    case = cast(make(name, 9, 33), torch.float32)
+    case.target = probabilities(9, 33).float()
+    case.target[::2, 5] = value
+    got = check(library, name, case, settings_for(name, 33, ce_weight=0.0), way)
+    assert got.loss.isfinite().all() and got.gradients[0].isfinite().all()
 
 
 @pytest.mark.parametrize(
