@@ -95,7 +95,7 @@ ANY = 2**31
 # complexity, not measured.
 RULES = (
     Rule("uskd", 4096, ("cuda", "triton"), "CUDA sorts a row, Triton compares all its classes"),
-    Rule("uskd", 8192, ("cuda",), "Triton ranks rows of up to 4096 classes"),
+    Rule("uskd", 65536, ("cuda",), "where a block's shared memory has room for the sort"),
     Rule("uskd", ANY, (), "a longer row does not fit the memory in which it is ranked"),
     Rule("", ANY, ("cuda", "triton"), "CUDA moves 16 bytes at any C; Triton where 8 divides C"),
 )
@@ -126,11 +126,21 @@ def has_code(archs: list[str], major: int, minor: int) -> bool:
     return False
 
 
-def _fits(name: str, device: torch.device) -> bool:
-    # torch.compile cannot trace a device's properties; one without code says so when it is run.
+def _fits(name: str, student: Tensor, op: str) -> bool:
+    # torch.compile cannot trace a device's properties; what does not fit says so when it is run.
     if is_tracing():
         return not REASONS[name]()
-    return _runs_on(name, device)
+    if name == "cuda" and op == "uskd" and not _sorts(student):
+        return False
+    return _runs_on(name, student.device)
+
+
+def _sorts(student: Tensor) -> bool:
+    """Whether a block can sort a row of `student`: its number and 2 bytes for each class."""
+    most = torch.cuda.get_device_properties(student.device).shared_memory_per_block_optin
+    number = 8 if student.dtype == torch.float64 else 4
+    beside = 8192  # what a block has beside the sort, at most
+    return student.shape[1] * (number + 2) + beside <= most
 
 
 @functools.cache
@@ -168,7 +178,7 @@ def _on_gpu(student: Tensor, op: str) -> str:
     classes = student.shape[1]
     rule = next(r for r in RULES if r.op in ("", op) and classes <= r.longest)
     for name in rule.order:
-        if _fits(name, student.device):
+        if _fits(name, student, op):
             if not is_tracing():
                 _warn_of_untried(name)
             return name

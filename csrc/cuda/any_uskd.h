@@ -5,19 +5,21 @@
 
 namespace kdfuse {
 
-// A class in the sort: by falling key, then by rising class. After the sort the place of class j
-// stands in entry j.
+// The classes of a row by falling key, then by rising class. Once they are sorted, the rank of class j stands at
+// keys[j].
 template <class T>
-struct Ranked;
+struct Ranking {
+  using Key = std::conditional_t<sizeof(T) == sizeof(float), uint32_t, uint64_t>;
+  Key* keys;
+  uint16_t* classes;
 
-template <>
-struct Ranked<float> {
-  uint32_t key, index;
-};
-template <>
-struct alignas(16) Ranked<double> {
-  uint64_t key;
-  uint32_t index;
+  KDFUSE_DEVICE_MEMBER void sort_two(int i, int j) const {
+    const Key a = keys[i], b = keys[j];
+    const uint16_t of_a = classes[i], of_b = classes[j];
+    if (a < b || (a == b && of_a < of_b)) return;
+    keys[i] = b, keys[j] = a;
+    classes[i] = of_b, classes[j] = of_a;
+  }
 };
 
 // Numbers in falling order as unsigned integers in rising order; NaN comes first.
@@ -33,24 +35,21 @@ KDFUSE_DEVICE uint64_t falling(double x) {
   return bits >> 63 ? bits : ~(bits | uint64_t{1} << 63);
 }
 
-template <class T>
-KDFUSE_DEVICE bool comes_after(const Ranked<T>& a, const Ranked<T>& b) {
-  return a.key != b.key ? a.key > b.key : a.index > b.index;
-}
-
-// Sorts n entries, n a power of 2.
+// A bitonic sort of n entries. A merge begins with a comparison from both ends, so that every step puts the smaller
+// entry first: what would fill n up to a power of 2 stays behind all, and needs no memory.
 template <class T, class Team>
-KDFUSE_DEVICE void bitonic_sort(const Team& team, Ranked<T>* x, int n) {
+KDFUSE_DEVICE void bitonic_sort(const Team& team, const Ranking<T>& x, int n) {
 #pragma unroll 1
-  for (int size = 2; size <= n; size *= 2) {
+  for (int size = 2; size / 2 < n; size *= 2) {
 #pragma unroll 1
     for (int stride = size / 2; stride > 0; stride /= 2) {
       team.sync();
 #pragma unroll 1
-      for (int k = team.rank(); k < n / 2; k += team.size()) {
-        const int i = 2 * k - (k & (stride - 1)), j = i + stride;
-        const Ranked<T> a = x[i], b = x[j];
-        if (comes_after(a, b) == ((i & size) == 0)) x[i] = b, x[j] = a;
+      for (int k = team.rank();; k += team.size()) {
+        const int place = k & (stride - 1), first = 2 * (k - place), i = first + place;
+        if (i >= n) break;
+        const int j = stride == size / 2 ? first + size - 1 - place : i + stride;
+        if (j < n) x.sort_two(i, j);
       }
     }
   }
@@ -59,15 +58,16 @@ KDFUSE_DEVICE void bitonic_sort(const Team& team, Ranked<T>* x, int n) {
 
 // The sort stands behind the rows that the team holds.
 template <class T, class Team>
-KDFUSE_DEVICE Ranked<T>* sort_space(const Team& team, const Task& p) {
-  return reinterpret_cast<Ranked<T>*>(held_row<T>(team, p, p.held));
+KDFUSE_DEVICE Ranking<T> sort_space(const Team& team, const Task& p) {
+  auto* const keys = reinterpret_cast<typename Ranking<T>::Key*>(held_row<T>(team, p, p.held));
+  return {keys, reinterpret_cast<uint16_t*>(keys + p.classes)};
 }
 
 // Ranks the classes by W_j / (1 - W_t) + s_j / (1 - s_t), with s the student's log-probabilities or
 // probabilities.
 template <class T, class Team>
 KDFUSE_DEVICE void rank_classes(const Team& team, const Task& p, const Target<T>& y, const Span& span,
-                                const Logits<T>& z, const Logits<T>& w, bool paper, Ranked<T>* order) {
+                                const Logits<T>& z, const Logits<T>& w, bool paper, const Ranking<T>& order) {
   T of_weak[2] = {0, 0}, of_student[2] = {0, 0};
 #pragma unroll
   for (int k = 0; k < 2; ++k) {
@@ -93,26 +93,22 @@ KDFUSE_DEVICE void rank_classes(const Team& team, const Task& p, const Target<T>
 #pragma unroll
     for (int v = 0; v < kChunk; ++v) {
       const int j = span.first(i) + v;
-      if (j >= 0 && j < p.classes) order[j] = {falling(key[v]), static_cast<uint32_t>(j)};
+      if (j >= 0 && j < p.classes) order.keys[j] = falling(key[v]), order.classes[j] = static_cast<uint16_t>(j);
     }
   }
+  bitonic_sort(team, order, p.classes);
 #pragma unroll 1
-  for (int j = p.classes + team.rank(); j < p.sorted; j += team.size()) {
-    order[j] = {static_cast<decltype(order->key)>(-1), static_cast<uint32_t>(j)};
-  }
-  bitonic_sort(team, order, p.sorted);
-#pragma unroll 1
-  for (int r = team.rank(); r < p.classes; r += team.size()) order[order[r].index].key = r;
+  for (int r = team.rank(); r < p.classes; r += team.size()) order.keys[order.classes[r]] = r;
   team.sync();
 }
 
 // The Zipf weights of chunk i before they are made to sum to 1: 1 / rank, the targets' at 0.
 template <class T>
-KDFUSE_DEVICE void zipf(const Ranked<T>* order, const Target<T>& y, const Span& span, int i, T (&x)[kChunk]) {
+KDFUSE_DEVICE void zipf(const Ranking<T>& order, const Target<T>& y, const Span& span, int i, T (&x)[kChunk]) {
 #pragma unroll
   for (int v = 0; v < kChunk; ++v) {
     const int j = span.first(i) + v;
-    x[v] = j >= 0 && j < span.classes ? T(1) / static_cast<T>(order[j].key + 1) : T(0);
+    x[v] = j >= 0 && j < span.classes ? T(1) / static_cast<T>(order.keys[j] + 1) : T(0);
   }
   set_labels(y, span, i, T(0), T(0), x);
 }
@@ -147,7 +143,7 @@ KDFUSE_DEVICE void uskd_row(const Team& team, const Task& p, int64_t row, const 
   join_labels(w, y);
   join_labels(z, y);
 
-  Ranked<T>* const order = sort_space<T>(team, p);
+  const Ranking<T> order = sort_space<T>(team, p);
   rank_classes(team, p, y, span, z, w, q.paper_rank != 0, order);
   T sums[2] = {0, 0};  // of the Zipf weights, and of them times u_j
 #pragma unroll 1

@@ -64,7 +64,6 @@ struct Task : Call {
   double params[kMaxParams];  // the op's own, see losses/<op>.h
   int team_bytes;  // of memory
   int held;  // this many of a row's inputs are kept in the team's memory
-  int sorted;  // length of the sort that USKD makes in the team's memory
 };
 
 // Whether all logits have the type of the student's.

@@ -18,7 +18,7 @@ namespace {
 // rows are long.
 constexpr int64_t kCountedApart = 16384;
 constexpr int64_t kMaxStep = 0xffffffff;  // bytes from one fast row to the next
-constexpr int kMaxSorted = 1 << 14;  // the longest row that is sorted
+constexpr int kMaxSorted = 1 << 16;  // the longest row that is sorted
 constexpr int kWarpBytes = 16 * 1024;  // of memory for a warp's inputs in general kernels at most
 
 __global__ void __launch_bounds__(kMaxBlock) scale_rows(const __grid_constant__ Scaling s) {
@@ -229,25 +229,21 @@ bool shape_fast(const LossKernels& of, const FastKernels& k, FastTask& p, DType 
 
 void shape_general(const LossKernels& of, Task& p, bool wide, int device, Launch& l) {
   const GeneralKernels k = of.general();
-  const int64_t number = wide ? sizeof(double) : sizeof(float), entry = wide ? 16 : 8;
+  const int64_t number = wide ? sizeof(double) : sizeof(float);
   const int64_t row = number * kChunk * max_chunks(p.classes);
-  int64_t sorted = 0;
-  if (of.sorted) {
-    for (sorted = 2; sorted < p.classes;) sorted *= 2;
-  }
+  const int64_t entry = of.sorted ? number + sizeof(uint16_t) : 0;  // of the sort that USKD makes
   const bool warps = !wide && p.classes <= kWarp * kChunk * 4;
   const int teams = warps ? Warp::kTeams : 1, head = head_bytes(teams, p.columns());
-  const int64_t reserved = number * kNotes + sorted * entry;
+  const int64_t reserved = number * kNotes + (p.classes * entry + 15) / 16 * 16;
   l.kernel = warps ? k.warps : wide ? k.wide : k.blocks;
   const int64_t space = warps ? kWarpBytes : kernel_of(l.kernel, device).memory - head - reserved;
-  if (space < 0 || sorted > kMaxSorted) {
+  if (space < 0 || (of.sorted && p.classes > kMaxSorted)) {
     throw Failure{"rows of " + std::to_string(p.classes) +
                   " classes are too long for the sort in uskd's CUDA kernel on this device; use backend='reference'"};
   }
   // Students, teachers, class probabilities and the fused SL-Ts, in this order.
   const int inputs = p.num_students + p.num_teachers + (p.soft.data != nullptr) + of.fused;
   p.held = static_cast<int>(std::min<int64_t>(inputs, space / row));
-  p.sorted = static_cast<int>(sorted);
   p.team_bytes = static_cast<int>((reserved + p.held * row + 15) / 16 * 16);
   l.teams = teams;
   l.threads = warps ? teams * kWarp : std::min(whole_warps(max_chunks(p.classes) / 2), kGeneralBlock);

@@ -12,8 +12,12 @@ from kdfuse.kernels import backends
 
 WHY_NOT = backends.backends()["cuda"] or backends.backends()["cpu"]
 MARKS = [pytest.mark.gpu, pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT)]
-LONGEST_SORT = {torch.float64: 8192}  # of uskd, else 16384
 RANKS = {torch.bfloat16: 257, torch.float16: 2048}  # that the logits of `make` keep apart
+
+
+def sorts(c: int, dtype: torch.dtype) -> bool:
+    """Whether the GPU has room for uskd's sort of a row."""
+    return backends._sorts(torch.empty(1, c, dtype=dtype, device="cuda"))
 
 
 def move(x):

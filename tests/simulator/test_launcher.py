@@ -1,5 +1,6 @@
 """What the launcher asks of a GPU, and what it makes of the answers."""
 
+from bisect import bisect
 from types import SimpleNamespace
 
 import pytest
@@ -74,6 +75,23 @@ def test_a_kernels_own_memory_leaves_less_for_rows(library, name, sizes):
         assert len(run(gpu, name, case).launches) == 1
 
 
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64), ids=str)
+@pytest.mark.parametrize("of", simulator.GPUS)
+def test_rows_that_the_choice_of_a_backend_lets_through_are_sorted(library, monkeypatch, of, dtype):
+    facts = SimpleNamespace(shared_memory_per_block_optin=simulator.GPUS[of]["memory"])
+    monkeypatch.setattr(backends.torch.cuda, "get_device_properties", lambda _: facts)
+
+    def fits(c):
+        return backends._sorts(torch.empty(1, c, dtype=dtype))
+
+    longest = bisect(range(65_536), False, key=lambda c: not fits(c)) - 1
+    assert longest > 15_000
+    gpu = Gpu(library, device(of, runs=0))
+    assert len(run(gpu, "uskd", cast(make("uskd", 1, longest), dtype)).launches) == 1
+    with pytest.raises(RuntimeError, match="too long for the sort .* use backend='reference'"):
+        run(gpu, "uskd", cast(make("uskd", 1, longest + 2000), dtype))
+
+
 def test_a_failed_question_is_asked_again(library):
     """By a process of its own: what the launcher has learnt it keeps."""
     case = cast(make("nkd", 3, 33), torch.float16)
@@ -129,8 +147,6 @@ def options(name, n, c):
 def test_one_launch_a_direction(library, name, of):
     gpu = Gpu(library, simulator.whole(of))
     for n, c in ((0, 9), (8, 2), (256, 100), (16_384, 10), (16, 1000), (2, 8200), (20_000, 10)):
-        if name == "uskd" and c > 5000:
-            continue
         for case in options(name, n, c):
             if case.target is None:
                 inputs = arguments("kd", case, temperature=2.0)

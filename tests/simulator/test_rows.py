@@ -300,6 +300,12 @@ def test_ranks(library, rank):
     check(library, "uskd", case, settings_for("uskd", 100, rank=rank))
 
 
+@pytest.mark.parametrize("way", ("warps", "streams"))  # an H100, an A100
+def test_ranks_of_rows_that_leave_no_room_beside_their_sort(library, way):
+    case = cast(make("uskd", 1, 21841), torch.float32)
+    check(library, "uskd", case, settings_for("uskd", 21841), way)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_strides(library, name):
     def spaced(x):
