@@ -4,6 +4,7 @@
 // from the input each time.
 #pragma once
 #include "coefficients.h"
+#include "listed.h"
 #include "partition.h"
 
 namespace kdfuse {
@@ -274,9 +275,6 @@ KDFUSE_DEVICE Source<T> open_teacher(const Team& team, const Task& p, int k, int
   return s;
 }
 
-// The logit of the classes that a top-k teacher does not list: with v the listed logits, m the mass of the others,
-//   f = T * (log(m / (1 - m)) + log sum exp(v / T) - log(C - k)), or -inf without a mass.
-// Far from 0 it would be rounded at the size of the logits; no loss sees a shift of a teacher.
 template <class T, class Team>
 KDFUSE_DEVICE void fill_teachers(const Team& team, const Task& p, int64_t row, const Span& span, T temperature) {
   if (!p.sparse) return;
@@ -294,22 +292,18 @@ KDFUSE_DEVICE void fill_teachers(const Team& team, const Task& p, int64_t row, c
       peak = value > peak ? value : peak;
     }
     peak = highest(team, peak);
-    const T origin = peak - peak == T(0) ? peak : T(0), reach = T(32) * (temperature < T(1) ? temperature : T(1));
-    T fill = -INFINITY, shift = 0;
+    const T origin = peak - peak == T(0) ? peak : T(0);
+    Unlisted<T> of;
     if (listed.mass.data) {
 #pragma unroll 1
       for (int64_t i = team.rank(); i < listed.count; i += team.size()) {
         sum[0] += std::exp((stored(s, i) - origin) / temperature);
       }
       team.sum(sum);
-      const Numbers of_mass = {listed.mass.data, listed.mass.type, listed.mass.stride};
-      const T mass = static_cast<T>(number(of_mass, row));
-      const T others = static_cast<T>(p.classes - listed.count);
-      shift = std::fabs(origin) > reach ? origin : T(0);
-      fill =
-          (origin - shift) + temperature * (std::log(mass) - std::log1p(-mass) + std::log(sum[0]) - std::log(others));
+      const T mass = static_cast<T>(number(numbers_of(listed.mass), row));
+      of = unlisted(origin, sum[0], mass, static_cast<T>(p.classes - listed.count), temperature);
     }
-    if (team.rank() == 0) notes<T>(team, k)[4] = fill, notes<T>(team, k)[5] = shift;
+    if (team.rank() == 0) notes<T>(team, k)[4] = of.fill, notes<T>(team, k)[5] = of.shift;
   }
   team.sync();
 }

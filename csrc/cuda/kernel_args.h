@@ -20,6 +20,8 @@ struct Numbers {
   int64_t stride;  // 0: one number for all rows
 };
 
+KDFUSE_HD Numbers numbers_of(const Matrix& m) { return {m.data, m.type, m.stride}; }
+
 // Numbers of the whole batch; every block has its own copy.
 struct Batch {
   double valid;  // rows that count
@@ -76,17 +78,27 @@ inline bool of_one_type(const Task& p) {
 
 constexpr int kFastInputs = 4;  // of them at most 3 students
 
+// The lists of a top-k teacher, beside the logits of the classes that they name.
+struct TeacherList {
+  const int64_t* classes;  // or null
+  int64_t stride;
+  int count;
+  DType type;  // of the logits
+  Numbers mass;
+};
+
 // Rows that lie alike on 16-byte boundaries, of students of one type: the logits of the students, then of the teachers,
 // then class probabilities.
 struct FastTask : Call {
   int inputs;
   const void* logits[kFastInputs];
   uint32_t steps[kFastInputs];  // bytes from row to row
-  DType types[kFastInputs];
+  DType types[kFastInputs];  // as the team's memory has them
+  TeacherList listed;  // of the only teacher, whose rows are float32 in the team's memory
   void* gradients[kFastInputs - 1];
   float params[12];  // the op's own; of a loss under teachers its Factors
   float ce_weight;  // of such a loss
-  float step, own_step;  // log2(e) / T, and that of the student
+  float temperature, step, own_step;  // T, log2(e) / T, and that of the student
   int squarings;  // 0, 1, 2: T is 1, 2, 4; negative: it is none of them
   float square_by_t, pull;  // of SLKD: the factor T^2, or 1, by T; the weight of what the student asks of SL-Ts
   bool hold;  // rows that are read twice stay in the block's memory

@@ -171,12 +171,18 @@ bool make_fast(const LossKernels& of, const Task& p, FastTask& fast) {
   for (int k = 0; k < fast.inputs; ++k) {
     const Matrix& m = k < logits ? p.logits[k] : p.soft;
     const int64_t bytes = bytes_of(m.type);
-    const auto at = reinterpret_cast<uintptr_t>(m.data) - static_cast<uintptr_t>(fast.shift * bytes);
-    if (m.type == DType::f64 || at % (kChunk * bytes) || (m.stride - p.classes) % kChunk) return false;
-    if (k < p.num_students && m.type != type) return false;
-    if (m.stride * bytes > kMaxStep) return false;
-    overlap |= m.stride < p.classes;
+    if (m.type == DType::f64 || m.stride * bytes > kMaxStep) return false;
     fast.logits[k] = m.data, fast.steps[k] = static_cast<uint32_t>(m.stride * bytes), fast.types[k] = m.type;
+    if (p.sparse && k == p.num_students && p.top_k[0].count > 0) {
+      const TopK& listed = p.top_k[0];
+      fast.listed = {listed.classes, listed.stride, static_cast<int>(listed.count), m.type, numbers_of(listed.mass)};
+      fast.types[k] = DType::f32;
+      continue;
+    }
+    const auto at = reinterpret_cast<uintptr_t>(m.data) - static_cast<uintptr_t>(fast.shift * bytes);
+    if (at % (kChunk * bytes) || (m.stride - p.classes) % kChunk) return false;
+    if (k < p.num_students && m.type != type) return false;
+    overlap |= m.stride < p.classes;
   }
   for (int k = 0; p.with_gradient && k < p.num_students; ++k) {
     const auto at = reinterpret_cast<uintptr_t>(p.gradients[k].data);

@@ -65,6 +65,7 @@ class Stage {
       const int64_t at = u * kChunk * static_cast<int64_t>(team_.size());
 #pragma unroll
       for (int k = 0; k < kInputs; ++k) {
+        if (is_listed(k)) continue;
 #pragma unroll
         for (int h = 0; h < units(k); ++h) {
           if (h * 16 < kChunk * size_of(k)) copy_async(place(k, u, h), from[k] + at * size_of(k) + 16 * h);
@@ -83,7 +84,9 @@ class Stage {
       for (int v = unread ? 0 : span.classes - first; v < kChunk; ++v) {
         if (static_cast<unsigned>(first + v) < static_cast<unsigned>(span.classes)) {
 #pragma unroll
-          for (int k = 0; k < kInputs; ++k) put(k, last / team_.size(), v, bits(k, first + v));
+          for (int k = 0; k < kInputs; ++k) {
+            if (!is_listed(k)) put(k, last / team_.size(), v, bits(k, first + v));
+          }
         } else {
           drop(last / team_.size(), v);
         }
@@ -102,6 +105,29 @@ class Stage {
   KDFUSE_DEVICE_MEMBER void drop(int u, int v) const {
 #pragma unroll
     for (int k = 0; k < kInputs; ++k) put(k, u, v, absent(k));
+  }
+
+  // A top-k teacher's row before its list: this thread's chunks of the k-th input at one logit.
+  KDFUSE_DEVICE_MEMBER void fill(int k, const Span& span, float logit) const {
+    const uint32_t w = as_bits(logit);
+#pragma unroll
+    for (int u = 0; u < kChunks; ++u) {
+      if (chunk(u) >= span.chunks) continue;
+#pragma unroll
+      for (int h = 0; h < units(k); ++h) store_words(place(k, u, h), {{w, w, w, w}});
+    }
+  }
+  // Then, with the threads of the warp, the logit of a class where it is in a chunk of one of them.
+  KDFUSE_DEVICE_MEMBER void fill_class(int k, const Span& span, int j, float logit) const {
+    const int i = span.chunk_of(j), owner = i % team_.size() - team_.rank() + team_.rank() % kLanes;
+    if (static_cast<unsigned>(owner) >= kLanes) return;
+    const int lanes = 16 * (owner - team_.rank() % kLanes);
+    *reinterpret_cast<uint32_t*>(element(k, i / team_.size(), j - span.first(i)) + lanes) = as_bits(logit);
+  }
+
+  // Whether the k-th input is a top-k teacher, whose rows nobody copies.
+  KDFUSE_DEVICE_MEMBER bool is_listed(int k) const {
+    return Shape::any && k == Shape::kStudents && p_.listed.classes != nullptr;
   }
 
   // Of a student.

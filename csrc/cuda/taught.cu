@@ -32,7 +32,7 @@ FastKernels fast(const Task& p) {
   if constexpr (Facts::kManyTeachers) {
     if (p.num_teachers == 2) return of_trained_type(type, Rows<2, Labels::hard>());
   }
-  if (!of_one_type(p)) return of_trained_type(type, Rows<1, Labels::hard, true>());
+  if (p.sparse || !of_one_type(p)) return of_trained_type(type, Rows<1, Labels::hard, true>());
   if constexpr (!Facts::kNeedsTarget) {
     if (!p.labels) return of_type(type, Rows<1, Labels::none>());
   }
@@ -41,7 +41,7 @@ FastKernels fast(const Task& p) {
 
 // Which shapes of rows have kernels.
 bool has_shape(const Task& p) {
-  const bool one_type = of_one_type(p);
+  const bool one_type = !p.sparse && of_one_type(p);
   if (one_type && !p.soft.data && p.num_teachers == 1) return true;
   if (p.logits[0].type == DType::f16) return false;
   if (p.num_teachers == 2) return Facts::kManyTeachers && p.labels && one_type;
@@ -51,7 +51,7 @@ bool has_shape(const Task& p) {
 
 // A weight of 0 leaves out what a row holds, whatever that is: the fast rows multiply.
 bool set_fast(const Task& p, FastTask& fast) {
-  if (p.sparse || !has_shape(p)) return false;
+  if (!has_shape(p)) return false;
   if (p.soft.data && p.params[Facts::kCeWeight] == 0) return false;
   constexpr int count = sizeof(Factors) / sizeof(double);
   static_assert((Facts::kManyTeachers ? 2 : 1) * count <= sizeof(fast.params) / sizeof(float) &&
@@ -65,6 +65,7 @@ bool set_fast(const Task& p, FastTask& fast) {
     std::copy(numbers, numbers + count, fast.params + k * count);
   }
   fast.ce_weight = static_cast<float>(p.params[Facts::kCeWeight]);
+  fast.temperature = static_cast<float>(p.params[0]);
   fast.step = static_cast<float>(kLog2OfE / p.params[0]);
   fast.squarings = p.params[0] == 1 ? 0 : p.params[0] == 2 ? 1 : p.params[0] == 4 ? 2 : -1;
   fast.own_step = Facts::kStudentAt1 ? static_cast<float>(kLog2OfE) : fast.step;

@@ -1,5 +1,7 @@
 """Rows of every kind through the launcher's own choice of kernel, against the ops on the CPU."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from asked import REDUCTIONS
@@ -19,6 +21,8 @@ from calls import (
     probabilities,
 )
 from simulator import Gpu, device
+from test_cuda_build import the_table
+from test_kernels import SEEDS, a_case, of_device, sizes
 
 import kdfuse
 from kdfuse.kernels import backends
@@ -92,7 +96,7 @@ def test_class_probabilities(library, name, dtype, way):
 @pytest.mark.parametrize("name", NO_TEACHER)
 def test_a_teacher_without_weight_may_hold_anything(library, name, way):
     case = cast(make(name, 9, 33), torch.float32)
-    case.teachers[0][::2], case.teachers[0][1::2] = float("nan"), INF
+    case.teachers[0][::3], case.teachers[0][1::3] = float("nan"), INF
     got = check(library, name, case, settings_for(name, 33, **NO_TEACHER[name]), way)
     assert got.loss.isfinite().all() and all(g.isfinite().all() for g in got.gradients)
 
@@ -153,22 +157,55 @@ def test_top_k_teachers(library, name, dtype, k, rest):
     wide += torch.arange(9)[:, None] * 400.0  # some rows far from 0
     top = kdfuse.SparseTeacher.top_k(wide, k, temperature=2.0, rest=rest)
     case.target[0], case.target[-1] = top.indices[0, 0], wide[-1].argmin()
-    students, _, target, params = arguments(name, case, **settings_for(name, 41, temperature=2.0))
-    teachers = [top.values.to(dtype), *case.teachers[1 : len(case.teachers)]]
+    top = replace(top, values=top.values.to(dtype))
+    check_top_k(
+        Gpu(library, WAYS["warps"]), name, case, top, settings_for(name, 41, temperature=2.0)
+    )
+
+
+def check_top_k(gpu, name, case, top, settings):
+    """The first teacher as its list `top`."""
+    students, teachers, target, params = arguments(name, case, **settings)
+    teachers = [top.values, *teachers[1:]]
     empty, mass = torch.empty(0, dtype=torch.int64), top.mass
     indices = [top.indices, empty][: len(teachers)]
     masses = [torch.empty(0) if mass is None else mass, torch.empty(0)][: len(teachers)]
-    lists = (students, teachers, indices, masses)
     true = getattr(torch.ops.kdfuse, name).default(
-        *lists, target, *[None] * 3, params, 0, -100, True
+        students, teachers, indices, masses, target, *[None] * 3, params, 0, -100, True
     )
     more = {"indices": indices, "masses": masses}
-    got = Gpu(library, WAYS["warps"]).run(name, students, teachers, target, params, **more)
+    got = gpu.run(name, students, teachers, target, params, **more)
+    dtype = students[0].dtype
     loose = 1e-11 if dtype == torch.float64 else 1e-4
     near(got.loss, true[0], "loss", loose, loose)
     near(got.terms, true[1], "terms", loose, loose)
     step = {torch.float64: 1e-11, torch.float32: 1e-4, torch.bfloat16: 8e-3}[dtype]
     near(got.gradients[0].double(), true[2][0].double(), "gradient", step, min(step, 1e-5))
+    return got
+
+
+LISTED = [k for k in the_table() if k.variant in ("mixed", "soft") and k.loss in WITH_TOP_K]
+
+
+@pytest.mark.parametrize("kernel", sorted(LISTED, key=str), ids=str)
+def test_the_list_of_a_top_k_teacher_takes_the_place_of_its_row(library, kernel):
+    """In the fast rows: of fewer entries than a warp has lanes and of more, labels among them and
+    not, of rows near 0 and far from it; a row without a label may list anything."""
+    for k, (n, c) in zip((1, 20, 50, 5), sizes(kernel), strict=False):
+        case, settings = a_case(kernel, n, c)
+        wide = case.teachers[0].double() + torch.arange(n)[:, None] * 300.0
+        top = kdfuse.SparseTeacher.top_k(wide, min(k, c - 1), temperature=settings["temperature"])
+        if kernel.variant != "soft":
+            case.target[0], case.target[-1] = top.indices[0, -1], wide[-1].argmin()
+            top.indices[case.target == -100] = 10**12
+        values = top.values.to(torch.float32 if c % 2 else torch.float16)
+        top = replace(top, values=values)
+        for seed in range(SEEDS if c < 10_000 else 1):
+            got = check_top_k(
+                Gpu(library, of_device(kernel), seed), kernel.loss, case, top, settings
+            )
+            assert [launch.kernel for launch in got.launches] == [str(kernel)]
+            assert "teacher 0" in got.traffic and not got.traffic["teacher 0"].written
 
 
 @pytest.mark.parametrize("temperature", (0.5, 1.0, 2.0, 7.5))

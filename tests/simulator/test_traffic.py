@@ -2,10 +2,12 @@
 
 import pytest
 import torch
-from calls import FULL, TAUGHT, WITH_TEACHER, arguments, cast, make
+from calls import FULL, TAUGHT, WITH_TEACHER, WITH_TOP_K, arguments, cast, make
 from sass import Kernel
 from simulator import Gpu, device
 from test_kernels import a_case
+
+from kdfuse import SparseTeacher
 
 pytestmark = pytest.mark.slow(15)
 TYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -102,6 +104,28 @@ def test_a_second_teacher_and_class_probabilities_move_once(library, dtype, vari
                 assert traffic.read == n * c * case.target.element_size()
             elif tensor.startswith("gradient"):
                 assert traffic.written == n * c * size
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32), ids=str)
+@pytest.mark.parametrize("name", WITH_TOP_K)
+def test_the_list_of_a_top_k_teacher_is_read_once_by_every_warp(library, name, dtype):
+    for n, c in ((20, 64), (4, 1024), (2, 8256)):
+        case = cast(make(name, n, c), dtype)
+        wide = case.teachers[0].double()
+        case.target[:] = wide.argmin(1)  # which is not listed
+        top = SparseTeacher.top_k(wide, 20, temperature=4.0)
+        students, _, target, params = arguments(name, case, **{**FULL[name], "temperature": 4.0})
+        lists = {"indices": [top.indices], "masses": [top.mass]}
+        values = top.values.half()
+        gpu = Gpu(library, device("H100", processors=16))
+        got = gpu.run(name, students, [values], target, params, **lists)
+        launch = got.launches[0]
+        warps = 1 if "warps" in launch.kernel else launch.threads // 32 * launch.cluster
+        student, teacher = got.traffic["student 0"], got.traffic["teacher 0"]
+        assert student.read == n * c * dtype.itemsize
+        assert (teacher.read, teacher.read_singly) == (0, n * warps * 20 * values.itemsize)
+        assert got.traffic["indices 0"].read_singly == n * warps * 20 * 8
+        assert got.traffic["gradient 0"].written == n * c * dtype.itemsize
 
 
 def test_scratch_is_a_few_numbers_a_block(library):
