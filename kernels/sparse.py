@@ -39,9 +39,9 @@ class SparseTeacher:
 
     Raises:
         ValueError: shapes or devices that differ; in the losses and in `dense` on a CPU also a
-            class out of range or listed twice, or a mass outside [0, 1). On a GPU a
-            class out of range is a device-side assert, with backend="triton" the others are too;
-            nothing waits for the device.
+            class out of range or listed twice, or a mass outside [0, 1). On a GPU a class out of
+            range is a device-side assert, with backend="triton" the others are too; nothing waits
+            for the device.
         TypeError: tensors of the wrong type.
     """
 
