@@ -21,6 +21,8 @@ import torch  # noqa: E402
 from calls import FULL, arguments, cast, compare, make, truth  # noqa: E402
 from simulator import Gpu, device  # noqa: E402
 
+from kdfuse import SparseTeacher  # noqa: E402
+
 SEEDS = 4
 
 
@@ -34,20 +36,29 @@ class Call:
     dtype: torch.dtype = torch.bfloat16
     processors: int = 2
     teacher: torch.dtype | None = None  # its type, where that is another
+    listed: int = 0  # logits of a top-k teacher
 
     def catches(self, library: Path) -> str:
         """What is wrong, or ""."""
         case = cast(make(self.name, self.n, self.c), self.dtype, self.teacher)
-        inputs = arguments(self.name, case, **FULL[self.name])
+        lists = {}
+        if self.listed:
+            at = FULL[self.name]["temperature"]
+            top = SparseTeacher.top_k(case.teachers[0], self.listed, temperature=at)
+            case.teachers = [top.dense(self.c, at)]
+            lists = {"indices": [top.indices], "masses": [top.mass]}
+        inputs = list(arguments(self.name, case, **FULL[self.name]))
+        if self.listed:
+            inputs[1] = [top.values]
         upstream = torch.tensor([1.0, -2.0, 0.5]).double().repeat(self.n)[: self.n]
         for seed in range(SEEDS):
             gpu = Gpu(library, device(processors=self.processors), seed)
             try:
-                got = gpu.run(self.name, *inputs, upstream=upstream)
+                got = gpu.run(self.name, *inputs, upstream=upstream, **lists)
                 types = [x.dtype for x in case.students]
                 gradients = [g.to(t) for g, t in zip(got.gradients, types, strict=True)]
                 compare(self.name, case, upstream, got.loss, gradients, **FULL[self.name])
-                got = gpu.run(self.name, *inputs, reduction="sum")
+                got = gpu.run(self.name, *inputs, reduction="sum", **lists)
                 true = truth(self.name, case, **FULL[self.name]).loss.sum()
                 assert abs(got.loss.item() - true) < 1e-3 * abs(true), "another sum of the rows"
             except (AssertionError, RuntimeError) as error:
@@ -57,6 +68,7 @@ class Call:
 
 WARPS, BLOCKS = Call("kd", 9, 41), Call("kd", 5, 1001)
 SHORT = Call("kd", 30, 41, processors=1)  # several rows of a warp
+LISTED = Call("kd", 5, 1001, listed=40)
 CLUSTERS = Call("kd", 3, 8251, processors=16)
 SLTS = Call("slkd", 5, 1001)  # whose sums follow each other
 FUSED = Call("slkd", 3, 4203, processors=16)
@@ -216,6 +228,27 @@ MUTATIONS = [
         "for (int step = kLanes / 2; step > 0; step /= 2) {",
         "for (int step = kLanes / 2; step > 1; step /= 2) {",
         (BLOCKS,),
+    ),
+    Mutation(
+        "a list over places that their threads have not filled",
+        "aligned_row.h",
+        "    stage_.fill(kStudents, span, next_.unlisted.fill);\n    Warp::sync();\n",
+        "    stage_.fill(kStudents, span, next_.unlisted.fill);\n",
+        (LISTED,),
+    ),
+    Mutation(
+        "a list that is read before all of it is there",
+        "aligned_row.h",
+        "    Warp::sync();\n    if constexpr (Shape::labelled) {",
+        "    if constexpr (Shape::labelled) {",
+        (LISTED,),
+    ),
+    Mutation(
+        "a list in the places of another warp",
+        "prefetch.h",
+        "    if (static_cast<unsigned>(owner) >= kLanes) return;\n",
+        "",
+        (LISTED,),
     ),
     Mutation(
         "a row too many",
