@@ -130,16 +130,15 @@ def _fits(name: str, student: Tensor, op: str) -> bool:
     # torch.compile cannot trace a device's properties; what does not fit says so when it is run.
     if is_tracing():
         return not REASONS[name]()
-    if name == "cuda" and op == "uskd" and not _sorts(student):
-        return False
-    return _runs_on(name, student.device)
+    sorts = name == "cuda" and op == "uskd"
+    return _runs_on(name, student.device) and (not sorts or _sorts(student))
 
 
 def _sorts(student: Tensor) -> bool:
     """Whether a block can sort a row of `student`: its number and 2 bytes for each class."""
     most = torch.cuda.get_device_properties(student.device).shared_memory_per_block_optin
     number = 8 if student.dtype == torch.float64 else 4
-    beside = 8192  # what a block has beside the sort, at most
+    beside = 10240  # bytes that a block has beside the sort, at most
     return student.shape[1] * (number + 2) + beside <= most
 
 
@@ -183,7 +182,8 @@ def _on_gpu(student: Tensor, op: str) -> str:
                 _warn_of_untried(name)
             return name
     if not is_tracing():
-        why = "; ".join(f"{name}: {REASONS[name]()}" for name in rule.order) or rule.why
+        unfit = "no code or no room for it on this GPU"
+        why = "; ".join(f"{n}: {REASONS[n]() or unfit}" for n in rule.order) or rule.why
         warnings.warn(
             f"logits on a GPU take the plain-PyTorch reference ({why}); backend='reference' ends "
             "this warning",

@@ -86,7 +86,7 @@ def test_losses_need_no_triton():
 class OnGpu:
     """What the choice of a backend asks of logits."""
 
-    device, is_cuda = torch.device("cuda", 0), True
+    device, dtype, is_cuda = torch.device("cuda", 0), torch.float32, True
 
     def __init__(self, classes):
         self.shape = (4, classes)
@@ -105,7 +105,7 @@ def gpu_with_everything(monkeypatch, missing=()):
     monkeypatch.setattr(backends, "REASONS", {k: lambda v=v: v for k, v in reasons.items()})
     monkeypatch.setattr(backends, "has_code", lambda *_: True)
     monkeypatch.setattr(backends, "compiled", lambda: (SimpleNamespace(cuda_archs=[]), ""))
-    found = SimpleNamespace(major=9, minor=0)
+    found = SimpleNamespace(major=9, minor=0, shared_memory_per_block_optin=227 << 10)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: found)
 
 
@@ -116,7 +116,7 @@ def gpu_with_everything(monkeypatch, missing=()):
         ("kd", 21841, ("cuda",), "triton"),
         ("slkd", 10**6, ("triton",), "cuda"),
         ("uskd", 4096, ("cuda",), "triton"),
-        ("uskd", 4097, (), "cuda"),
+        ("uskd", 21841, (), "cuda"),
     ],
 )
 def test_choice_on_a_gpu(monkeypatch, op, classes, missing, taken):
@@ -137,12 +137,18 @@ def test_kernels_that_no_gpu_has_run_say_so_once(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "op, classes, why", [("kd", 10, "cuda: gone; triton: gone"), ("uskd", 8193, "does not fit")]
+    "op, classes, why", [("kd", 10, "cuda: gone; triton: gone"), ("uskd", 65537, "does not fit")]
 )
 def test_the_reference_on_a_gpu_comes_with_a_warning(monkeypatch, op, classes, why):
     monkeypatch.setattr(backends, "REASONS", dict.fromkeys(backends.REASONS, lambda: "gone"))
     with pytest.warns(UserWarning, match=f"plain-PyTorch reference .*{why}.*ends this warning"):
         assert backends.choose(None, OnGpu(classes), op) == "reference"
+
+
+def test_rows_that_no_block_can_sort_take_the_reference(monkeypatch):
+    gpu_with_everything(monkeypatch)
+    with pytest.warns(UserWarning, match="cuda: no code or no room for it on this GPU"):
+        assert backends.choose(None, OnGpu(40_000), "uskd") == "reference"
 
 
 @pytest.mark.parametrize(
