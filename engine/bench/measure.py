@@ -21,6 +21,7 @@ from .cases import Case, parts
 from .ours import Images, Step, loss_of, work_of
 
 BLOCKS = 8  # timed in turn; a median of fewer does not outlive a stall of the machine
+LONG = 0.1  # seconds of a step that does not feel whose data the caches held before it
 LOSS_CALLS = 20  # of a loss, which is short, for one of a step
 
 
@@ -32,19 +33,21 @@ class Player:
     process: Callable[[], AbstractContextManager[Any]]
     guarded: bool  # whether a wait for the device is an error
     steps: int = 1  # of a block
+    alone: float = 0.0  # seconds of a step, about
     seconds: list[float] = field(default_factory=list)  # of a step, one for each block
 
     def warm_up(self, device: torch.device, seconds: float) -> None:
         """Take the first steps, and choose a block's so that `BLOCKS` last that long."""
         with self.process():
             self.step()
-            self.step()
         self.block(device)
-        self.steps = max(1, round(seconds / BLOCKS / self.seconds.pop()))
+        self.alone = self.seconds.pop()
+        self.steps = max(1, round(seconds / BLOCKS / self.alone))
 
     def block(self, device: torch.device) -> None:
         with self.process():
-            self.step()  # after the others', its data is in no cache
+            if self.alone < LONG:
+                self.step()
             began = now(device)
             with gauges.no_waiting(device) if self.guarded else nullcontext():
                 for _ in range(self.steps):
