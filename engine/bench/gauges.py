@@ -79,16 +79,18 @@ def peak_memory(step: Callable[[], Any], before: int) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
-def matmul_type(amp: str, device: torch.device) -> str:
-    """The type in which a step's convolutions and matrix products are computed."""
+def matmul_types(amp: str, device: torch.device) -> tuple[str, ...]:
+    """The types in which a step's products may be computed; the faster one is what it can reach."""
     if amp == "bf16":
-        return "bfloat16"
+        # A CPU without instructions for bfloat16 computes its convolutions in float32.
+        return ("bfloat16", "float32") if device.type == "cpu" else ("bfloat16",)
     # PyTorch's default for float32 convolutions on a GPU, not for matrix products.
-    return "tf32" if device.type == "cuda" and torch.backends.cudnn.allow_tf32 else "float32"
+    tf32 = device.type == "cuda" and torch.backends.cudnn.allow_tf32
+    return ("tf32",) if tf32 else ("float32",)
 
 
 class Matmul:
-    """A large matrix product in a type of `matmul_type`: the peak that a step is held against."""
+    """A large matrix product in one of `matmul_types`: the peak that a step is held against."""
 
     def __init__(self, kind: str, device: torch.device) -> None:
         side = SIDE[device.type]

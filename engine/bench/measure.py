@@ -87,10 +87,10 @@ class Bench:
             self.enter_step(case, seconds)
         if not whole:
             return
-        kind = gauges.matmul_type(case.recipe.run.amp, self.device)
-        if kind not in self.peaks:
-            self.products[kind] = gauges.Matmul(kind, self.device)
-            self.peaks[kind] = self.player(self.products[kind], peer.usual, seconds)
+        for kind in gauges.matmul_types(case.recipe.run.amp, self.device):
+            if kind not in self.peaks:
+                self.products[kind] = gauges.Matmul(kind, self.device)
+                self.peaks[kind] = self.player(self.products[kind], peer.usual, seconds)
         if self.kind is None or peer.why_not(case):
             return
         workers = case.recipe.data.workers if self.workers is None else self.workers
@@ -144,8 +144,8 @@ class Bench:
         """All that was measured of a case; what does not apply to it is left out."""
         recipe, run, player = case.recipe, case.recipe.run, self.cases[case.key]
         seconds, counts = player.median, self.counts[case.key]
-        kind = gauges.matmul_type(run.amp, self.device)
-        peak = self.products[kind].flops / min(self.peaks[kind].seconds)
+        kinds = gauges.matmul_types(run.amp, self.device)
+        peak, kind = max((self.products[k].flops / min(self.peaks[k].seconds), k) for k in kinds)
         found: Record = {"kind": "step", "case": case.name, "recipe": case.written}
         roles = {"student": None if case.forward else recipe.student, "teacher": recipe.teacher}
         found |= {role: network.name for role, network in roles.items() if network}

@@ -163,6 +163,12 @@ def test_ops_are_counted_without_views_and_allocations() -> None:
     assert gauges.flops(lambda: x @ x.t()) == 2 * 3 * 3 * 4
 
 
+def test_the_peak_is_of_the_type_that_a_step_computes_in() -> None:
+    assert gauges.matmul_types("off", CPU) == ("float32",)
+    assert gauges.matmul_types("bf16", CPU) == ("bfloat16", "float32")
+    assert gauges.matmul_types("bf16", torch.device("cuda")) == ("bfloat16",)
+
+
 @pytest.mark.parametrize(
     ("words", "wanted"),
     [
