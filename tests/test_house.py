@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LIBRARY = {"kernels": set(), "engine": {"kernels"}}
 OPS = set(re.findall(r"^KDFUSE_\w+\((\w+)", (ROOT / "csrc/losses/all.def").read_text(), re.M))
 
-# What a folder of the engine may import beside itself. The cli stands on top of all.
+# What a folder of the engine may import beside itself. cli and bench stand on top.
 ARROWS = {
     "recipe": {"methods", "detection"},  # their options are sections of a recipe
     "methods": {"recipe"},
@@ -23,7 +23,8 @@ ARROWS = {
     "report": {"recipe", "run"},
     "training": {"recipe", "methods", "data", "models", "run", "report", "detection"},
     "detection": {"recipe", "data", "models", "run", "training"},
-    "cli": {"recipe", "data", "models", "run", "report", "training", "detection"},
+    "bench": {"recipe", "methods", "data", "models", "training"},
+    "cli": {"recipe", "data", "models", "run", "report", "training", "detection", "bench"},
 }
 # A file of training may import those before it.
 TRAINING = (

@@ -135,3 +135,16 @@ def losses(context: typer.Context) -> None:
     from ...kernels.bench.run import main as measure
 
     measure(context.args)
+
+
+@bench_app.command(
+    "step",
+    add_help_option=False,
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)
+def step(context: typer.Context) -> None:
+    """Time training steps on synthetic batches; --help lists the options."""
+    from ..bench.step import main as measure
+
+    for part in measure(context.args):
+        print(part) if isinstance(part, str) else wide(part)

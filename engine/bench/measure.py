@@ -1,0 +1,235 @@
+"""Measures cases: they, the steps that they are made of and their peers take turns in one run."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+
+from ...kernels.bench.report import Record
+from ...kernels.bench.timing import quantile
+from ..recipe.schema import Run
+from ..training.compiled import GRAPHS
+from ..training.process import settings
+from . import gauges, memory, peer, plain
+from .cases import Case, parts
+from .ours import Images, Step, loss_of, work_of
+
+BLOCKS = 8  # timed in turn; a median of fewer does not outlive a stall of the machine
+LONG = 0.1  # seconds of a step that does not feel whose data the caches held before it
+LOSS_CALLS = 20  # of a loss, which is short, for one of a step
+
+
+@dataclass
+class Player:
+    """Something that takes its turn: a block of steps, timed as one."""
+
+    step: Callable[[], Any]
+    process: Callable[[], AbstractContextManager[Any]]
+    guarded: bool  # whether a wait for the device is an error
+    steps: int = 1  # of a block
+    alone: float = 0.0  # seconds of a step, about
+    seconds: list[float] = field(default_factory=list)  # of a step, one for each block
+
+    def warm_up(self, device: torch.device, seconds: float) -> None:
+        """Take the first steps, and choose a block's so that `BLOCKS` last that long."""
+        with self.process():
+            self.step()
+        self.block(device)
+        self.alone = self.seconds.pop()
+        self.steps = max(1, round(seconds / BLOCKS / self.alone))
+
+    def block(self, device: torch.device) -> None:
+        with self.process():
+            if self.alone < LONG:
+                self.step()
+            began = now(device)
+            with gauges.no_waiting(device) if self.guarded else nullcontext():
+                for _ in range(self.steps):
+                    self.step()
+            self.seconds.append((now(device) - began) / self.steps)
+
+    @property
+    def median(self) -> float:
+        return quantile(self.seconds, 0.5)
+
+
+def now(device: torch.device) -> float:
+    """Seconds, when the device has done all that it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+class Bench:
+    """All players of a run, by what they are of: case, peer, loss, matrix product."""
+
+    def __init__(self, device: torch.device, kind: str | None, workers: int | None) -> None:
+        """`kind` of the peers: fp32, bf16 or None for no peers."""
+        self.device, self.kind, self.workers = device, kind, workers
+        self.images = Images(device)
+        self.cases: dict[Any, Player] = {}
+        self.losses: dict[Any, Player] = {}
+        self.peers: dict[Any, Player] = {}
+        self.loops: dict[Any, plain.Loop] = {}
+        self.peaks: dict[str, Player] = {}
+        self.products: dict[str, gauges.Matmul] = {}
+        self.counts: dict[Any, Record] = {}
+
+    def enter(self, case: Case, seconds: float, whole: bool) -> None:
+        """Make a case ready, and unless it is only a part of others, all it is held against."""
+        if case.key not in self.cases:
+            self.enter_step(case, seconds)
+        if not whole:
+            return
+        for kind in gauges.matmul_types(case.recipe.run.amp, self.device):
+            if kind not in self.peaks:
+                self.products[kind] = gauges.Matmul(kind, self.device)
+                self.peaks[kind] = self.player(self.products[kind], peer.usual, seconds)
+        if self.kind is None or peer.why_not(case):
+            return
+        workers = case.recipe.data.workers if self.workers is None else self.workers
+        loop = peer.peer_of(case, self.images, self.kind == "bf16", workers)
+        self.loops[case.key] = loop
+        self.peers[case.key] = self.player(loop, peer.usual, seconds, guarded=False)
+
+    def enter_step(self, case: Case, seconds: float) -> None:
+        on_gpu, run = self.device.type == "cuda", case.recipe.run
+        self.images.of(case)
+        before = gauges.held() if on_gpu else 0
+        with settings(run):
+            step = work_of(case, self.images)
+        found = self.cases[case.key] = self.player(step, partial(settings, run), seconds)
+        counts: Record = {}
+        with settings(run):
+            if on_gpu:
+                counts["memory_mb"] = gauges.peak_memory(step, before) / 1e6
+                counts["launches"] = gauges.launches(step)
+                counts["host_ms"] = gauges.host_seconds(step) * 1e3
+            # Counting keeps torch.compile from its compiled code: what is counted is eager.
+            eager = step if not run.compile else work_of(uncompiled(case), self.images)
+            counts["flops"] = gauges.flops(eager)
+            if not run.compile:
+                counts["ops"] = gauges.ops(eager)
+            loss = loss_of(step, case) if isinstance(step, Step) else None
+        self.counts[case.key] = counts
+        if loss is not None:
+            once = partial(repeat, loss)
+            self.losses[case.key] = self.player(once, found.process, seconds / 10)
+
+    def player(
+        self, step: Callable[[], Any], process: Any, seconds: float, guarded: bool = True
+    ) -> Player:
+        made = Player(step, process, guarded)
+        made.warm_up(self.device, seconds)
+        return made
+
+    def play(self) -> None:
+        """A block each in turn, a case and its peer one after the other: a drift meets all."""
+        for _ in range(BLOCKS):
+            for key, player in self.cases.items():
+                player.block(self.device)
+                for group in (self.peers, self.losses):
+                    if key in group:
+                        group[key].block(self.device)
+            for player in self.peaks.values():
+                player.block(self.device)
+
+    def record(self, case: Case) -> Record:
+        """All that was measured of a case; what does not apply to it is left out."""
+        recipe, run, player = case.recipe, case.recipe.run, self.cases[case.key]
+        seconds, counts = player.median, self.counts[case.key]
+        kinds = gauges.matmul_types(run.amp, self.device)
+        peak, kind = max((self.products[k].flops / min(self.peaks[k].seconds), k) for k in kinds)
+        found: Record = {"kind": "step", "case": case.name, "recipe": case.written}
+        roles = {"student": None if case.forward else recipe.student, "teacher": recipe.teacher}
+        found |= {role: network.name for role, network in roles.items() if network}
+        found |= {"device": self.device.type, "batch": run.batch, "size": recipe.data.size}
+        found |= {"classes": case.classes, **configured(run)}
+        found |= {"images_per_s": run.batch / seconds, "step_ms": seconds * 1e3}
+        fast, slow = (quantile(player.seconds, q) for q in (0.2, 0.8))
+        found |= {"step_ms_p20": fast * 1e3, "step_ms_p80": slow * 1e3}
+        found |= {"images_per_s_p20": run.batch / slow, "images_per_s_p80": run.batch / fast}
+        found |= {"blocks": len(player.seconds), "steps_of_block": player.steps}
+        found |= counts | {"matmul_type": kind, "matmul_tflops": peak / 1e12}
+        found |= {"mfu": counts["flops"] / seconds / peak}
+        if self.device.type == "cpu":
+            found["host_ms"] = found["step_ms"]
+        if shares := [(self.cases[part.key].median, part, n) for part, n in parts(case)]:
+            found["parts_ms"] = {part.name: alone * 1e3 for alone, part, _ in shares}
+            found["share_of_parts"] = sum(alone * n for alone, _, n in shares) / seconds
+        if case.key in self.losses:
+            alone = self.losses[case.key].median / LOSS_CALLS
+            found |= {"loss_ms": alone * 1e3, "loss_share": alone / seconds}
+        return found | self.against(case, seconds)
+
+    def against(self, case: Case, seconds: float) -> Record:
+        """What a case's peer came to, or why it has none."""
+        if self.kind is None:
+            return {}
+        if case.key not in self.peers:
+            return {"peer_absent": peer.why_not(case)}
+        own, loop = self.peers[case.key], self.loops[case.key]
+        return {
+            "peer": self.kind,
+            "peer_images_per_s": case.recipe.run.batch / own.median,
+            "peer_workers": loop.batches.loader.num_workers,
+            "peer_waiting": loop.batches.waited / loop.spent,
+            "times_peer": own.median / seconds,
+        }
+
+
+def measure(
+    cases: Sequence[Case],
+    device: torch.device,
+    seconds: float,
+    kind: str | None,
+    workers: int | None,
+    keep: Callable[[Record], None],
+) -> None:
+    """Hands a record of each case to `keep`; each is timed for about so many seconds."""
+    bench = Bench(device, kind, workers)
+    if any(case.recipe.run.compile for case in cases):
+        allow_graphs(cases)
+    for case in cases:
+        print(f"preparing {case.name}", flush=True)
+        bench.enter(case, seconds, whole=True)
+        for part, _ in parts(case):
+            bench.enter(part, seconds, whole=False)
+    print(f"measuring {len(bench.cases)} steps and {len(bench.peers)} peers", flush=True)
+    bench.play()
+    for loop in bench.loops.values():
+        loop.batches.close()
+    on_cpu = memory.of(cases) if device.type == "cpu" else [None] * len(cases)
+    for case, peak in zip(cases, on_cpu, strict=True):
+        keep(bench.record(case) | ({} if peak is None else {"memory_mb": peak / 1e6}))
+
+
+def configured(run: Run) -> Record:
+    return {"amp": run.amp, "compile": run.compile, "channels_last": run.channels_last}
+
+
+def uncompiled(case: Case) -> Case:
+    run = case.recipe.run.model_copy(update={"compile": False})
+    return Case(case.name, case.recipe.model_copy(update={"run": run}), case.written, case.forward)
+
+
+def allow_graphs(cases: Sequence[Case]) -> None:
+    """Dynamo counts graphs over all networks of a class, here over those of all cases."""
+    import torch._dynamo.config as dynamo
+
+    counted = [part for case in cases for part in (case, *(own for own, _ in parts(case)))]
+    networks = sum(
+        2 + len(c.recipe.learners("")) * (1 + c.recipe.method.slt_count) for c in counted
+    )
+    dynamo.recompile_limit = max(dynamo.recompile_limit, GRAPHS * networks)
+
+
+def repeat(loss: Callable[[], None]) -> None:
+    for _ in range(LOSS_CALLS):
+        loss()
