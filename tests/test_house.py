@@ -23,7 +23,8 @@ ARROWS = {
     "report": {"recipe", "run"},
     "training": {"recipe", "methods", "data", "models", "run", "report", "detection"},
     "detection": {"recipe", "data", "models", "run", "training"},
-    "cli": {"recipe", "data", "models", "run", "report", "training", "detection"},
+    "bench": {"recipe", "data"},
+    "cli": {"recipe", "data", "models", "run", "report", "training", "detection", "bench"},
 }
 # A file of training may import those before it.
 TRAINING = (

@@ -40,6 +40,7 @@ class DaliLoader:
     """
 
     name = "dali"
+    decode = "DALI on the CPU, the crop alone"
 
     def __init__(self, schedule: Schedule, device: torch.device) -> None:
         manifest, data = schedule.manifest, schedule.data
