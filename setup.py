@@ -296,6 +296,7 @@ class BuildLevels(build_ext):
 KERNELS = ["", ".bench", ".sharded", ".triton"]
 ENGINE = [
     "",
+    ".bench",
     ".cli",
     ".data",
     ".data.loaders",

@@ -148,3 +148,15 @@ def step(context: typer.Context) -> None:
 
     for part in measure(context.args):
         print(part) if isinstance(part, str) else wide(part)
+
+
+@bench_app.command(
+    "data",
+    add_help_option=False,
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)
+def data_speed(context: typer.Context) -> None:
+    """Time the loaders on images of a recipe; --help lists the options."""
+    from .bench_data import main as measure
+
+    measure(context.args)

@@ -25,6 +25,7 @@ class ResidentLoader:
     """
 
     name = "resident"
+    decode = "PIL once, whole image"
 
     def __init__(self, schedule: Schedule, device: torch.device) -> None:
         self._schedule = schedule

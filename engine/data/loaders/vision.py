@@ -44,6 +44,7 @@ class VisionLoader:
     """
 
     name = "torchvision"
+    decode = "PIL, whole image"
 
     def __init__(self, schedule: Schedule, device: torch.device) -> None:
         self._schedule = schedule

@@ -1,0 +1,84 @@
+"""The records of the input path's benchmark, read back and put into rows of a table."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from ...kernels.bench.report import Record, number
+
+HEADS = [
+    "mode", "loader", "decode", "workers", "batch", "size", "images/s", "p20-p80", "per core",
+    "per CPU second", "memory, MB", "times peer",
+]  # fmt: skip
+
+
+def read(paths: Iterable[Path]) -> list[Record]:
+    """What was measured and what was absent in these files; a line cut off is left out, and said.
+
+    ValueError for a line that is no record, and where there is nothing of this benchmark.
+    """
+    found: list[Record] = []
+    for path in paths:
+        for place, line in enumerate(path.read_text().split("\n"), 1):
+            try:
+                record = json.loads(line) if line else {"kind": None}
+            except ValueError:
+                print(f"{path}:{place} was cut off; it is left out", file=sys.stderr)
+                continue
+            if not isinstance(record, dict) or "kind" not in record:
+                raise ValueError(f"--from {path}: line {place} is not a record of a benchmark")
+            if record["kind"] == "loader" or (record["kind"] == "absent" and "loader" in record):
+                found.append(record)
+    if not any(record["kind"] == "loader" for record in found):
+        names = " ".join(map(str, paths))
+        raise ValueError(f"--from {names}: no record of kdfuse bench data; make some with --out")
+    return found
+
+
+def as_line(record: Record) -> str:
+    """A record as it comes."""
+    if record["kind"] == "absent":
+        return f"{record['mode']} {record['loader']} takes no part: {record['why_not']}"
+    return f"{record['mode']} {record['loader']}: {record['images_per_s']:.4g} images/s"
+
+
+def about(records: Sequence[Record]) -> list[str]:
+    """Which images were measured, a line for each set; then what is absent."""
+    sets = []
+    for record in records:
+        if record["kind"] == "loader":
+            length = record["mean_bytes"]
+            size = "in memory" if length is None else f"of {length / 1000:.0f} kB"
+            sets.append(
+                f"{record['set_images']} images {size}, {record['mean_width']:.0f} x "
+                f"{record['mean_height']:.0f} pixels on average; {record['cores']} cores"
+            )
+    lost = [as_line(record) for record in records if record["kind"] == "absent"]
+    return list(dict.fromkeys(sets + lost))
+
+
+def grid(records: Sequence[Record]) -> list[list[str]]:
+    """The heads and a row for each measurement."""
+    return [HEADS, *(_row(record) for record in records if record["kind"] == "loader")]
+
+
+def _row(record: Record) -> list[str]:
+    low, high = record["p20_images_per_s"], record["p80_images_per_s"]
+    memory = [record["resident_bytes_first"], record["resident_bytes_last"]]
+    return [
+        record["mode"],
+        record["loader"],
+        record["decode"],
+        str(record["workers"]),
+        str(record["batch"]),
+        str(record["size"]),
+        f"{record['images_per_s']:.0f}",
+        f"{low:.0f}-{high:.0f}",
+        f"{record['images_per_s_per_core']:.0f}",
+        number(record["images_per_cpu_s"], ".0f"),
+        "-" if None in memory else "-".join(f"{one / 1e6:.0f}" for one in memory),
+        number(record["times_peer"], ".2f"),
+    ]
