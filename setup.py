@@ -297,6 +297,8 @@ KERNELS = ["", ".bench", ".sharded", ".triton"]
 ENGINE = [
     "",
     ".bench",
+    ".bench.data",
+    ".bench.step",
     ".cli",
     ".data",
     ".data.loaders",

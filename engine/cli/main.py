@@ -144,10 +144,9 @@ def losses(context: typer.Context) -> None:
 )
 def step(context: typer.Context) -> None:
     """Time training steps on synthetic batches; --help lists the options."""
-    from ..bench.step import main as measure
+    from ..bench.step.run import main as measure
 
-    for part in measure(context.args):
-        print(part) if isinstance(part, str) else wide(part)
+    _show(measure(context.args))
 
 
 @bench_app.command(
@@ -157,6 +156,11 @@ def step(context: typer.Context) -> None:
 )
 def data_speed(context: typer.Context) -> None:
     """Time the loaders on images of a recipe; --help lists the options."""
-    from .bench_data import main as measure
+    from ..bench.data.run import main as measure
 
-    measure(context.args)
+    _show(measure(context.args))
+
+
+def _show(parts: list[str | Table]) -> None:
+    for part in parts:
+        print(part) if isinstance(part, str) else wide(part)

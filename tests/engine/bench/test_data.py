@@ -12,9 +12,9 @@ import pytest
 from PIL import Image
 
 import kdfuse
-from kdfuse.engine.bench import data_sides
-from kdfuse.engine.bench.data import MOST, block, measure
-from kdfuse.engine.bench.photos import CLASSES, HEIGHTS, WIDTHS, write_photos
+from kdfuse.engine.bench.data import sides as data_sides
+from kdfuse.engine.bench.data.measure import MOST, block, measure
+from kdfuse.engine.bench.data.photos import CLASSES, HEIGHTS, WIDTHS, write_photos
 from kdfuse.engine.cli import main as cli
 from kdfuse.engine.data.contents import Files
 from kdfuse.engine.data.sources import open_source
@@ -23,7 +23,7 @@ from kdfuse.engine.recipe.data import Data
 pytestmark = pytest.mark.slow(20)
 
 IMAGES = 60
-FOLDER = Path(kdfuse.__file__).parent / "engine/bench"
+FOLDER = Path(kdfuse.__file__).parent / "engine/bench/data"
 LOADERS = ["dali", "torchvision"] if find_spec("nvidia.dali") else ["torchvision", "resident"]
 WORDS = ["data.size=64", "data.eval_resize=72", "data.prefetch=2"]
 
@@ -64,7 +64,7 @@ def sides(root, mode, loaders, **changes):
 
 
 def test_the_peer_shares_no_code_with_the_engine():
-    tree = ast.parse((FOLDER / "plain_loader.py").read_text())
+    tree = ast.parse((FOLDER / "plain.py").read_text())
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             assert not [name.name for name in node.names if name.name.startswith("kdfuse")]
@@ -209,7 +209,7 @@ def test_images_in_memory_have_no_peer():
         (["--from", "none.jsonl"], "--from none.jsonl: there is no such file"),
         (["--from", "empty.jsonl", "--batch", "2"], "--batch goes with measuring"),
         (["imagenet/kd", "--from", "empty.jsonl"], "imagenet/kd: --from measures nothing"),
-        (["--from", "empty.jsonl"], "--from empty.jsonl: no record of kdfuse bench data"),
+        (["--from", "empty.jsonl"], "--from empty.jsonl: holds no record of kdfuse bench data"),
         (["--from", "other.jsonl"], "--from other.jsonl: line 1 is not a record"),
         (["imagenet/kd:resnet34-resnet18"], "data.root=data/imagenet is not a folder"),
         (["data.sise=3"], "data.sise"),

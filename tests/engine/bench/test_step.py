@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from kdfuse.engine.bench import gauges, measure, peer, plain, step
-from kdfuse.engine.bench.cases import Case, chosen, parts
-from kdfuse.engine.bench.ours import Images, Step
+from kdfuse.engine.bench.step import gauges, measure, peer, plain
+from kdfuse.engine.bench.step import run as step
+from kdfuse.engine.bench.step.cases import Case, chosen, parts
+from kdfuse.engine.bench.step.ours import Images, Step
 from kdfuse.engine.cli import main as cli
 from kdfuse.engine.recipe.load import Recipe
 
@@ -223,7 +224,7 @@ def test_a_gpu_that_is_not_there_is_refused() -> None:
 def test_files_of_other_records_are_refused(tmp_path) -> None:
     other = tmp_path / "losses.jsonl"
     other.write_text('{"kind": "facts"}\n{"kind": "loss"}\n{"ki')
-    with pytest.raises(ValueError, match="holds no record of a step"):
+    with pytest.raises(ValueError, match="holds no record of kdfuse bench step"):
         step.main(["--from", str(other)])
     other.write_text("[]\n")
     with pytest.raises(ValueError, match="line 1 is not a record of a benchmark"):

@@ -12,8 +12,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from ...kernels.bench import gauges
-from ...kernels.bench.timing import Work, quantile
+from ....kernels.bench import gauges
+from ....kernels.bench.timing import Work, quantile
 
 ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
 SIDE = {"cpu": 1024, "cuda": 8192}  # of the matrices whose product is the peak

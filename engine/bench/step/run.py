@@ -17,6 +17,8 @@ from typing import Any, NoReturn
 
 from rich.table import Table
 
+from ..records import read
+
 PEERS = ("fp32", "bf16", "none")
 DEFAULTS: dict[str, Any] = {"seconds": 3.0, "peer": "fp32"}
 
@@ -101,10 +103,10 @@ def check(chosen: argparse.Namespace) -> None:
 
 def run(chosen: argparse.Namespace) -> list[dict[str, Any]]:
     """Measure what was chosen: a record a case, which are kept in --out too."""
-    from ...kernels.bench import report
-    from ..training.compiled import compiling
-    from ..training.process import settings
-    from ..training.ranks import choose_device
+    from ....kernels.bench import report
+    from ...training.compiled import compiling
+    from ...training.process import settings
+    from ...training.ranks import choose_device
     from .cases import chosen as chosen_cases
     from .measure import measure
 
@@ -142,4 +144,5 @@ def main(words: Sequence[str]) -> list[str | Table]:
     from . import table
 
     chosen = arguments(words)
-    return table.shown(table.read(chosen.read) if chosen.read else run(chosen), chosen.markdown)
+    records = read(chosen.read, "step", "step") if chosen.read else run(chosen)
+    return table.shown(records, chosen.markdown)

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import sys
-from collections.abc import Iterable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
-from ...kernels.bench.report import Record, number
+from ....kernels.bench.report import Record, number
 
 HEADS = [
     "mode", "loader", "decode", "workers", "batch", "size", "images/s", "p20-p80", "per core",
@@ -15,27 +12,9 @@ HEADS = [
 ]  # fmt: skip
 
 
-def read(paths: Iterable[Path]) -> list[Record]:
-    """What was measured and what was absent in these files; a line cut off is left out, and said.
-
-    ValueError for a line that is no record, and where there is nothing of this benchmark.
-    """
-    found: list[Record] = []
-    for path in paths:
-        for place, line in enumerate(path.read_text().split("\n"), 1):
-            try:
-                record = json.loads(line) if line else {"kind": None}
-            except ValueError:
-                print(f"{path}:{place} was cut off; it is left out", file=sys.stderr)
-                continue
-            if not isinstance(record, dict) or "kind" not in record:
-                raise ValueError(f"--from {path}: line {place} is not a record of a benchmark")
-            if record["kind"] == "loader" or (record["kind"] == "absent" and "loader" in record):
-                found.append(record)
-    if not any(record["kind"] == "loader" for record in found):
-        names = " ".join(map(str, paths))
-        raise ValueError(f"--from {names}: no record of kdfuse bench data; make some with --out")
-    return found
+def of_loaders(records: Sequence[Record]) -> list[Record]:
+    """What was measured, and what was absent."""
+    return [r for r in records if r["kind"] in ("loader", "absent")]
 
 
 def as_line(record: Record) -> str:

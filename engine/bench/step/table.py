@@ -2,45 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import sys
-from collections.abc import Iterable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
 import rich.table
 from rich.text import Text
 
-from ...kernels.bench import report
-from ...kernels.bench.report import Record, number
+from ....kernels.bench import report
+from ....kernels.bench.report import Record, number
 
 # What a table's cases share.
 SHARED = ("recipe", "device", "batch", "size", "amp", "compile", "channels_last")
-
-
-def read(paths: Iterable[Path]) -> list[Record]:
-    """The records of some files; a line that was cut off is left out, and said.
-
-    Raises ValueError for a line that is no record, and for files without one of a step.
-    """
-    records = []
-    for path in paths:
-        for at, line in enumerate(path.read_text().split("\n"), 1):
-            if not line:
-                continue
-            try:
-                record = json.loads(line)
-            except ValueError:
-                print(f"{path}:{at} was cut off; it is left out", file=sys.stderr)
-                continue
-            if not isinstance(record, dict) or "kind" not in record:
-                raise ValueError(f"--from {path}: line {at} is not a record of a benchmark")
-            records.append(record)
-    if not any(record["kind"] == "step" for record in records):
-        raise ValueError(
-            f"--from {' '.join(map(str, paths))}: holds no record of a step; "
-            "kdfuse bench step --out FILE writes them"
-        )
-    return records
 
 
 def cells(record: Record) -> dict[str, str]:

@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 
-from ...kernels.bench.report import Record
-from ...kernels.bench.timing import quantile
-from ..recipe.schema import Run
-from ..training.compiled import GRAPHS
-from ..training.process import settings
+from ....kernels.bench.report import Record
+from ....kernels.bench.timing import quantile
+from ...recipe.schema import Run
+from ...training.compiled import GRAPHS
+from ...training.process import settings
 from . import gauges, memory, peer, plain
 from .cases import Case, parts
 from .ours import Images, Step, loss_of, work_of

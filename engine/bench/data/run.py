@@ -1,4 +1,4 @@
-"""The verb kdfuse bench data."""
+"""kdfuse bench data: its options, and the run."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from pathlib import Path
 from rich.table import Table
 from rich.text import Text
 
-from ...kernels.bench.report import Record, append, in_markdown
-from ..bench.data import measure, opening
-from ..bench.data_sides import SPLITS
-from ..bench.data_table import about, as_line, grid, read
-from ..bench.photos import CLASSES, write_photos
-from ..data.loaders import LOADERS
-from ..recipe.data import Data
-from ..recipe.load import load
-from .recipes import wide
+from ....kernels.bench.report import Record, append, in_markdown
+from ...data.loaders import LOADERS
+from ...recipe.data import Data
+from ...recipe.load import load
+from ..records import read
+from .measure import measure, opening
+from .photos import CLASSES, write_photos
+from .sides import SPLITS
+from .table import about, as_line, grid, of_loaders
 
 RECIPE = "imagenet/kd:resnet34-resnet18"
 SECONDS = 20.0
@@ -90,23 +90,18 @@ def arguments(words: list[str]) -> argparse.Namespace:
     return chosen
 
 
-def main(words: list[str]) -> None:
-    """Measures or reads, then prints the table."""
+def main(words: list[str]) -> list[str | Table]:
+    """The benchmark's command line: what is to be printed, text and a table."""
     chosen = arguments(words)
-    records = read(chosen.read) if chosen.read else run(chosen)
-    table = grid(records)
-    print()
-    for line in about(records):
-        print(line)
-    print()
+    records = of_loaders(read(chosen.read, "loader", "data")) if chosen.read else run(chosen)
+    heads, *rows = table = grid(records)
+    found: list[str | Table] = ["", *about(records), ""]
     if chosen.markdown:
-        print(in_markdown(table))
-        return
-    heads, *rows = table
+        return [*found, in_markdown(table)]
     drawn = Table(*heads, box=None, pad_edge=False)
     for row in rows:
         drawn.add_row(*map(Text, row))
-    wide(drawn)
+    return [*found, drawn]
 
 
 def run(chosen: argparse.Namespace) -> list[Record]:

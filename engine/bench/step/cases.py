@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..recipe.data import CLASSES
-from ..recipe.load import Recipe, load
-from ..training.ranks import choose_device
+from ...recipe.data import CLASSES
+from ...recipe.load import Recipe, load
+from ...training.ranks import choose_device
 
 PAIR = ("student", "teacher", "kd", "slkd1", "slkd2")
 # The pair of networks, unless a recipe is named.

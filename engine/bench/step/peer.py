@@ -8,11 +8,11 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from ..models import create
-from ..recipe.schema import Network, Strict
-from ..training.build import deployed_by
-from ..training.optim import lr_at
-from ..training.process import seed_weights
+from ...models import create
+from ...recipe.schema import Network, Strict
+from ...training.build import deployed_by
+from ...training.optim import lr_at
+from ...training.process import seed_weights
 from . import plain
 from .cases import Case
 from .ours import Images, middle

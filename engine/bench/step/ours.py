@@ -8,13 +8,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from ..data.batch import Batch
-from ..data.loaders.ondevice import Mixing
-from ..methods import Outputs, Terms
-from ..recipe.load import Recipe
-from ..training.classification import begin, step_of
-from ..training.optim import lr_at, set_lr
-from ..training.ranks import Group
+from ...data.batch import Batch
+from ...data.loaders.ondevice import Mixing
+from ...methods import Outputs, Terms
+from ...recipe.load import Recipe
+from ...training.classification import begin, step_of
+from ...training.optim import lr_at, set_lr
+from ...training.ranks import Group
 from .cases import Case
 
 BATCHES = 4  # different ones, which are taken in turn

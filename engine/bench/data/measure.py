@@ -19,13 +19,13 @@ from pathlib import Path
 import numpy as np
 from PIL import features
 
-from ...kernels.bench.report import Record, facts, version
-from ..data.contents import Encoded
-from ..data.manifest import Manifest
-from ..data.plan import Ints
-from ..data.sources import open_source
-from ..recipe.data import Data
-from .data_sides import PEER, SPLITS, Mode, Side, sides_of
+from ....kernels.bench.report import Record, facts, version
+from ...data.contents import Encoded
+from ...data.manifest import Manifest
+from ...data.plan import Ints
+from ...data.sources import open_source
+from ...recipe.data import Data
+from .sides import PEER, SPLITS, Mode, Side, sides_of
 
 BLOCKS = 5
 MOST = 4096  # images that take part: far beyond any cache of a processor, within memory

@@ -10,13 +10,13 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from torch.utils.data import DataLoader
 
-from ..data.contents import Encoded, Files
-from ..data.loaders import LOADERS, make_loader
-from ..data.manifest import Manifest
-from ..data.plan import Ints
-from ..data.sources.splits import Split, root_of
-from ..recipe.data import Data
-from .plain_loader import DECODE, eval_transform, plain_loader, train_transform
+from ...data.contents import Encoded, Files
+from ...data.loaders import LOADERS, make_loader
+from ...data.manifest import Manifest
+from ...data.plan import Ints
+from ...data.sources.splits import Split, root_of
+from ...recipe.data import Data
+from .plain import DECODE, eval_transform, plain_loader, train_transform
 
 Mode = Literal["train", "eval"]
 SPLITS: dict[Mode, Split] = {"train": "train", "eval": "val"}

@@ -18,8 +18,8 @@ from pathlib import Path
 
 import torch
 
-from ..recipe.load import Recipe
-from ..training.process import settings
+from ...recipe.load import Recipe
+from ...training.process import settings
 from .cases import Case
 from .ours import Images, work_of
 
