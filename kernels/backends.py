@@ -131,10 +131,10 @@ def _fits(name: str, student: Tensor, op: str) -> bool:
     if is_tracing():
         return not REASONS[name]()
     sorts = name == "cuda" and op == "uskd"
-    return _runs_on(name, student.device) and (not sorts or _sorts(student))
+    return _runs_on(name, student.device) and (not sorts or fits_sort(student))
 
 
-def _sorts(student: Tensor) -> bool:
+def fits_sort(student: Tensor) -> bool:
     """Whether a block can sort a row of `student`: its number and 2 bytes for each class."""
     most = torch.cuda.get_device_properties(student.device).shared_memory_per_block_optin
     number = 8 if student.dtype == torch.float64 else 4

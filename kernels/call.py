@@ -39,6 +39,8 @@ def run(
         )
     if options.denominator is not None and options.reduction != "mean":
         raise ValueError(f"denominator goes with reduction='mean', not {options.reduction!r}")
+    if not isinstance(options.ignore_index, int):
+        raise TypeError(f"ignore_index must be a class index, got {options.ignore_index!r}")
     if isinstance(student := students[0], ClassPart):
         return sharded.run(op, student, students[1:], teachers, target, params, options)
     if hasattr(student, "device_mesh"):
@@ -46,8 +48,8 @@ def run(
 
         return dtensor.run(op, students, teachers, target, params, options, run)
     check_logits("student", students[0])
-    for x in students[1:]:
-        check_logits("every SL-T and weak head", x, students[0])
+    for k, x in enumerate(students[1:]):
+        check_logits(f"slts[{k}]" if op.name == "slkd" else "weak", x, students[0])
     check_teachers(op.name, op.sparse, teachers, students[0])
     if target is not None or op.needs_target:
         check_target(target, students[0], op.labels > 0, op.name)

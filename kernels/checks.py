@@ -1,7 +1,8 @@
 """Checks of a loss's arguments: each error names the argument, its value and the cure."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from numbers import Real
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 
 def finite(value: float) -> bool:
-    """`math.isfinite` in comparisons, which torch.compile traces for a weight that varies too."""
+    """`math.isfinite` in comparisons, which torch.compile traces."""
     return -math.inf < value < math.inf
 
 
@@ -21,15 +22,27 @@ def constant(name: str, value: object) -> None:
         )
 
 
-def positive(name: str, value: float) -> float:
+def check_number(name: str, value: object) -> None:
+    """A tensor of one number is one, too."""
     constant(name, value)
+    if isinstance(value, float | int):
+        return
+    if isinstance(value, Tensor):
+        if value.numel() != 1:
+            raise ValueError(f"{name} must be one number, got a tensor of {tuple(value.shape)}")
+    elif not isinstance(value, Real | torch.SymFloat | torch.SymInt):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+
+
+def positive(name: str, value: float) -> float:
+    check_number(name, value)
     if not (value > 0 and finite(value)):
         raise ValueError(f"{name} must be a positive number, got {value}")
     return float(value)
 
 
 def weight(name: str, value: float) -> float:
-    constant(name, value)
+    check_number(name, value)
     if not finite(value):
         raise ValueError(f"{name} must be a finite number, got {value}")
     return float(value)
@@ -41,6 +54,11 @@ def scale(temperature: float, t_squared: bool) -> float:
 
 
 def as_list(teacher: Tensor | Sequence[Any], name: str) -> list[Any]:
+    if not isinstance(teacher, Iterable):
+        raise TypeError(
+            f"{name} must be a tensor of logits, or a sequence of them, got "
+            f"{type(teacher).__name__}"
+        )
     tensors = [teacher] if isinstance(teacher, Tensor) else list(teacher)
     if not tensors:
         raise ValueError(f"{name} must hold at least one tensor of logits, got an empty sequence")
@@ -51,13 +69,19 @@ def check_weights(name: str, weights: Sequence[float] | None, count: int) -> lis
     """`count` finite weights >= 0, equal ones by default."""
     if weights is None:
         return [1.0 / count] * count
-    values = [float(w) for w in weights]
+    if isinstance(weights, Tensor) and weights.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            f"{name} requires grad, but gets none from this loss; pass {name}.detach()"
+        )
+    if isinstance(weights, str) or not isinstance(weights, Iterable):
+        raise TypeError(f"{name} must be a sequence of {count} numbers, got {weights!r}")
+    values = [weight(f"{name}[{k}]", w) for k, w in enumerate(weights)]
     if len(values) != count:
         raise ValueError(
             f"{name} must hold {count} weights, one for each set of logits, got {len(values)}"
         )
-    if any(not (w >= 0 and finite(w)) for w in values):
-        raise ValueError(f"{name} must be finite and not negative, got {values}")
+    if any(w < 0 for w in values):
+        raise ValueError(f"{name} must not be negative, got {values}")
     return values
 
 
@@ -131,12 +155,8 @@ def check_range(target: Tensor, classes: int, ignore_index: int) -> None:
 
 def check_denominator(denominator: Tensor | float, hidden: bool) -> None:
     """hidden: the values of tensors cannot be read now. Nothing waits for a GPU."""
-    constant("denominator", denominator)
     if isinstance(denominator, Tensor):
-        if denominator.numel() != 1:
-            raise ValueError(
-                f"denominator must be one number, got a tensor of shape {tuple(denominator.shape)}"
-            )
+        check_number("denominator", denominator)
         if not hidden and denominator.device.type == "cpu":
             positive("denominator", denominator.item())
     else:

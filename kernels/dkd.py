@@ -119,8 +119,6 @@ def dkd_loss(
     Raises:
         ValueError: also for C == 2 with beta != 0, where NCKD has a single class.
     """
-    if beta and isinstance(student, Tensor) and student.dim() == 2 and student.shape[1] == 2:
-        raise ValueError("C == 2 leaves NCKD a single class; use beta=0 or kd_loss")
     t = positive("temperature", temperature)
     params = [
         t,
@@ -129,6 +127,8 @@ def dkd_loss(
         weight("beta", beta),
         weight("ce_weight", ce_weight),
     ]
+    if beta and isinstance(student, Tensor) and student.dim() == 2 and student.shape[1] == 2:
+        raise ValueError("C == 2 leaves NCKD a single class; use beta=0 or kd_loss")
     options = Options(reduction, ignore_index, denominator, return_terms, backend, stored_gradient)
     return run(OP, [student], [teacher], target, params, options)
 

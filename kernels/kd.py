@@ -104,7 +104,7 @@ def kd_loss(
     """Knowledge distillation (Hinton et al. 2015) from one or several teachers, with cross-entropy.
 
     Args:
-        student: (N, C) logits of any floating type; a ClassPart or a DTensor where they are spread
+        student: (N, C) floating-point logits; a ClassPart or a DTensor where they are spread
             over processes (`kernels/parts.py`, `kernels/sharded/dtensor.py`).
         teacher: (N, C) logits without grad, or a SparseTeacher of k logits a row, or a sequence of
             K of either; their types may differ.
@@ -133,8 +133,6 @@ def kd_loss(
         RuntimeError: a backend that this machine cannot run.
     """
     teachers = [teacher] if isinstance(teacher, SparseTeacher) else as_list(teacher, "teacher")
-    if ce_weight and target is None:
-        raise ValueError(f"ce_weight={ce_weight} needs a target; pass one, or ce_weight=0")
     t = positive("temperature", temperature)
     params = [
         t,
@@ -143,6 +141,8 @@ def kd_loss(
         weight("ce_weight", ce_weight),
         *check_weights("teacher_weights", teacher_weights, len(teachers)),
     ]
+    if ce_weight and target is None:
+        raise ValueError(f"ce_weight={ce_weight} needs a target; pass one, or ce_weight=0")
     options = Options(reduction, ignore_index, denominator, return_terms, backend, stored_gradient)
     return run(OP, [student], teachers, target, params, options)
 

@@ -114,10 +114,10 @@ def nkd_loss(
     Raises:
         ValueError: also for C == 2 with gamma != 0, where the non-target part has a single class.
     """
-    if gamma and isinstance(student, Tensor) and student.dim() == 2 and student.shape[1] == 2:
-        raise ValueError("C == 2 leaves the non-target part a single class; use gamma=0 or kd_loss")
     t = positive("temperature", temperature)
     params = [t, scale(t, t_squared), weight("gamma", gamma), weight("ce_weight", ce_weight)]
+    if gamma and isinstance(student, Tensor) and student.dim() == 2 and student.shape[1] == 2:
+        raise ValueError("C == 2 leaves the non-target part a single class; use gamma=0 or kd_loss")
     options = Options(reduction, ignore_index, denominator, return_terms, backend, stored_gradient)
     return run(OP, [student], [teacher], target, params, options)
 

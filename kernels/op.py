@@ -262,7 +262,9 @@ def scaled(gradients: Sequence[Tensor], upstream: Tensor) -> Sequence[Tensor]:
     """The stored gradients (N, C) times the upstream one, a scalar or (N,)."""
     on_host = upstream.is_cpu and not torch.compiler.is_compiling()
     if on_host and upstream.dim() == 0 and upstream.item() == 1:
-        return gradients
+        # Where the graph is retained another backward may follow whatever becomes of these.
+        kept = torch._C._autograd._get_current_graph_task_keep_graph()
+        return [g.clone() for g in gradients] if kept else gradients
     factor = upstream if upstream.dim() == 0 else upstream[:, None]
     return [g * factor.to(g.dtype) for g in gradients]
 

@@ -23,11 +23,11 @@ class ClassPart:
     Every process of the group calls the loss with the same rows, target and settings, and gets the
     same loss, that of the whole rows; backward() gives each the gradient of its own logits. A call
     reads the part once for the statistics of its rows, exchanges them in one collective of W rows
-    of S float64 for each row of logits (S = 17 for kd_loss with one teacher), and reads it again
+    of S float64 for each row of logits (S = 18 for kd_loss with one teacher), and reads it again
     for the gradient; backward() exchanges nothing. On a GPU the passes are plain PyTorch.
 
     Attributes:
-        logits: (N, C_part) of any floating type; C_part may be 0.
+        logits: (N, C_part), floating-point; C_part may be 0.
         first_class: the class of the first column.
         classes: C, of all parts together.
         group: of the processes that hold the parts; None: the default group.

@@ -27,7 +27,7 @@ class SparseTeacher:
     """k of a teacher's C logits a row, which kd_loss, nkd_loss and wttm_loss take for whole ones.
 
     Args:
-        values: (N, k) logits of any floating type, in any order; 1 <= k < C.
+        values: (N, k) floating-point logits, in any order; 1 <= k < C.
         indices: (N, k) int64, int32 or int16: their classes, each at most once a row.
         mass: (N,) float32 or float64 in [0, 1): the softmax's mass of the classes left out, which
             they share evenly; None drops them. It belongs to one temperature: a loss at another
@@ -95,7 +95,7 @@ class SparseTeacher:
         """The k largest of whole logits, without a gradient.
 
         Args:
-            teacher: (N, C) logits of any floating type, which the values keep.
+            teacher: (N, C) floating-point logits, which the values keep.
             k: how many to keep, 1 <= k < C.
             temperature: T of the loss that the result is for.
             rest: "spread" keeps the others' mass of softmax(teacher / T); "drop" does not, and
@@ -216,7 +216,7 @@ def check_teachers(op: str, sparse: bool, teachers: Sequence[Teacher], student: 
     """sparse: whether the op takes a SparseTeacher."""
     for name, x in zip(names_of(teachers), teachers, strict=True):
         if not isinstance(x, SparseTeacher):
-            check_teacher("teacher", x, student)
+            check_teacher(name, x, student)
         elif sparse:
             check_sparse(name, x, student)
         else:

@@ -105,8 +105,6 @@ def uskd_loss(
     """
     if rank not in RANKS:
         raise ValueError(f"rank must be one of {', '.join(RANKS)}, got {rank!r}")
-    if beta and isinstance(student, Tensor) and student.dim() == 2 and student.shape[1] == 2:
-        raise ValueError("C == 2 leaves the non-target part a single class; use beta=0")
     params = [
         weight("alpha", alpha),
         weight("beta", beta),
@@ -114,6 +112,8 @@ def uskd_loss(
         RANKS[rank],
         weight("ce_weight", ce_weight),
     ]
+    if beta and isinstance(student, Tensor) and student.dim() == 2 and student.shape[1] == 2:
+        raise ValueError("C == 2 leaves the non-target part a single class; use beta=0")
     options = Options(reduction, ignore_index, denominator, return_terms, backend, stored_gradient)
     return run(OP, [student, weak], [], target, params, options)
 

@@ -99,14 +99,14 @@ def wttm_loss(
     `kd_loss` describes the other arguments, the terms, the value and the errors; the term kd holds
     the row's weight.
     """
-    if ce_weight and target is None:
-        raise ValueError(f"ce_weight={ce_weight} needs a target; pass one, or ce_weight=0")
     params = [
         positive("temperature", temperature),
         weight("kd_weight", kd_weight),
         weight("ce_weight", ce_weight),
         float(weighted),
     ]
+    if ce_weight and target is None:
+        raise ValueError(f"ce_weight={ce_weight} needs a target; pass one, or ce_weight=0")
     options = Options(reduction, ignore_index, denominator, return_terms, backend, stored_gradient)
     return run(OP, [student], [teacher], target, params, options)
 

@@ -87,10 +87,10 @@ KDFUSE_HD Kl<R> kl(const Stats<R>& zs, const Split<R>& z, const Stats<R>& ts, co
   return {drift + (z.lse - t.lse), z.unit, t.unit, z.label - t.label, drift};
 }
 
-// Its gradient under a weight, of which 0 leaves it out whatever it is.
+// Its gradient under a weight, of which 0 leaves it out whatever it is; its value as it was.
 template <class R>
 KDFUSE_HD Kl<R> gated(R weight, const Kl<R>& x) {
-  return {gated(weight, x.value), gated(weight, x.a), gated(weight, x.b), gated(weight, x.label), x.drift};
+  return {x.value, gated(weight, x.a), gated(weight, x.b), gated(weight, x.label), x.drift};
 }
 
 // The same over j != y alone (the NCKD of DKD). Without any teacher mass outside the label it is 0.

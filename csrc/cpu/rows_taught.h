@@ -23,10 +23,10 @@ Taught<double> taught_by(const Logits<T>& z, const Logits<T>& t, double mixed) {
 template <class Loss, class T>
 double learn(const Problem& p, Logits<T>& t, const Logits<T>& z, double temperature, T* e1) {
   const double own = own_temperature<Loss>(p.params);
-  if (!Loss::kTeacherAt1) return teach(p, t, temperature, z, own, t.x);
+  if (Loss::kEntropy && !Loss::kTeacherAt1) return teach(p, t, temperature, z, own, t.x);
   static_assert(!Loss::kManyTeachers || !Loss::kTeacherAt1, "one place for a teacher's exponentials");
   T* const e = Loss::kEntropy ? e1 + padded(p.classes) : t.x;  // then its logits are read again
-  exponentiate(p, t, temperature, true, e, e1);
+  exponentiate(p, t, temperature, Loss::kTeacherAt1, e, e1);
   const Units<T> of_z(own, z.peak);
   if (Loss::kEntropy) return cross(e, t.x, Units<T>(temperature, t.peak), z.x, of_z, padded(p.classes));
   return weighted(e, z.x, of_z, padded(p.classes));

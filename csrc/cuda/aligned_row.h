@@ -11,10 +11,9 @@
 #pragma once
 #include "coefficients.h"
 #include "joint.h"
-#include "listed.h"
+#include "listed_row.h"
 #include "prefetch.h"
 #include "rank.h"
-#include "team.h"
 
 namespace kdfuse {
 
@@ -54,8 +53,6 @@ struct Coming {
   float ties[Shape::kStudents] = {};
   uint32_t peaks[peak_words<Shape::others, Shape::kLogits>];
   uint64_t likeliest[1];  // of class probabilities: the largest, and its class
-  Entry entry;  // of a top-k teacher the one of this lane
-  Unlisted<float> unlisted;
 };
 
 // Orders class probabilities by size, equal ones by the lower class.
@@ -78,7 +75,7 @@ class FastRows {
   using Row = FastRow<Shape>;
   using Index = uint32_t;
 
-  KDFUSE_DEVICE_MEMBER FastRows(const Team& team, const FastTask& p) : team_(team), p_(p), stage_(team, p) {
+  KDFUSE_DEVICE_MEMBER FastRows(const Team& team, const FastTask& p) : team_(team), p_(p), stage_(team, p), list_(p) {
     stage_.clear();
   }
 
@@ -117,7 +114,7 @@ class FastRows {
   }
   KDFUSE_DEVICE_MEMBER float number_of(int k, uint32_t bits) const { return unpack_one(stage_.type_of(k), bits); }
   KDFUSE_DEVICE_MEMBER float logit(int k, uint32_t row, int j) const {
-    return stage_.is_listed(k) ? listed_logit(row, j) : number_of(k, bits_of(k, row, j));
+    return stage_.is_listed(k) ? list_.logit(row, j) : number_of(k, bits_of(k, row, j));
   }
 
   // Class v of this thread's u-th chunk of the k-th input.
@@ -138,7 +135,7 @@ class FastRows {
     if constexpr (Shape::labelled) open_label(at);
     if constexpr (Shape::soft) open_likeliest(at);
     spread_peaks<Shape::others>(next_.peaks, at.peak);
-    unlisted_ = next_.unlisted;
+    list_.turn();
     // Where nothing else is finite the label stands in for the peak, so that the row keeps its distribution.
 #pragma unroll
     for (int k = 0; k < Shape::kLogits; ++k) {
@@ -170,7 +167,10 @@ class FastRows {
     next_.likeliest[0] = 0;
     if (next_.row < rows()) {
       const Span span = fast_span(p_, next_.row);
-      if (has_list()) take_list(span);
+      if (has_list()) {
+        const float label = list_.take(stage_, next_.row, span, next_.label);
+        if (Shape::labelled) next_.bits[Shape::kLogits - 1] = as_bits(label);
+      }
       if (!p_.whole) {
         stage_.trim(span, next_.row >= p_.guarded, [&](int k, int j) { return bits_of(k, next_.row, j); });
       }
@@ -215,7 +215,7 @@ class FastRows {
   // The next row's label and its logits; what its teacher lists.
   KDFUSE_DEVICE_MEMBER void send_for_label() {
     if (next_.row >= rows()) return;
-    if (has_list() && lane() < p_.listed.count) next_.entry = entry(next_.row, lane());
+    if (has_list()) list_.send(next_.row);
     if (!Shape::labelled) return;
     const int index = next_.label > 0 ? next_.label : 0;
 #pragma unroll
@@ -282,69 +282,9 @@ class FastRows {
   Coming<Shape> next_;
 
  private:
-  KDFUSE_DEVICE_MEMBER static int lane() { return threadIdx.x % kLanes; }
-
-  // Whether the next row has one, and takes part: else it may hold anything.
+  // Whether the next row has a list, and takes part: else it may hold anything.
   KDFUSE_DEVICE_MEMBER bool has_list() const {
     return stage_.is_listed(kStudents) && !(Shape::labelled && next_.label < 0);
-  }
-
-  KDFUSE_DEVICE_MEMBER Entry entry(uint32_t row, int i) const {
-    const int64_t index = p_.listed.classes[row * p_.listed.stride + i];
-    assert(index >= 0 && index < p_.classes && "kdfuse: an index of a top-k teacher is outside the classes");
-    const char* const from = logits(kStudents, row);
-    const uint32_t bits =
-        p_.listed.type == DType::f32 ? load_bits<DType::f32>(from, i) : load_bits<DType::bf16>(from, i);
-    return {static_cast<int>(index), unpack_one(p_.listed.type, bits)};
-  }
-
-  // The next row's entries, each in one lane of every warp: see(i, entry).
-  template <class F>
-  KDFUSE_DEVICE_MEMBER void each_entry(F see) const {
-    if (lane() < p_.listed.count) see(lane(), next_.entry);
-#pragma unroll 1
-    for (int i = lane() + kLanes; i < p_.listed.count; i += kLanes) see(i, entry(next_.row, i));
-  }
-
-  // Of the row that is open.
-  KDFUSE_DEVICE_MEMBER float listed_logit(uint32_t row, int j) const {
-    float logit = unlisted_.fill;
-#pragma unroll 1
-    for (int i = 0; i < p_.listed.count; ++i) {
-      const Entry of = entry(row, i);
-      if (of.index == j) logit = of.logit - unlisted_.shift;
-    }
-    return logit;
-  }
-
-  // Makes the next row of a top-k teacher in the places of each warp, and the label's logit in it.
-  KDFUSE_DEVICE_MEMBER void take_list(const Span& span) {
-    float most[2] = {-INFINITY, -1};  // of the logits; the label's place in the list
-    each_entry([&](int i, const Entry& of) {
-      most[0] = of.logit > most[0] ? of.logit : most[0];
-      if (of.index == next_.label) most[1] = static_cast<float>(i);
-    });
-    Warp::join(joint<Max>(most));
-    next_.unlisted = {};
-    if (p_.listed.mass.data) {
-      const float origin = most[0] - most[0] == 0 ? most[0] : 0.f;
-      float sum[1] = {0};
-      each_entry([&](int, const Entry& of) { sum[0] += power((of.logit - origin) * p_.step); });
-      Warp::join(joint<Sum>(sum));
-      const float mass = static_cast<float>(number(p_.listed.mass, next_.row));
-      const float others = static_cast<float>(p_.classes - p_.listed.count);
-      next_.unlisted = unlisted(origin, sum[0], mass, others, p_.temperature);
-    }
-    stage_.fill(kStudents, span, next_.unlisted.fill);
-    Warp::sync();
-    each_entry(
-        [&](int, const Entry& of) { stage_.fill_class(kStudents, span, of.index, of.logit - next_.unlisted.shift); });
-    Warp::sync();
-    if constexpr (Shape::labelled) {
-      const int place = static_cast<int>(most[1]);
-      const float logit = place < 0 ? next_.unlisted.fill : entry(next_.row, place).logit - next_.unlisted.shift;
-      next_.bits[kStudents] = as_bits(logit);
-    }
   }
 
   KDFUSE_DEVICE_MEMBER uint32_t rows() const { return static_cast<uint32_t>(p_.rows); }
@@ -402,7 +342,7 @@ class FastRows {
     stage_.drop(u, place);
   }
 
-  Unlisted<float> unlisted_;  // of the row that is open
+  ListedRow<kStudents> list_;
   uint32_t last_row_ = 0;  // that has been sent for
   int64_t last_label_ = 0;
 };

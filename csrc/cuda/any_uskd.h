@@ -1,5 +1,7 @@
 // USKD for a team of threads. Its Zipf weights come from a sort of the row in the team's memory.
 #pragma once
+#include <type_traits>
+
 #include "../losses/uskd.h"
 #include "any_others.h"
 

@@ -78,15 +78,6 @@ inline bool of_one_type(const Task& p) {
 
 constexpr int kFastInputs = 4;  // of them at most 3 students
 
-// The lists of a top-k teacher, beside the logits of the classes that they name.
-struct TeacherList {
-  const int64_t* classes;  // or null
-  int64_t stride;
-  int count;
-  DType type;  // of the logits
-  Numbers mass;
-};
-
 // Rows that lie alike on 16-byte boundaries, of students of one type: the logits of the students, then of the teachers,
 // then class probabilities.
 struct FastTask : Call {
@@ -94,7 +85,8 @@ struct FastTask : Call {
   const void* logits[kFastInputs];
   uint32_t steps[kFastInputs];  // bytes from row to row
   DType types[kFastInputs];  // as the team's memory has them
-  TeacherList listed;  // of the only teacher, whose rows are float32 in the team's memory
+  TopK listed;  // of the only teacher, whose rows are then float32 in the team's memory
+  DType listed_type;  // of the logits that it lists
   void* gradients[kFastInputs - 1];
   float params[12];  // the op's own; of a loss under teachers its Factors
   float ce_weight;  // of such a loss

@@ -174,9 +174,7 @@ bool make_fast(const LossKernels& of, const Task& p, FastTask& fast) {
     if (m.type == DType::f64 || m.stride * bytes > kMaxStep) return false;
     fast.logits[k] = m.data, fast.steps[k] = static_cast<uint32_t>(m.stride * bytes), fast.types[k] = m.type;
     if (p.sparse && k == p.num_students && p.top_k[0].count > 0) {
-      const TopK& listed = p.top_k[0];
-      fast.listed = {listed.classes, listed.stride, static_cast<int>(listed.count), m.type, numbers_of(listed.mass)};
-      fast.types[k] = DType::f32;
+      fast.listed = p.top_k[0], fast.listed_type = m.type, fast.types[k] = DType::f32;
       continue;
     }
     const auto at = reinterpret_cast<uintptr_t>(m.data) - static_cast<uintptr_t>(fast.shift * bytes);

@@ -16,7 +16,7 @@ struct Unlisted {
 };
 
 // With v the listed logits and m the mass of the others,
-//   f = T * (log(m / (1 - m)) + log sum exp(v / T) - log(C - k)).
+//   f = T * (log(m / (1 - m)) + log sum exp(v / T) - log(C - k)), or -inf without a mass.
 // Far from 0 it would be rounded at the size of the logits; no loss sees a shift of a teacher.
 // sum: of exp((v - origin) / T); others: C - k.
 template <class T>

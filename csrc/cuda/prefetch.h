@@ -1,6 +1,6 @@
 // Rows on their way from memory to registers: each thread of a team copies its own chunks into its own
 // places in the block's memory, two rows ahead of their use. No other thread touches them, so nothing here
-// needs a barrier; a place takes single elements, where a register could not be indexed.
+// needs a barrier, but for fill_class(); a place takes single elements, where a register could not be indexed.
 #pragma once
 #include "shape.h"
 #include "vec8.h"
@@ -117,7 +117,7 @@ class Stage {
       for (int h = 0; h < units(k); ++h) store_words(place(k, u, h), {{w, w, w, w}});
     }
   }
-  // Then, with the threads of the warp, the logit of a class where it is in a chunk of one of them.
+  // Then the logit of a class, where it is in a chunk of this warp's threads; they have to meet before and after.
   KDFUSE_DEVICE_MEMBER void fill_class(int k, const Span& span, int j, float logit) const {
     const int i = span.chunk_of(j), owner = i % team_.size() - team_.rank() + team_.rank() % kLanes;
     if (static_cast<unsigned>(owner) >= kLanes) return;
@@ -127,7 +127,7 @@ class Stage {
 
   // Whether the k-th input is a top-k teacher, whose rows nobody copies.
   KDFUSE_DEVICE_MEMBER bool is_listed(int k) const {
-    return Shape::any && k == Shape::kStudents && p_.listed.classes != nullptr;
+    return Shape::any && k == Shape::kStudents && p_.listed.count > 0;
   }
 
   // Of a student.

@@ -13,7 +13,7 @@ struct Dkd {
 
   template <class R>
   struct Factors {
-    R square, step, alpha, beta;
+    R square, alpha, beta, step_of_alpha, step_of_beta;  // a step: the weight times T, of its derivative in the loss
   };
 
   KDFUSE_MEMBER static bool reads(const double*, int) { return true; }
@@ -21,7 +21,8 @@ struct Dkd {
 
   template <class R>
   KDFUSE_MEMBER static Factors<R> factors(const double* p, int) {
-    return {R(p[1]), R(p[1]) / R(p[0]), R(p[2]), R(p[3])};
+    const R square = R(p[1]), step = square / R(p[0]), alpha = R(p[2]), beta = R(p[3]);
+    return {square, alpha, beta, step * alpha, step * beta};
   }
 
   template <bool may_be_zero, class R>
@@ -35,10 +36,10 @@ struct Dkd {
     const R spread = x.z_sums.sum > R(0) ? R(1) / x.z_sums.sum : R(0);
     row.terms_of_row[0] = f.square * tckd, row.terms_of_row[1] = f.square * others.value;
     row.value = gated(f.alpha, row.terms_of_row[0]) + gated(f.beta, row.terms_of_row[1]);
-    const R pull = times<may_be_zero>(f.alpha, gap);
-    row.a = f.step * (times<may_be_zero>(f.beta, others.a) - pull * spread);
-    row.label = f.step * pull;
-    return -(f.step * times<may_be_zero>(f.beta, others.b));
+    // Without TCKD the teacher's label may hold anything.
+    row.label = gated(f.step_of_alpha, gap);
+    row.a = times<may_be_zero>(f.step_of_beta, others.a) - row.label * spread;
+    return -times<may_be_zero>(f.step_of_beta, others.b);
   }
 };
 

@@ -155,13 +155,13 @@ void split_stats(const SplitProblem& p, const SplitPlan& plan, int64_t row, Scra
     Sums sums;
     double gap;
     const Units<T> of_z(own, students[0].peak);
-    if (plan.teacher_at_1) {
-      sums = sum_up(p, t, temperature, true, e, spare);
-      gap = plan.entropy ? cross(e, t.x, Units<T>(temperature, t.peak), students[0].x, of_z, length)
-                         : weighted(e, students[0].x, of_z, length);
-    } else {
+    if (plan.entropy && !plan.teacher_at_1) {
       gap = teach(p, t, temperature, students[0], own, e);
       sums.sum = t.stats.sum;
+    } else {
+      sums = sum_up(p, t, temperature, plan.teacher_at_1, e, spare);
+      gap = plan.entropy ? cross(e, t.x, Units<T>(temperature, t.peak), students[0].x, of_z, length)
+                         : weighted(e, students[0].x, of_z, length);
     }
     pack_set(t, sums, away, label, temperature, out + at.of_set(p.num_students + k));
     out[at.of_pair(k)] = pair_of(plan, t, students[0], sums.sum, gap);

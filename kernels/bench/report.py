@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -93,39 +93,53 @@ def append(path: Path, record: Record) -> None:
         file.write("\n" * torn + json.dumps(record) + "\n")
 
 
+def not_a_record(place: str) -> ValueError:
+    return ValueError(f"{place} is not a record of a benchmark")
+
+
+def each(paths: Iterable[Path]) -> Iterator[tuple[str, Record]]:
+    """Every record of some files and its place, "file:line".
+
+    A line that was cut off is left out, and said.
+
+    Raises:
+        ValueError: a line that is no record.
+    """
+    for path in paths:
+        for number, line in enumerate(path.read_text().split("\n"), 1):
+            place = f"{path}:{number}"
+            if not line:
+                continue
+            try:
+                record = json.loads(line)
+            except ValueError:
+                print(f"{place} was cut off; it is left out", file=sys.stderr)
+                continue
+            if not isinstance(record, dict) or "kind" not in record:
+                raise not_a_record(place)
+            yield place, record
+
+
 def read(paths: Iterable[Path]) -> list[Record]:
     """The measurements of some files, each with the number of its run.
 
     Records of the first version have no device (cpu), turn (warm) or clock (host) and call the
-    device's own backend "fused". A line that was cut off is left out, and said.
+    device's own backend "fused".
 
     Raises:
         ValueError: a line that is no record.
     """
     records: list[Record] = []
     run = 0
-    for path in paths:
-        lines = path.read_text().split("\n")
-        for number, line in enumerate(lines, 1):
-            if not line:
-                continue
-            try:
-                record = json.loads(line)
-            except ValueError:
-                print(f"{path}:{number} was cut off; it is left out", file=sys.stderr)
-                continue
-            try:
-                kind = record["kind"]
-                if kind == "loss":
-                    record["provider"], record["case"]
-            except (TypeError, KeyError):
-                raise ValueError(f"{path}:{number} is not a record of this benchmark") from None
-            run += kind == "facts"
-            if kind == "loss":
-                record = {"device": "cpu", "turn": "warm", "clock": "host", "run": run} | record
-                if record["provider"] == "fused":
-                    record["provider"] = record["device"]
-                records.append(record)
+    for place, record in each(paths):
+        run += record["kind"] == "facts"
+        if record["kind"] == "loss":
+            if not {"provider", "case"} <= record.keys():
+                raise not_a_record(place)
+            record = {"device": "cpu", "turn": "warm", "clock": "host", "run": run} | record
+            if record["provider"] == "fused":
+                record["provider"] = record["device"]
+            records.append(record)
     return records
 
 

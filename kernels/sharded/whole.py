@@ -6,7 +6,7 @@ j != y, a exp((z_j - peak) / T) + c exp(z_j - peak) + the rows in `others`, and 
 of the fused teacher, or None.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -54,9 +54,9 @@ def kl(z: Known, t: Known, pair: Tensor) -> Kl:
 
 
 def weighted(weight: Tensor | float, x: Kl) -> Kl:
-    """Its gradient under a weight, of which 0 leaves it out whatever it is."""
+    """Its gradient under a weight, of which 0 leaves it out whatever it is; its value as it was."""
     a, b, label = (gated(weight, y) for y in (x.a, x.b, x.label))
-    return Kl(gated(weight, x.value), a, b, label, x.drift)
+    return replace(x, a=a, b=b, label=label)
 
 
 @dataclass

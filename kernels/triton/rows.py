@@ -76,9 +76,15 @@ def put_tile(x, row, units, offs, inside, g, WHOLE: tl.constexpr):
 
 
 @jit
+def reference_of(label):
+    """A number of about the logits' size that is known before the row is read."""
+    return tl.where((label - label) == 0, label, 0.0)
+
+
+@jit
 def shift_of(peak, label):
     """Where all of the rest is -inf the label stands in, so that the row keeps its softmax."""
-    return tl.where(peak == -INF, tl.where(label == -INF, 0.0, label), peak)
+    return tl.where(peak == -INF, reference_of(label), peak)
 
 
 @jit
@@ -143,12 +149,6 @@ def see(
     if TARGET == 2:
         dot += tl.sum(tl.where(q != 0, q * (x - reference_of(label)), 0.0), 0)
     return (top, total, total1, ahead, dot), before, now
-
-
-@jit
-def reference_of(label):
-    """A number of about the logits' size that is known before the row is read."""
-    return tl.where((label - label) == 0, label, 0.0)
 
 
 @jit

@@ -17,7 +17,7 @@ RANKS = {torch.bfloat16: 257, torch.float16: 2048}  # that the logits of `make` 
 
 def sorts(c: int, dtype: torch.dtype) -> bool:
     """Whether the GPU has room for uskd's sort of a row."""
-    return backends._sorts(torch.empty(1, c, dtype=dtype, device="cuda"))
+    return backends.fits_sort(torch.empty(1, c, dtype=dtype, device="cuda"))
 
 
 def move(x):

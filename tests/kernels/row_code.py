@@ -16,17 +16,11 @@ from sass import CSRC, Instruction, Kernel, Place
 from test_instructions import BESIDE, compile_cuda
 
 SOURCE = Path(__file__).with_name("modelled_rows.cu")
-CLASS_BY_CLASS = "static_cast<unsigned>(j + v) <"
 EACH_CHUNK = "for (int u = 0; u < kChunks; ++u)"
-# Of rows that are read twice: what few of their chunks go through.
+# Of rows that are read twice: what few of their chunks go through, beside moves of single classes.
 RARE = (
     ("two_pass.h", "drop_label"),
     ("two_pass.h", "move"),
-    ("two_pass.h", "leave_out"),
-    ("vec8.h", "load_bits"),
-    ("vec8.h", "load_one"),
-    ("vec8.h", "store_one"),
-    ("vec8.h", "set_one"),
 )
 
 
@@ -99,12 +93,13 @@ def _code(kernel: Kernel, code: list[Instruction], used: dict[str, int], lanes: 
     row = fixed = sass.row_path(around, beside - sass.lines_of("team.h", "send"))
     loops: tuple[Part, ...] = ()
     if kernel.kind == "fast_streams":
-        # The loops of what is left of a row are of the reads: the longest ones inside.
-        rare = set().union(*(sass.lines_of(*function) for function in RARE)) | _edge_lines()
+        inside = around[:-1]  # the jump back of the loop over the rows may be of the second read
+        rare = set().union(*(sass.lines_of(*function) for function in RARE))
         loops = tuple(
-            Part(tuple(sass.row_path(sass.loop_of(around, line), beside | rare)), lanes)
+            Part(tuple(sass.row_path(sass.loop_of(inside, line), rare, sass.moves_one)), lanes)
             for line in map(_first_loop, ("sum_up", "write_gradient"))
         )
+        assert all(map(_moves_and_makes, loops)), f"{kernel}: a turn that is none of its row's"
     else:
         chunks = _chunk_lines()
         fixed = [i for i in row if not i.places & chunks]
@@ -112,19 +107,19 @@ def _code(kernel: Kernel, code: list[Instruction], used: dict[str, int], lanes: 
     return Code(used["REG"], used["SHARED"], *parts, loops)
 
 
+def _moves_and_makes(turn: Part) -> bool:
+    """Whether it reads a chunk of both inputs in 16 bytes for every three powers of each class."""
+    names = [i.name for i in turn.code]
+    moved = 16 * sum(name.startswith("LDG.E.128") for name in names)
+    classes = names.count("MUFU.EX2") / 3
+    return classes > 0 and moved in (2 * classes * 2, 2 * classes * 4)
+
+
 def _first_loop(function: str) -> Place:
     """Of a function of rows that are read twice: the line of the loop over a row's chunks."""
     lines = (CSRC / "two_pass.h").read_text().split("\n")
     own = sorted(n for _, n in sass.lines_of("two_pass.h", function))
     return "two_pass.h", next(n for n in own if "< at.span.chunks;" in lines[n - 1])
-
-
-def _edge_lines() -> set[Place]:
-    """Of rows that are read twice: chunks that a row shares with its neighbours."""
-    lines = (CSRC / "two_pass.h").read_text().split("\n")
-    found = [n for n, line in enumerate(lines, 1) if CLASS_BY_CLASS in line]
-    assert found, "two_pass.h has no chunks class by class"
-    return {("two_pass.h", at) for n in found for at in (n - 1, n, n + 1)}
 
 
 @functools.cache

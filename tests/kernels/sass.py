@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import subprocess
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -212,9 +213,19 @@ def loop_of(code: list[Instruction], line: Place) -> list[Instruction]:
     return [i for i in code if end.target <= i.at <= end.at]
 
 
-def row_path(loop: list[Instruction], beside: set[Place]) -> list[Instruction]:
-    """The instructions of a turn of the loop that goes round inner loops, leaves out what it can of
-    what stands `beside` the path (lines of functions), and runs through all it can of the rest.
+def moves_one(i: Instruction) -> bool:
+    """Whether it moves less than 16 bytes from or to global memory."""
+    return i.name.startswith(("LDG", "STG")) and ".128" not in i.name
+
+
+def row_path(
+    loop: list[Instruction],
+    beside: set[Place],
+    shunned: Callable[[Instruction], bool] = lambda _: False,
+) -> list[Instruction]:
+    """The instructions of a turn of the loop that goes round inner loops and shunned instructions,
+    leaves out what it can of what stands `beside` the path (lines of functions), and runs through
+    all it can of the rest.
     """
     blocks = _blocks(loop)
     starts = [block[0].at for block in blocks]
@@ -226,7 +237,7 @@ def row_path(loop: list[Instruction], beside: set[Place]) -> list[Instruction]:
             continue  # leads out of the loop
         then = max(ways, key=lambda m: ahead[m][0], default=None)
         weight = sum(-1 if i.places & beside else 1 for i in blocks[n])
-        weight -= len(loop) * (n in inner)
+        weight -= len(loop) * (n in inner or any(map(shunned, blocks[n])))
         ahead[n] = weight + (ahead[then][0] if then is not None else 0), then
     path: list[Instruction] = []
     at: int | None = 0

@@ -182,7 +182,7 @@ def test_teachers_and_their_weights(backend):
         ([0.5, -0.5], "-0.5"),
         ([1, torch.nan], "nan"),
     ):
-        with pytest.raises(ValueError, match=f"teacher_weights must .*{text}"):
+        with pytest.raises(ValueError, match=f"teacher_weights.* must .*{text}"):
             kdfuse.kd_loss(Z, [Z, Z], Y, teacher_weights=wrong, backend=backend)
     with pytest.raises(ValueError, match="ce_weight=0.5 needs a target"):
         kdfuse.kd_loss(Z, Z, ce_weight=0.5, backend=backend)
@@ -246,3 +246,56 @@ def test_a_number_that_wants_a_gradient_is_refused(name):
         kdfuse.kd_loss(z, z, **{name: number})
     with torch.no_grad():
         kdfuse.kd_loss(z, z, **{name: number})
+
+
+@pytest.mark.parametrize("wrong", ("4", None, [4.0], torch.tensor([4.0, 4.0])), ids=repr)
+def test_what_is_no_number_is_named(wrong):
+    case = make("kd", 4, 5)
+    (z,), (t,), y = case.students, case.teachers, case.target
+    shown = r"one number, got a tensor of \(2,\)" if isinstance(wrong, torch.Tensor) else "a number"
+    for key in ("temperature", "kd_weight", "ce_weight"):
+        with pytest.raises((TypeError, ValueError), match=f"{key} must be {shown}"):
+            kdfuse.kd_loss(z, t, y, **{key: wrong})
+    if wrong is not None:
+        with pytest.raises((TypeError, ValueError), match=f"denominator must be {shown}"):
+            kdfuse.kd_loss(z, t, y, denominator=wrong)
+
+
+@pytest.mark.parametrize("wrong", (None, "x", 1.5))
+def test_ignore_index_is_a_class_index(wrong):
+    case = make("kd", 4, 5)
+    with pytest.raises(TypeError, match=f"ignore_index must be a class index, got {wrong!r}"):
+        call("kd", case, ignore_index=wrong)
+
+
+def test_weights_are_a_sequence_of_numbers_without_a_gradient():
+    case = make("slkd", 4, 5, slts=2)
+    z, (t,) = case.students[0], case.teachers
+    learnt = torch.nn.Parameter(torch.tensor([0.3, 0.7]))
+    for weights in (learnt, learnt.softmax(0)):
+        with pytest.raises(ValueError, match="teacher_weights requires grad, .*detach"):
+            kdfuse.kd_loss(z, [t, t], teacher_weights=weights)
+        with pytest.raises(ValueError, match="fusion requires grad"):
+            call("slkd", case, fusion=weights)
+    with pytest.raises(ValueError, match=r"teacher_weights\[1\] requires grad"):
+        kdfuse.kd_loss(z, [t, t], teacher_weights=[0.3, learnt[1]])
+    for wrong in (1.0, "ab"):
+        with pytest.raises(TypeError, match="teacher_weights must be a sequence of 2 numbers"):
+            kdfuse.kd_loss(z, [t, t], teacher_weights=wrong)
+    with torch.no_grad():
+        kdfuse.kd_loss(z, [t, t], teacher_weights=learnt)
+
+
+def test_the_network_that_is_wrong_is_named():
+    case = make("slkd", 4, 5, slts=2)
+    z, (t,), y = case.students[0], case.teachers, case.target
+    with pytest.raises(TypeError, match="teacher must be a tensor of logits, or a sequence"):
+        kdfuse.kd_loss(z, None)
+    with pytest.raises(ValueError, match=r"teacher\[1\] must have the student's shape"):
+        kdfuse.kd_loss(z, [t, t[:, 1:]])
+    with pytest.raises(ValueError, match=r"teacher\[1\] requires grad, .*teacher\[1\]\.detach"):
+        kdfuse.kd_loss(z, [t, t.clone().requires_grad_()])
+    with pytest.raises(ValueError, match=r"slts\[1\] must have the student's shape"):
+        kdfuse.slkd_loss(z, t, [z, z[1:]], y)
+    with pytest.raises(ValueError, match="weak must have the student's shape"):
+        kdfuse.uskd_loss(z, z[1:], y)

@@ -12,7 +12,7 @@ import simulator
 from gpus import GPUS
 from launches import Launch, Size
 from prediction import Prediction, Row
-from sass import Kernel
+from sass import Instruction, Kernel
 
 from kdfuse.kernels import backends
 
@@ -101,6 +101,16 @@ def test_a_copy_is_never_slower():
 def test_more_rows_on_their_way_hide_memory_and_no_work():
     period = {s: prediction.period(H100, made(LONG, all=1.2, stages=s).row) for s in (1, 2)}
     assert period[1] > period[2] == 1.2
+
+
+def test_a_path_goes_round_moves_of_single_classes():
+    """A turn of A100's second reads was taken for the longer way of a row's last chunk."""
+    names = ["LDG.E.128", "BRA", *["LDG.E.U16"] * 8, "STG.E.128", "BRA"]
+    to = {1: ("@P0", 160), 11: ("@P1", 0)}
+    code = [Instruction(16 * n, name, *to.get(n, ())) for n, name in enumerate(names)]
+    assert [i.name for i in sass.row_path(code, set())] == names
+    path = sass.row_path(code, set(), sass.moves_one)
+    assert [i.name for i in path] == ["LDG.E.128", "BRA", "STG.E.128", "BRA"]
 
 
 def test_the_page_names_every_goal_and_gpu():

@@ -118,6 +118,24 @@ def test_second_derivative_is_never_silently_zero(name):
 
 @pytest.mark.parametrize("stored", (True, False))
 @pytest.mark.parametrize("name", NAMES)
+def test_a_gradient_that_was_changed_in_place_leaves_the_next_backward_as_it_was(name, stored):
+    """The stored gradient itself was handed out: a second backward failed, or gave what was made
+    of it."""
+    case = make(name, 4, 9)
+    students = [x.requires_grad_() for x in case.students]
+    loss = call(name, case, stored_gradient=stored, **FULL[name])
+    first = torch.autograd.grad(loss, students, retain_graph=True)
+    kept = [g.clone() for g in first]
+    for g in first:
+        g.data.mul_(0.5)
+    again = torch.autograd.grad(loss, students, retain_graph=True)
+    torch.testing.assert_close(again, tuple(kept), rtol=0, atol=0)
+    again[0].mul_(2)
+    torch.testing.assert_close(torch.autograd.grad(loss, students), tuple(kept), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("stored", (True, False))
+@pytest.mark.parametrize("name", NAMES)
 def test_rows_are_scaled_by_their_own_upstream_gradient(name, backend, stored):
     """With reduction='none' the backward pass took the first row's factor for all rows."""
     case = make(name, 6, 33)
@@ -171,10 +189,10 @@ def test_the_logits_are_never_written(name, backend):
 def test_t_squared_once(name, backend):
     """T^2 was forgotten, or applied twice."""
     (z, *slts), (t,), y = (lambda c: (c.students, c.teachers, c.target))(make(name, 9, 33))
-    off = {"kd": {}, "dkd": {}, "nkd": {}, "slkd": {"ce_weight": 0.0, "fused_ce_weight": 0.0}}
+    off = {"slkd": {"ce_weight": 0.0, "fused_ce_weight": 0.0}}
     case = Case([z, *slts], [t], y)
     with_square, without = (
-        call(name, case, temperature=3.0, backend=backend, t_squared=s, **off[name])
+        call(name, case, temperature=3.0, backend=backend, t_squared=s, **off.get(name, {}))
         for s in (True, False)
     )
     if name == "nkd":  # whose target part is at T = 1
@@ -272,6 +290,17 @@ def test_a_teacher_without_weight_may_hold_anything(name, backend, value):
         )
         got = loss_and_gradients(name, broken, **{**settings, **more})
         torch.testing.assert_close(got, want, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("value", (torch.nan, torch.inf, -torch.inf))
+def test_the_others_of_dkd_do_not_see_a_teachers_label(backend, value):
+    """With alpha=0 the divergence over the other classes is all that asks for the teacher."""
+    case = cast(make("dkd", 5, 33), torch.float32)
+    settings = {**FULL["dkd"], "alpha": 0.0, "backend": backend}
+    want = loss_and_gradients("dkd", case, **settings)
+    broken = case.teachers[0].scatter(1, case.target[:, None], value)
+    got = loss_and_gradients("dkd", Case(case.students, [broken], case.target), **settings)
+    torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("value", (torch.nan, torch.inf))

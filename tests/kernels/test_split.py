@@ -174,6 +174,16 @@ def test_a_teacher_without_weight_may_hold_anything(name, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_the_others_of_dkd_do_not_see_a_teachers_label(backend):
+    case = cast(make("dkd", 5, 33), torch.float32)
+    more = {**FULL["dkd"], "alpha": 0.0, "backend": backend}
+    want = in_parts("dkd", case, CUTS, **more)
+    for value in (torch.nan, INF, -INF):
+        case.teachers[0].scatter_(1, case.target[:, None], value)
+        torch.testing.assert_close(in_parts("dkd", case, CUTS, **more), want, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_kd_without_a_target(backend):
     case = cast(make("kd", 20, 33), torch.float32)
     case.target = None

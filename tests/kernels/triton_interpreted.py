@@ -451,6 +451,15 @@ def test_a_teacher_without_weight_may_hold_anything(name, residency):
     torch.testing.assert_close(loss_and_gradients(name, case, **more), want, rtol=0, atol=0)
 
 
+def test_the_others_of_dkd_do_not_see_a_teachers_label(residency):
+    case, more = cast(make("dkd", 3, 19), torch.float32), {**FULL["dkd"], "alpha": 0.0}
+    want = loss_and_gradients("dkd", case, backend="triton", **more)
+    for value in (torch.nan, INF):
+        case.teachers[0].scatter_(1, case.target[:, None], value)
+        got = loss_and_gradients("dkd", case, backend="triton", **more)
+        torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-7)
+
+
 @pytest.mark.parametrize("name", [n for n in WITH_PROBABILITIES if not OPS[n].needs_target])
 def test_class_probabilities_without_cross_entropy_may_hold_anything(name, residency):
     case, more = cast(make(name, 3, 19), torch.float32), {**FULL[name], "ce_weight": 0.0}

@@ -231,16 +231,16 @@ MUTATIONS = [
     ),
     Mutation(
         "a list over places that their threads have not filled",
-        "aligned_row.h",
-        "    stage_.fill(kStudents, span, next_.unlisted.fill);\n    Warp::sync();\n",
-        "    stage_.fill(kStudents, span, next_.unlisted.fill);\n",
+        "listed_row.h",
+        "    stage.fill(which, span, next_.fill);\n    Warp::sync();\n",
+        "    stage.fill(which, span, next_.fill);\n",
         (LISTED,),
     ),
     Mutation(
         "a list that is read before all of it is there",
-        "aligned_row.h",
-        "    Warp::sync();\n    if constexpr (Shape::labelled) {",
-        "    if constexpr (Shape::labelled) {",
+        "listed_row.h",
+        "    Warp::sync();\n    const int place",
+        "    const int place",
         (LISTED,),
     ),
     Mutation(

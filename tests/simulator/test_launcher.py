@@ -66,7 +66,7 @@ def test_clusters_of_16_are_asked_for(library):
 
 
 @pytest.mark.parametrize(
-    "name, sizes", [("kd", range(13_600, 14_200, 40)), ("uskd", range(5_700, 5_900, 20))]
+    "name, sizes", [("kd", range(13_600, 14_200, 40)), ("uskd", range(8_500, 8_800, 20))]
 )
 def test_a_kernels_own_memory_leaves_less_for_rows(library, name, sizes):
     gpu = Gpu(library, device("H100", runs=0))
@@ -75,21 +75,31 @@ def test_a_kernels_own_memory_leaves_less_for_rows(library, name, sizes):
         assert len(run(gpu, name, case).launches) == 1
 
 
+def longest_to_sort(monkeypatch, memory: int, dtype: torch.dtype) -> int:
+    """What the choice of a backend lets through on a GPU with so many bytes a block."""
+    facts = SimpleNamespace(shared_memory_per_block_optin=memory)
+    monkeypatch.setattr(backends.torch.cuda, "get_device_properties", lambda _: facts)
+    too_long = bisect(
+        range(65_536), False, key=lambda c: not backends.fits_sort(torch.empty(1, c, dtype=dtype))
+    )
+    return too_long - 1
+
+
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float64), ids=str)
 @pytest.mark.parametrize("of", simulator.GPUS)
 def test_rows_that_the_choice_of_a_backend_lets_through_are_sorted(library, monkeypatch, of, dtype):
-    facts = SimpleNamespace(shared_memory_per_block_optin=simulator.GPUS[of]["memory"])
-    monkeypatch.setattr(backends.torch.cuda, "get_device_properties", lambda _: facts)
-
-    def fits(c):
-        return backends._sorts(torch.empty(1, c, dtype=dtype))
-
-    longest = bisect(range(65_536), False, key=lambda c: not fits(c)) - 1
-    assert longest > 15_000
+    longest = longest_to_sort(monkeypatch, simulator.GPUS[of]["memory"], dtype)
     gpu = Gpu(library, device(of, runs=0))
     assert len(run(gpu, "uskd", cast(make("uskd", 1, longest), dtype)).launches) == 1
     with pytest.raises(RuntimeError, match="too long for the sort .* use backend='reference'"):
         run(gpu, "uskd", cast(make("uskd", 1, longest + 2000), dtype))
+
+
+@pytest.mark.parametrize("kilobytes, documented", [(227, 37), (163, 26), (99, 15)])
+def test_the_longest_rows_are_those_of_the_readme(monkeypatch, kilobytes, documented):
+    longest = longest_to_sort(monkeypatch, kilobytes << 10, torch.float32)
+    assert longest // 1000 == documented
+    assert f"{documented},000" in (simulator.CSRC.parent / "README.md").read_text()
 
 
 def test_a_failed_question_is_asked_again(library):

@@ -90,6 +90,13 @@ def test_class_probabilities(library, name, dtype, way):
     # Not only two classes, and not only labels with the highest logits.
     case.target = torch.softmax(torch.arange(9 * 33).reshape(9, 33).double().sin(), 1).to(dtype)
     check(library, name, case, settings_for(name, 33), way)
+    # Of any sum; of two that are as likely the lower class is the label.
+    case.target = case.target * torch.linspace(0.3, 1.5, 9)[:, None].to(dtype)
+    check(library, name, case, settings_for(name, 33), way)
+    case.target = torch.zeros(9, 33, dtype=dtype)
+    case.target[:, 5:7] = 0.5
+    case.students[0][::2, 5], case.students[0][1::2, 6] = 9.0, 9.0
+    check(library, name, case, settings_for(name, 33), way)
 
 
 @ways
@@ -99,6 +106,15 @@ def test_a_teacher_without_weight_may_hold_anything(library, name, way):
     case.teachers[0][::3], case.teachers[0][1::3] = float("nan"), INF
     got = check(library, name, case, settings_for(name, 33, **NO_TEACHER[name]), way)
     assert got.loss.isfinite().all() and all(g.isfinite().all() for g in got.gradients)
+
+
+@ways
+@pytest.mark.parametrize("value", (float("nan"), INF, -INF))
+def test_the_others_of_dkd_do_not_see_a_teachers_label(library, value, way):
+    case = cast(make("dkd", 9, 33), torch.float32)
+    case.teachers[0].scatter_(1, case.target[:, None], value)
+    got = check(library, "dkd", case, settings_for("dkd", 33, alpha=0.0), way)
+    assert got.loss.isfinite().all() and got.gradients[0].isfinite().all()
 
 
 @ways
@@ -313,6 +329,20 @@ def test_hard_rows_that_are_read_twice(library, name, change):
     change(case)
     got = check(library, name, case, FULL[name], "streams")
     assert got.launches[0].kernel.startswith("fast_streams")
+
+
+@pytest.mark.parametrize("name", (*TAUGHT, "tf_nkd"))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+def test_ranks_of_rows_that_are_read_twice(library, name, dtype):
+    """Ties in the label's own chunk, and a label at -inf beside all that is."""
+    case = cast(make(name, 8, 16_401), dtype)
+    case.students[0][:], case.students[0][:, 4:6] = -1.0, 5.0
+    case.target = torch.tensor([5, 4, 3, 5, 16_400, 6, 0, 5])
+    got = check(library, name, case, FULL[name], "streams")
+    assert got.launches[0].kernel.startswith("fast_streams")
+    case.students[0][:], case.students[0][:, 0] = -INF, 2.0
+    case.target = torch.tensor([3, 4, 5, 3, 1, 3, 4, 3])
+    check(library, name, case, FULL[name], "streams")
 
 
 @ways
