@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -25,6 +25,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+# Of a command whose own parser reads all of its words.
+PASSED_ON: Any = {
+    "add_help_option": False,
+    "context_settings": {"allow_extra_args": True, "ignore_unknown_options": True},
+}
 bench_app = typer.Typer(help="Measure speed.", no_args_is_help=True)
 app.command()(train)
 app.add_typer(recipes.app, name="recipes")
@@ -125,11 +130,7 @@ def doctor() -> None:
         raise typer.Exit(1)
 
 
-@bench_app.command(
-    "losses",
-    add_help_option=False,
-    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
-)
+@bench_app.command("losses", **PASSED_ON)
 def losses(context: typer.Context) -> None:
     """Time the loss kernels; --help lists the options."""
     from ...kernels.bench.run import main as measure
@@ -137,11 +138,7 @@ def losses(context: typer.Context) -> None:
     measure(context.args)
 
 
-@bench_app.command(
-    "step",
-    add_help_option=False,
-    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
-)
+@bench_app.command("step", **PASSED_ON)
 def step(context: typer.Context) -> None:
     """Time training steps on synthetic batches; --help lists the options."""
     from ..bench.step.run import main as measure
@@ -149,11 +146,15 @@ def step(context: typer.Context) -> None:
     _show(measure(context.args))
 
 
-@bench_app.command(
-    "data",
-    add_help_option=False,
-    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
-)
+@bench_app.command("e2e", **PASSED_ON)
+def end_to_end(context: typer.Context) -> None:
+    """Time training from image files; --help lists the options."""
+    from ..bench.e2e.run import main as measure
+
+    _show(measure(context.args))
+
+
+@bench_app.command("data", **PASSED_ON)
 def data_speed(context: typer.Context) -> None:
     """Time the loaders on images of a recipe; --help lists the options."""
     from ..bench.data.run import main as measure

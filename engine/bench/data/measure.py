@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from multiprocessing import active_children
 from pathlib import Path
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 from PIL import features
@@ -25,9 +26,10 @@ from ...data.manifest import Manifest
 from ...data.plan import Ints
 from ...data.sources import open_source
 from ...recipe.data import Data
-from .sides import PEER, SPLITS, Mode, Side, sides_of
+from .sides import PEER, SPLITS, Mode, Side, Turn, sides_of
 
 BLOCKS = 5
+Clock = Callable[[], float]  # seconds
 MOST = 4096  # images that take part: far beyond any cache of a processor, within memory
 
 
@@ -39,13 +41,21 @@ class Block:
     resident: int | None  # bytes, at its end
 
 
+Which = TypeVar("Which", bound=Turn, covariant=True)
+
+
 @dataclass
-class Turns:
+class Turns(Generic[Which]):
     """A side, the batches of its blocks, and the blocks so far."""
 
-    side: Side
+    side: Which
     steps: int
     blocks: list[Block] = field(default_factory=list)
+
+    @property
+    def rates(self) -> list[float]:
+        """Images a second of each block."""
+        return [one.images / one.seconds for one in self.blocks]
 
 
 def cores() -> int:
@@ -55,9 +65,9 @@ def cores() -> int:
     return os.cpu_count() or 1
 
 
-def opening(data: Data, made: int | None) -> Record:
+def opening(data: Data, made: int | None, device: str = "cpu") -> Record:
     """The record that opens a run; `made`: how many images were made for it."""
-    found = facts("cpu")
+    found = facts(device)
     del found["byte_models"]
     return found | {
         "benchmark": "data",
@@ -69,6 +79,18 @@ def opening(data: Data, made: int | None) -> Record:
         "made_images": made,
         "data": data.model_dump(mode="json", exclude={"root"}),
     }
+
+
+def readable_rows(manifest: Manifest) -> Ints:
+    """The images that take part, read once, so that they come from memory."""
+    readable = np.setdiff1d(np.arange(len(manifest.target)), list(manifest.bad))
+    few = np.linspace(0, len(readable) - 1, min(len(readable), MOST)).astype(np.int64)
+    rows = readable[few]
+    if isinstance(manifest.content, Encoded):
+        for row in rows.tolist():
+            with manifest.content.open(row) as file:
+                file.read()
+    return rows
 
 
 def measure(
@@ -85,41 +107,40 @@ def measure(
     """
     for mode in modes:
         manifest = open_source(data, SPLITS[mode])
-        readable = np.setdiff1d(np.arange(len(manifest.target)), list(manifest.bad))
-        few = np.linspace(0, len(readable) - 1, min(len(readable), MOST)).astype(np.int64)
-        rows = readable[few]
-        if isinstance(manifest.content, Encoded):
-            for row in rows.tolist():
-                with manifest.content.open(row) as file:
-                    file.read()
+        rows = readable_rows(manifest)
         sides, lost = sides_of(manifest, rows, data, batch, mode, loaders)
         for name, why in lost.items():
             keep({"kind": "absent", "mode": mode, "loader": name, "why_not": why})
         if all(name in lost for name in loaders):
             raise ValueError(f"--loaders {' '.join(loaders)}: none can read these images")
         try:
-            turns = [Turns(side, _steps(side, seconds)) for side in sides]
-            for number in range(BLOCKS):
-                shift = number % len(turns)
-                for turn in turns[shift:] + turns[:shift]:
-                    turn.blocks.append(block(turn.side, turn.steps))
+            turns = [Turns(side, steps_of(side, seconds)) for side in sides]
+            play(turns)
         finally:
             for side in sides:
                 side.close()
-        about = _about(manifest, rows) | {"mode": mode, "batch": batch, "size": data.size}
+        about = about_images(manifest, rows) | {"mode": mode, "batch": batch, "size": data.size}
         about |= {"workers": data.workers, "prefetch": data.prefetch}
         for found in _records(turns):
             keep({"kind": "loader"} | about | found)
 
 
-def block(side: Side, steps: int) -> Block:
+def play(turns: Sequence[Turns[Any]], clock: Clock = time.perf_counter) -> None:
+    """A block each in turn, so that a drift of the machine meets all."""
+    for number in range(BLOCKS):
+        shift = number % len(turns)
+        for turn in (*turns[shift:], *turns[:shift]):
+            turn.blocks.append(block(turn.side, turn.steps, clock))
+
+
+def block(side: Turn, steps: int, clock: Clock = time.perf_counter) -> Block:
     """Takes so many batches on the clock."""
     batches = side.batches()
     for _ in range(side.ahead):
         next(batches)
-    begin, spent = time.perf_counter(), cpu_seconds()
+    begin, spent = clock(), cpu_seconds()
     images = sum(next(batches) for _ in range(steps))
-    seconds, now = time.perf_counter() - begin, cpu_seconds()
+    seconds, now = clock() - begin, cpu_seconds()
     memory = resident_bytes()
     batches.close()
     return Block(images, seconds, None if now is None or spent is None else now - spent, memory)
@@ -145,14 +166,14 @@ def resident_bytes() -> int | None:
     return sum(pages) * os.sysconf("SC_PAGE_SIZE")
 
 
-def _steps(side: Side, seconds: float) -> int:
+def steps_of(side: Turn, seconds: float, clock: Clock = time.perf_counter) -> int:
     """Batches of a block, in whole bursts, from a first block that is not counted."""
-    pilot = block(side, side.burst)
+    pilot = block(side, side.burst, clock)
     bursts = round(seconds / BLOCKS / pilot.seconds)
     return side.burst * max(bursts, 1)
 
 
-def _about(manifest: Manifest, rows: Ints) -> Record:
+def about_images(manifest: Manifest, rows: Ints) -> Record:
     content = manifest.content
     height, width = manifest.sizes[rows].mean(axis=0).tolist()
     length = float(content.lengths[rows].mean()) if isinstance(content, Encoded) else None
@@ -164,29 +185,30 @@ def _about(manifest: Manifest, rows: Ints) -> Record:
     }
 
 
-def _records(turns: Sequence[Turns]) -> list[Record]:
-    found = []
+def speed(turn: Turns[Any]) -> Record:
+    """How fast it went, and from how much that is known."""
+    low, median, high = np.quantile(turn.rates, [0.2, 0.5, 0.8]).tolist()
+    spent = [one.cpu_seconds for one in turn.blocks if one.cpu_seconds is not None]
+    images = sum(one.images for one in turn.blocks)
+    return {
+        "images_per_s": median,
+        "p20_images_per_s": low,
+        "p80_images_per_s": high,
+        "images_per_cpu_s": images / sum(spent) if spent else None,
+        "cores": cores(),
+        "blocks": len(turn.blocks),
+        "steps_per_block": turn.steps,
+        "images": images,
+        "resident_bytes_first": turn.blocks[0].resident,
+        "resident_bytes_last": turn.blocks[-1].resident,
+    }
+
+
+def _records(turns: Sequence[Turns[Side]]) -> list[Record]:
+    found: list[Record] = []
     for turn in turns:
-        rates = [one.images / one.seconds for one in turn.blocks]
-        low, median, high = np.quantile(rates, [0.2, 0.5, 0.8]).tolist()
-        spent = [one.cpu_seconds for one in turn.blocks if one.cpu_seconds is not None]
-        images = sum(one.images for one in turn.blocks)
-        found.append(
-            {
-                "loader": turn.side.name,
-                "decode": turn.side.decode,
-                "images_per_s": median,
-                "p20_images_per_s": low,
-                "p80_images_per_s": high,
-                "cores": cores(),
-                "images_per_s_per_core": median / cores(),
-                "images_per_cpu_s": images / sum(spent) if spent else None,
-                "blocks": len(turn.blocks),
-                "steps_per_block": turn.steps,
-                "images": images,
-                "resident_bytes_first": turn.blocks[0].resident,
-                "resident_bytes_last": turn.blocks[-1].resident,
-            }
-        )
+        own = speed(turn)
+        own["images_per_s_per_core"] = own["images_per_s"] / own["cores"]
+        found.append({"loader": turn.side.name, "decode": turn.side.decode} | own)
     peer = next((one["images_per_s"] for one in found if one["loader"] == PEER), None)
     return [one | {"times_peer": one["images_per_s"] / peer if peer else None} for one in found]

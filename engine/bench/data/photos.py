@@ -13,6 +13,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from ...recipe.data import Data
+
 CLASSES = 4
 WIDTHS, HEIGHTS = (400, 600), (300, 450)  # pixels, on average 500 x 375
 QUALITIES = (90, 95)
@@ -21,8 +23,10 @@ PART = (0.6, 1.0)  # side of the part over the largest of its shape in the photo
 SEED = 0
 
 
-def write_photos(root: Path, images: int) -> None:
+def write_photos(root: Path, images: int, side: int | None = None) -> None:
     """`images` JPEGs as root/train/<class>/; root/val is the same folder by another name.
+
+    With `side` all are squares of that side.
 
     The same bytes every time, for one version of Pillow and numpy.
     """
@@ -37,14 +41,28 @@ def write_photos(root: Path, images: int) -> None:
         rng = np.random.default_rng([SEED, number])
         path = root / "train" / f"class{number % CLASSES}" / f"{number:06d}.jpg"
         quality = int(rng.integers(*QUALITIES, endpoint=True))
-        _photo(sources[int(rng.integers(len(sources)))], rng).save(path, quality=quality)
+        source = sources[int(rng.integers(len(sources)))]
+        _photo(source, rng, side).save(path, quality=quality)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(write, range(images)))
 
 
-def _photo(source: Image.Image, rng: np.random.Generator) -> Image.Image:
+def made(data: Data, folder: Path, images: int) -> Data:
+    """The same section over images that are made below `folder`, unless they are there already:
+    photographs, or squares of `size` where windows of that size are cut from a padded image."""
+    side = data.size if data.augment == "pad_crop" else None
+    root = folder / f"photos-{side or 'large'}"
+    if not root.exists():
+        write_photos(root, images, side)
+    kept = data.model_dump(exclude={"classes", "subset", "images", "loader"})
+    return Data.model_validate(kept | {"source": "folder", "root": root})
+
+
+def _photo(source: Image.Image, rng: np.random.Generator, side: int | None) -> Image.Image:
     width, height = (int(rng.integers(*sides, endpoint=True)) for sides in (WIDTHS, HEIGHTS))
+    if side is not None:
+        width = height = side
     share = rng.uniform(*PART) * min(source.width / width, source.height / height)
     w, h = width * share, height * share
     left, top = rng.uniform(0, source.width - w), rng.uniform(0, source.height - h)

@@ -37,6 +37,7 @@ def plain_loader(
     workers: int,
     prefetch: int,
     shuffle: bool,
+    pin: bool,
 ) -> DataLoader[Any]:
     """Batches without end of the images in `folder`/<class>/ whose paths are among `only`."""
     images = ImageFolder(folder, transform)
@@ -50,6 +51,7 @@ def plain_loader(
         sampler=Endless(len(rows), shuffle),
         num_workers=workers,
         prefetch_factor=prefetch,
+        pin_memory=pin,
     )
 
 

@@ -17,7 +17,7 @@ from ...recipe.data import Data
 from ...recipe.load import load
 from ..records import read
 from .measure import measure, opening
-from .photos import CLASSES, write_photos
+from .photos import CLASSES, made
 from .sides import SPLITS
 from .table import about, as_line, grid, of_loaders
 
@@ -126,9 +126,7 @@ def run(chosen: argparse.Namespace) -> list[Record]:
     with tempfile.TemporaryDirectory(prefix="kdfuse-photos-") as folder:
         if chosen.images is not None:
             print(f"making {chosen.images} images", file=sys.stderr)
-            root = Path(folder) / "photos"
-            write_photos(root, chosen.images)
-            data = made(data, root)
+            data = made(data, Path(folder), chosen.images)
         keep(opening(data, chosen.images))
         try:
             measure(
@@ -142,9 +140,3 @@ def run(chosen: argparse.Namespace) -> list[Record]:
         except FileNotFoundError as error:
             raise FileNotFoundError(f"{error}; without a set, --images 500 makes one") from error
     return found
-
-
-def made(data: Data, root: Path) -> Data:
-    """The same section over the made images."""
-    kept = data.model_dump(exclude={"classes", "subset", "images", "loader"})
-    return Data.model_validate(kept | {"source": "folder", "root": root})

@@ -8,10 +8,12 @@ from itertools import count
 from typing import Any, Literal, Protocol
 
 import numpy as np
+import torch
 from torch.utils.data import DataLoader
 
+from ...data.batch import Batch
 from ...data.contents import Encoded, Files
-from ...data.loaders import LOADERS, make_loader
+from ...data.loaders import CPU, LOADERS, make_loader
 from ...data.manifest import Manifest
 from ...data.plan import Ints
 from ...data.sources.splits import Split, root_of
@@ -24,35 +26,47 @@ PEER = "ImageFolder"
 STEPS = 256  # the least that an epoch has; more than once over a set of few images
 
 
-class Side(Protocol):
-    """One that takes turns; `burst` batches come at a time, `ahead` are under way."""
+class Turn(Protocol):
+    """What takes a turn; `burst` batches come at a time, `ahead` are under way."""
 
-    name: str
-    decode: str
     burst: int
     ahead: int
 
     def batches(self) -> Generator[int, None, None]:
         """The number of images in each batch, without end; its work ends when it is closed."""
 
+
+class Side(Turn, Protocol):
+    """A loader that takes turns with others."""
+
+    name: str
+    decode: str
+
     def close(self) -> None: ...
 
 
 class Ours:
-    """A loader of the engine."""
+    """A loader of the engine, for a run on `device`."""
 
     burst = 1
 
-    def __init__(self, manifest: Manifest, data: Data, batch: int, mode: Mode) -> None:
-        self._loader = make_loader(manifest, data, batch, seed=0, train=mode == "train")
+    def __init__(
+        self, manifest: Manifest, data: Data, batch: int, mode: Mode, device: torch.device = CPU
+    ) -> None:
+        train = mode == "train"
+        self._loader = make_loader(manifest, data, batch, seed=0, train=train, device=device)
         self._epochs = count()
         self.name, self.decode = self._loader.name, self._loader.decode
         self.ahead = data.prefetch
 
-    def batches(self) -> Generator[int, None, None]:
+    def taken(self) -> Generator[Batch, None, None]:
+        """Its batches, epoch after epoch."""
         while True:
-            for batch in self._loader.epoch(next(self._epochs)):
-                yield batch.valid
+            yield from self._loader.epoch(next(self._epochs))
+
+    def batches(self) -> Generator[int, None, None]:
+        for batch in self.taken():
+            yield batch.valid
 
     def close(self) -> None:
         self._loader.close()
@@ -91,6 +105,11 @@ def chosen_rows(manifest: Manifest, rows: Ints) -> Manifest:
     return replace(manifest, content=made, target=target, sizes=sizes, bad={})
 
 
+def repeated(manifest: Manifest, rows: Ints, batch: int) -> Manifest:
+    """A manifest of these rows, as often as an epoch of `STEPS` batches asks for."""
+    return chosen_rows(manifest, np.tile(rows, -(-STEPS * batch // len(rows))))
+
+
 def sides_of(
     manifest: Manifest, rows: Ints, data: Data, batch: int, mode: Mode, loaders: Sequence[str]
 ) -> tuple[list[Side], dict[str, str]]:
@@ -98,13 +117,12 @@ def sides_of(
     sides: list[Side] = []
     lost: dict[str, str] = {}
     if isinstance(manifest.content, Files):
-        sides.append(_peer(manifest.content, rows, data, batch, mode))
+        sides.append(Peer(peer_loader(manifest, rows, data, batch, mode), data.workers))
     else:
         lost[PEER] = f"it reads a folder of images, data.source={data.source} is none"
     once = long = manifest
     if isinstance(manifest.content, Encoded):
-        times = -(-STEPS * batch // len(rows))
-        once, long = (chosen_rows(manifest, np.tile(rows, n)) for n in (1, times))
+        once, long = chosen_rows(manifest, rows), repeated(manifest, rows, batch)
     for name in (name for name in LOADERS if name in loaders):
         # Resident holds every image, so a repeated one would be held again.
         images = once if name == "resident" else long
@@ -115,7 +133,12 @@ def sides_of(
     return sides, lost
 
 
-def _peer(content: Files, rows: Ints, data: Data, batch: int, mode: Mode) -> Peer:
+def peer_loader(
+    manifest: Manifest, rows: Ints, data: Data, batch: int, mode: Mode, pin: bool = False
+) -> DataLoader[Any]:
+    """ImageFolder's batches of these rows; the manifest's images are files."""
+    content = manifest.content
+    assert isinstance(content, Files)
     view: dict[str, Any] = {"resize": data.eval_resize, **data.normalize.model_dump()}
     if mode == "train":
         of_training = ("scale", "ratio", "padding", "flip")
@@ -123,7 +146,7 @@ def _peer(content: Files, rows: Ints, data: Data, batch: int, mode: Mode) -> Pee
         transform = train_transform(data.augment, data.size, **view)
     else:
         transform = eval_transform(data.size, **view)
-    loader = plain_loader(
+    return plain_loader(
         str(root_of(data) / SPLITS[mode]),
         [content.paths[row] for row in rows],
         transform,
@@ -131,5 +154,5 @@ def _peer(content: Files, rows: Ints, data: Data, batch: int, mode: Mode) -> Pee
         workers=data.workers,
         prefetch=data.prefetch,
         shuffle=mode == "train",
+        pin=pin,
     )
-    return Peer(loader, data.workers)

@@ -9,6 +9,7 @@ from typing import Any
 from ...recipe.data import CLASSES
 from ...recipe.load import Recipe, load
 from ...training.ranks import choose_device
+from ...training.speed import settled
 
 PAIR = ("student", "teacher", "kd", "slkd1", "slkd2")
 # The pair of networks, unless a recipe is named.
@@ -75,7 +76,7 @@ def classifier(name: str, words: Sequence[str]) -> Recipe:
     recipe = load(name, words)
     if not isinstance(recipe, Recipe):
         raise ValueError(f"{name}: a recipe of detection; the step of a classifier is measured")
-    return recipe
+    return settled(recipe, choose_device(recipe.run.device))
 
 
 def of_pair(name: str, base: Recipe) -> Case:

@@ -79,7 +79,7 @@ def peak_memory(step: Callable[[], Any], before: int) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
-def matmul_types(amp: str, device: torch.device) -> tuple[str, ...]:
+def matmul_types(amp: str | None, device: torch.device) -> tuple[str, ...]:
     """The types in which a step's products may be computed; the faster one is what it can reach."""
     if amp == "bf16":
         # A CPU without instructions for bfloat16 computes its convolutions in float32.

@@ -13,7 +13,7 @@ import torch
 
 from ....kernels.bench.report import Record
 from ....kernels.bench.timing import quantile
-from ...recipe.schema import Run
+from ...recipe.run import Run
 from ...training.compiled import GRAPHS
 from ...training.process import settings
 from . import gauges, memory, peer, plain

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -54,7 +54,7 @@ class Step:
         self.recipe = recipe
         self.networks, self.state = begin(recipe, group, case.classes, target.cpu(), {})
         index = torch.arange(len(target), device=made.device)
-        self.batches = itertools.cycle(
+        self.batches: Iterator[Batch] = itertools.cycle(
             Batch(pixels[at : at + size], target[at : at + size], index[at : at + size], size)
             for at in range(0, len(target), size)
         )

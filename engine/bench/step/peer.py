@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -71,9 +72,19 @@ def networks_of(case: Case) -> tuple[nn.Module, nn.Module | None, list[nn.Module
 
 def peer_of(case: Case, made: Images, bf16: bool, workers: int) -> plain.Loop:
     """The plain loop for a case; it starts its workers with its first step."""
+    pixels, target = (part.cpu() for part in made.of(case))
+    on_gpu = made.device.type == "cuda"
+    loader = plain.in_memory(pixels.contiguous(), target, case.recipe.run.batch, workers, on_gpu)
+    view = case.recipe.data.normalize.model_dump()
+    return loop_of(case, plain.Batches(loader), made.device, bf16, **view)
+
+
+def loop_of(
+    case: Case, batches: plain.Batches, device: torch.device, bf16: bool, **view: Any
+) -> plain.Loop:
+    """The plain loop for a case over these batches; `view`: mean and std that it normalises by."""
     recipe, method = case.recipe, case.recipe.method
     student, teacher, slts = networks_of(case)
-    pixels, target = (part.cpu() for part in made.of(case))
     own = method.model_dump(
         include={"temperature", "ce_weight", "kd_weight", "fused_ce_weight", "fused_kd_weight"}
     )
@@ -82,25 +93,26 @@ def peer_of(case: Case, made: Images, bf16: bool, workers: int) -> plain.Loop:
         **own,
         **optim.model_dump(include={"momentum", "nesterov", "weight_decay"}),
         lr=lr_at(optim, recipe.run.epochs, middle(recipe)),
-        **recipe.data.normalize.model_dump(),
+        **view,
         bf16=bf16,
     )
-    batches = plain.Batches(
-        pixels.contiguous(), target, recipe.run.batch, workers, made.device.type == "cuda"
-    )
     alone = None if case.forward else student
-    return plain.Loop(alone, teacher, [] if case.forward else slts, batches, made.device, settings)
+    return plain.Loop(alone, teacher, [] if case.forward else slts, batches, device, settings)
 
 
 @contextmanager
 def usual() -> Iterator[None]:
-    """How such repositories set their process: any algorithm, the fastest that cuDNN finds."""
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    benchmark = torch.backends.cudnn.benchmark
+    """How such repositories set their process: any algorithm, the fastest that cuDNN finds; TF32 as
+    PyTorch has it by default, in convolutions alone."""
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    deterministic, benchmark = torch.are_deterministic_algorithms_enabled(), cudnn.benchmark
+    tf32 = cudnn.allow_tf32, matmul.allow_tf32
     torch.use_deterministic_algorithms(False)
-    torch.backends.cudnn.benchmark = True
+    cudnn.benchmark = cudnn.allow_tf32 = True
+    matmul.allow_tf32 = False
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(deterministic)
-        torch.backends.cudnn.benchmark = benchmark
+        cudnn.benchmark = benchmark
+        cudnn.allow_tf32, matmul.allow_tf32 = tf32

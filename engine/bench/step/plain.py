@@ -10,6 +10,7 @@ import itertools
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -47,19 +48,25 @@ class Images(Dataset):
         return self.images[row].float().div(255), int(self.target[row])
 
 
-class Batches:
-    """Batches without end, in order, and the time that was spent waiting for them."""
+def in_memory(
+    images: Tensor, target: Tensor, batch: int, workers: int, pin: bool
+) -> DataLoader[Any]:
+    """Batches of these images without end, in order."""
+    endless: Iterator[int] = itertools.cycle(range(len(target)))
+    return DataLoader(
+        Images(images, target),
+        batch,
+        sampler=endless,  # an epoch's end would stop the workers
+        num_workers=workers,
+        pin_memory=pin,
+    )
 
-    def __init__(self, images: Tensor, target: Tensor, batch: int, workers: int, pin: bool) -> None:
-        self.waited = 0.0  # seconds
-        endless: Iterator[int] = itertools.cycle(range(len(target)))
-        self.loader = DataLoader(
-            Images(images, target),
-            batch,
-            sampler=endless,  # an epoch's end would stop the workers
-            num_workers=workers,
-            pin_memory=pin,
-        )
+
+class Batches:
+    """The batches of a loader, and the time that was spent waiting for them."""
+
+    def __init__(self, loader: DataLoader[Any]) -> None:
+        self.loader, self.waited = loader, 0.0  # seconds
         self._running: Iterator[list[Tensor]] | None = None
 
     def take(self) -> list[Tensor]:

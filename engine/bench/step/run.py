@@ -25,7 +25,7 @@ DEFAULTS: dict[str, Any] = {"seconds": 3.0, "peer": "fp32"}
 
 class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise ValueError(f"bench step: {message}")
+        raise ValueError(f"{self.prog.removeprefix('kdfuse ')}: {message}")
 
 
 def number(text: str, least: int) -> int:
@@ -73,13 +73,16 @@ def arguments(words: Sequence[str]) -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument("--markdown", action="store_true", help="print Markdown tables")
     chosen = parser.parse_args(list(words))
-    check(chosen)
+    check(chosen, "batch", "seconds", "device", "peer", "workers", "out", "cases", "given")
+    if chosen.peer == "none" and chosen.workers is not None:
+        raise ValueError(f"--workers {chosen.workers}: --peer none has no loader; leave one out")
     return chosen
 
 
-def check(chosen: argparse.Namespace) -> None:
-    """Refuse what does not fit together, and what cannot be written or read."""
-    for name in ("batch", "seconds", "device", "peer", "workers", "out", "cases", "given"):
+def check(chosen: argparse.Namespace, *measuring: str) -> None:
+    """Refuse what does not fit together, and what cannot be written or read; `measuring`: what
+    goes with measuring alone."""
+    for name in measuring:
         value = getattr(chosen, name)
         if chosen.read and value not in (None, []):
             shown = " ".join(value) if isinstance(value, list) else value
@@ -92,13 +95,24 @@ def check(chosen: argparse.Namespace) -> None:
             raise ValueError(f"--from {path}: there is no such file; --out FILE makes one")
     if chosen.out and not chosen.out.absolute().parent.is_dir():
         raise ValueError(f"--out {chosen.out}: its folder is not there; make it first")
-    if chosen.peer == "none" and chosen.workers is not None:
-        raise ValueError(f"--workers {chosen.workers}: --peer none has no loader; leave one out")
     recipes = [word for word in chosen.given if "=" not in word]
     if len(recipes) > 1:
         raise ValueError(
             f"{' '.join(recipes)}: several recipes; give one, and the others after --cases"
         )
+
+
+def words_of(chosen: argparse.Namespace, **keys: str) -> tuple[str | None, list[str]]:
+    """The recipe that is named, and the settings of all cases; `keys`: of options that are some."""
+    words = [word for word in chosen.given if "=" in word]
+    recipe = next((word for word in chosen.given if "=" not in word), None)
+    for option, key in keys.items():
+        value = getattr(chosen, option)
+        for word in words if value is not None else ():
+            if word.startswith(f"{key}="):
+                raise ValueError(f"--{option} {value} and {word}: give one of them")
+        words += [f"{key}={value}"] if value is not None else []
+    return recipe, words
 
 
 def run(chosen: argparse.Namespace) -> list[dict[str, Any]]:
@@ -110,14 +124,7 @@ def run(chosen: argparse.Namespace) -> list[dict[str, Any]]:
     from .cases import chosen as chosen_cases
     from .measure import measure
 
-    words = [word for word in chosen.given if "=" in word]
-    recipe = next((word for word in chosen.given if "=" not in word), None)
-    for option, key in (("batch", "run.batch"), ("device", "run.device")):
-        value = getattr(chosen, option)
-        for word in words if value is not None else ():
-            if word.startswith(f"{key}="):
-                raise ValueError(f"--{option} {value} and {word}: give one of them")
-        words += [f"{key}={value}"] if value is not None else []
+    recipe, words = words_of(chosen, batch="run.batch", device="run.device")
     cases = chosen_cases(recipe, words, chosen.cases, chosen.device)
     first = cases[0].recipe.run
     device = choose_device(first.device)

@@ -63,12 +63,16 @@ def title(group: Sequence[Record]) -> str:
     record = group[0]
     roles = [{r[role] for r in group if role in r} for role in ("teacher", "student")]
     pair = " -> ".join("/".join(sorted(names)) for names in roles if names)
-    way = [record["device"], f"batch {record['batch']}", f"{record['size']} x {record['size']}"]
-    way.append("float32" if record["amp"] == "off" else record["amp"])
-    way.append("compiled" if record["compile"] else "eager")
-    way += ["channels last"] if record["channels_last"] else []
     peak = f"{record['matmul_type']} matrix products {record['matmul_tflops']:.3g} TFLOP/s"
-    return f"{record['recipe']} ({pair}): {', '.join(way)}; {peak}"
+    return f"{record['recipe']} ({pair}): {', '.join(way(record))}; {peak}"
+
+
+def way(record: Record) -> list[str]:
+    """How a record's steps were run."""
+    found = [record["device"], f"batch {record['batch']}", f"{record['size']} x {record['size']}"]
+    found.append("float32" if record["amp"] == "off" else record["amp"])
+    found.append("compiled" if record["compile"] else "eager")
+    return [*found, "channels last"] if record["channels_last"] else found
 
 
 def shown(records: Sequence[Record], markdown: bool) -> list[str | rich.table.Table]:

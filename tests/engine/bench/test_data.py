@@ -210,7 +210,7 @@ def test_images_in_memory_have_no_peer():
         (["--from", "empty.jsonl", "--batch", "2"], "--batch goes with measuring"),
         (["imagenet/kd", "--from", "empty.jsonl"], "imagenet/kd: --from measures nothing"),
         (["--from", "empty.jsonl"], "--from empty.jsonl: holds no record of kdfuse bench data"),
-        (["--from", "other.jsonl"], "--from other.jsonl: line 1 is not a record"),
+        (["--from", "other.jsonl"], "other.jsonl:1 is not a record of a benchmark"),
         (["imagenet/kd:resnet34-resnet18"], "data.root=data/imagenet is not a folder"),
         (["data.sise=3"], "data.sise"),
         (["coco/kd:nothing"], "no row nothing"),

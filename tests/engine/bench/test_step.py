@@ -227,7 +227,7 @@ def test_files_of_other_records_are_refused(tmp_path) -> None:
     with pytest.raises(ValueError, match="holds no record of kdfuse bench step"):
         step.main(["--from", str(other)])
     other.write_text("[]\n")
-    with pytest.raises(ValueError, match="line 1 is not a record of a benchmark"):
+    with pytest.raises(ValueError, match="losses.jsonl:1 is not a record of a benchmark"):
         step.main(["--from", str(other)])
 
 
