@@ -17,6 +17,10 @@ import sys
 import numpy as np
 import pytest
 
+# By run.speed=fast a run computes in bfloat16 where the processor has instructions for it; those of
+# the tests compute the same everywhere. Read when torch first needs it; their processes inherit it.
+os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_VNNI")
+
 # Variables that pytest sets for each test; and once, PyTorch where it compiles and scikit-learn.
 ELSEWHERE = ("PYTEST_", "TORCHINDUCTOR_", "_TORCHINDUCTOR_", "TRITON_", "KMP_")
 
@@ -113,5 +117,6 @@ def of_the_process():
         "threads": torch.get_num_threads(),
         "type": torch.get_default_dtype(),
         "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "tf32": (torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32),
         "gradients": torch.is_grad_enabled(),
     }

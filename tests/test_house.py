@@ -28,7 +28,7 @@ ARROWS = {
 }
 # A file of training may import those before it.
 TRAINING = (
-    "ranks process compiled ema optim meters step learner networks build state evaluate task "
+    "ranks process speed compiled ema optim meters step learner networks build state evaluate task "
     "classification loop start"
 ).split()
 # What a file leaves to others, by folder or file.

@@ -67,10 +67,17 @@ def show(
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="as in optim.lr=0.1")
     ] = None,
 ) -> None:
-    """Print a recipe with all its settings, after the overriding words."""
-    from ..recipe.load import load
+    """Print a recipe with all its settings on this machine, after the overriding words."""
+    import torch
 
-    print(load(recipe, words or []).explain(), end="")
+    from ..recipe.load import load
+    from ..training.ranks import choose_device
+    from ..training.speed import settled
+
+    found = load(recipe, words or [])
+    on_gpu = found.run.device == "cuda"  # of another machine, maybe
+    device = torch.device("cuda") if on_gpu else choose_device(found.run.device)
+    print(settled(found, device).explain(), end="")
 
 
 @app.command("table")

@@ -16,6 +16,7 @@ from torchvision.models.detection import FasterRCNN
 from ..run.past import checkpoints_of
 from ..training.process import settings
 from ..training.ranks import Group, join
+from ..training.speed import settled
 from .coco import Coco, read_coco
 from .distiller import DetectionDistiller
 from .loader import Loader, Sample
@@ -110,6 +111,7 @@ def evaluate(run: Path, recipe: DetectionRecipe) -> dict[str, dict[str, float]]:
     check_pycocotools()
     results = {}
     group = join(recipe.run.device)
+    recipe = settled(recipe, group.device)
     with settings(recipe.run):
         coco = read_coco(recipe.data.root, "val")
         distiller = kept(recipe, len(coco.categories), group.device)

@@ -7,7 +7,8 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from ..recipe import problems
-from ..recipe.schema import Expect, FilePath, Optim, RecipeBase, Run, Strict
+from ..recipe.run import Run
+from ..recipe.schema import Expect, FilePath, Optim, RecipeBase, Strict
 from .method import DKD, KD, NKD, Baseline
 
 AnyMethod = Annotated[Baseline | KD | DKD | NKD, Field(discriminator="name")]

@@ -13,7 +13,7 @@ from . import timm_models, torchvision_models
 from .cifar_resnet import DOUBLE, NARROW, WIDE, CifarResNet
 from .cifar_stem_resnet import BasicBlock, Bottleneck, CifarStemResNet
 from .dirac import fold_dirac
-from .fold import FoldError, fold_batchnorm
+from .fold import FoldError, cast_weights, fold_batchnorm
 from .mobilenet_v1 import MobileNetV1
 from .mobilenet_v2 import MobileNetV2
 from .plain import PLAIN
@@ -29,6 +29,7 @@ __all__ = [
     "FoldError",
     "Taps",
     "Until",
+    "cast_weights",
     "create",
     "fold_batchnorm",
     "fold_dirac",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections import Counter
 
+import torch
 from torch import fx, nn
 from torch.fx.experimental.optimization import fuse
 
@@ -45,3 +46,16 @@ def fold_batchnorm(model: nn.Module) -> nn.Module:
             raise FoldError(f"model: {name} calls {target} {count} times, its fold is not defined")
     folded = fuse(traced, inplace=True, no_trace=True)
     return folded.eval().requires_grad_(False)
+
+
+def cast_weights(folded: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """What `fold_batchnorm` made, in place, with the weights that autocast would cast at each call
+    in `dtype` for good: those of convolutions and linear layers that nothing else reads. Under
+    autocast the outputs stay what they were, to the bit."""
+    assert isinstance(folded, fx.GraphModule)
+    read = {str(node.target) for node in folded.graph.nodes if node.op == "get_attr"}
+    for name, layer in folded.named_modules():
+        own = {f"{name}.{parameter}" for parameter, _ in layer.named_parameters(recurse=False)}
+        if type(layer) in (nn.Conv2d, nn.Linear) and not own & read:
+            layer.to(dtype)
+    return folded

@@ -17,7 +17,8 @@ from ..methods.method import Method
 from . import problems, yamlfile
 from .data import Data
 from .misfits import misfits
-from .schema import Expect, Network, Optim, RecipeBase, RecipeError, Run, Strict
+from .run import Run
+from .schema import Expect, Network, Optim, RecipeBase, RecipeError, Strict
 
 SHIPPED = Path(__file__).resolve().parents[2] / "recipes"
 

@@ -1,6 +1,6 @@
 """The sections of a recipe: every setting with its unit, its default and the values it refuses.
 
-The section `data` stands in data.py.
+The sections `data` and `run` stand in data.py and run.py.
 """
 
 from __future__ import annotations
@@ -148,42 +148,6 @@ class Optim(Strict):
             found.append(f"optim.milestones: positive and rising, got {list(self.milestones)}")
         if found:
             raise ValueError("\n".join(found))
-        return self
-
-
-class Run(Strict):
-    """How long, how large and on what a run trains."""
-
-    epochs: int = Field(ge=1, description="passes over the training set")
-    stop_epoch: int | None = Field(
-        None, ge=1, description="end after so many epochs, on the schedule of all; null: run all"
-    )
-    batch: int = Field(ge=1, description="images of a step over all processes together")
-    eval_batch: int = Field(256, ge=1, description="images of an evaluation step, all processes")
-    seed: int = Field(0, ge=0, lt=2**63, description="weights, order and crops follow from it")
-    amp: Literal["off", "bf16"] = Field("off", description="number type of the forward pass")
-    channels_last: bool = Field(True, description="NHWC layout of images and weights")
-    compile: bool = Field(False, description="torch.compile the training step")
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where present")
-    threads: int | None = Field(None, ge=1, description="CPU threads of torch; null: its default")
-    log_every: int = Field(50, ge=1, description="steps between two log records")
-    checkpoint_every: int | None = Field(
-        None, ge=1, description="steps between two checkpoints; null: after each epoch"
-    )
-    keep: int = Field(2, ge=1, description="newest checkpoints kept, beside the best")
-    eval_every: int = Field(1, ge=1, description="epochs between two evaluations")
-    deterministic: bool = Field(True, description="refuse operations whose result may vary")
-    teacher_at_chance: Literal["refuse", "allow"] = Field(
-        "refuse", description="what to do with a teacher that knows no more than chance"
-    )
-
-    @model_validator(mode="after")
-    def _stops_in_time(self) -> Run:
-        if self.stop_epoch is not None and self.stop_epoch > self.epochs:
-            raise ValueError(
-                f"run.stop_epoch: {self.stop_epoch} is beyond run.epochs={self.epochs}; lower it "
-                "or leave it out"
-            )
         return self
 
 

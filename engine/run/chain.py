@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..recipe.load import Recipe
+from ..recipe.run import LEFT_OPEN
 from .folder import RECIPE, flat
 
 # What a run shares with those that train its teachers: where it runs, not what it computes.
@@ -21,7 +22,7 @@ SHARED = (
     "run.seed",
 )
 # And how it is computed; a teacher that is there, or begun, stays with what it was begun with.
-NUMERICS = ("run.amp", "run.channels_last", "run.compile", "run.deterministic")
+NUMERICS = ("run.speed", "run.channels_last", *(f"run.{name}" for name in LEFT_OPEN))
 
 Train = Callable[[Recipe, Path, bool], Path]
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..recipe.load import load
+from ..recipe.run import LEFT_OPEN
 from ..recipe.schema import RecipeBase
 from .environment import environment
 
@@ -25,6 +26,7 @@ FREE = {
     "data.prefetch",
     "data.bad_images",
     "run.keep",
+    "run.speed",  # what it comes to is compared
     "run.teacher_at_chance",
     "student.backbone",
     "expect",
@@ -118,8 +120,12 @@ def flat(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def changes(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """One line for each value that differs and can change a number of the run."""
-    names = [name for name in {**was, **now} if not _free(name)]
+    """One line for each value that differs and can change a number of the run; what one of both
+    leaves open does not."""
+    both = {**was, **now}
+    either = [f"run.{name}" for name in LEFT_OPEN]
+    settled = {n for n in either if None not in (was.get(n), now.get(n))}
+    names = [name for name in both if not _free(name) and (name not in either or name in settled)]
     return [f"{n}: {was.get(n)} -> {now.get(n)}" for n in names if was.get(n) != now.get(n)]
 
 

@@ -16,6 +16,7 @@ from .meters import Diverged
 from .networks import Distiller
 from .process import settings
 from .ranks import Group, join
+from .speed import settled
 
 
 def hits(logits: Tensor, target: Tensor) -> Tensor:
@@ -86,6 +87,7 @@ def evaluate(run: str | Path) -> dict[str, dict[str, float]]:
     recipe = recipe_of(run)
     results = {}
     group = join(recipe.run.device)
+    recipe = settled(recipe, group.device)
     with settings(recipe.run):
         val_set = open_source(recipe.data, "val")
         distiller = build(recipe, len(val_set.classes), group.device)

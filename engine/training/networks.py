@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..data.loaders.ondevice import Normalise
 from ..methods import Outputs, Terms
-from ..models import FoldError, Taps, fold_batchnorm, fold_dirac
+from ..models import FoldError, Taps, cast_weights, fold_batchnorm, fold_dirac
 from .compiled import compile_all
 from .ema import EMA
 from .learner import Learner
@@ -56,6 +56,8 @@ class Distiller(nn.Module):
 
     def _frozen(self, teacher: nn.Module) -> nn.Module:
         kept = teacher if self.trains_teacher else folded(teacher)
+        if self.amp and kept is not teacher:  # which heads may share layers with
+            kept = cast_weights(kept, torch.bfloat16)
         return kept.eval().requires_grad_(False)
 
     @property

@@ -12,25 +12,33 @@ import numpy as np
 import torch
 
 from ..data.plan import RANK, key
-from ..recipe.schema import Run
+from ..recipe.run import LEFT_OPEN, Run
 
 WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 
 
 @contextmanager
 def settings(run: Run) -> Iterator[None]:
-    """Threads and determinism of the process as the run wants them, and as they were afterwards."""
+    """Threads, determinism and TF32 of the process as the run wants them, then as they were.
+
+    Raises ValueError for a run whose numerics are left open; `speed.settled` settles them.
+    """
+    if open_ones := [name for name in LEFT_OPEN if getattr(run, name) is None]:
+        raise ValueError(f"run.{open_ones[0]} is left open: settle it for a device first")
     workspace = os.environ.get(WORKSPACE)
     threads, cudnn = torch.get_num_threads(), torch.backends.cudnn
     deterministic, benchmark = torch.are_deterministic_algorithms_enabled(), cudnn.benchmark
+    matmul, tf32 = torch.backends.cuda.matmul, cudnn.allow_tf32
+    of_matmul = matmul.allow_tf32
     memory: Any = torch.utils.deterministic
     fill = memory.fill_uninitialized_memory
     # Read when cuBLAS starts; without it, deterministic matrix products are refused.
     os.environ.setdefault(WORKSPACE, ":4096:8")
     if run.threads is not None:
         torch.set_num_threads(run.threads)
-    torch.use_deterministic_algorithms(run.deterministic)
+    torch.use_deterministic_algorithms(bool(run.deterministic))
     cudnn.benchmark = not run.deterministic
+    cudnn.allow_tf32 = matmul.allow_tf32 = bool(run.tf32)
     # It would write each new tensor once more than needed, to find reads of what nobody wrote.
     memory.fill_uninitialized_memory = False
     try:
@@ -41,6 +49,7 @@ def settings(run: Run) -> Iterator[None]:
         torch.set_num_threads(threads)
         torch.use_deterministic_algorithms(deterministic)
         cudnn.benchmark = benchmark
+        cudnn.allow_tf32, matmul.allow_tf32 = tf32, of_matmul
         memory.fill_uninitialized_memory = fill
 
 

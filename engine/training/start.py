@@ -5,7 +5,8 @@ from __future__ import annotations
 from contextlib import closing
 from pathlib import Path
 
-from ..recipe.load import AnyRecipe, DetectionRecipe, Recipe
+from ..recipe.load import AnyRecipe, DetectionRecipe, Recipe, load
+from ..recipe.run import Run
 from ..run.chain import trained
 from ..run.folder import CARRIED_OUT, RECIPE, changes, check_folder, default_folder, plain, refuse
 from ..run.past import read_run
@@ -14,6 +15,7 @@ from .compiled import compiling
 from .loop import Loop
 from .process import settings
 from .ranks import Group, join
+from .speed import settled
 from .task import Task
 
 
@@ -27,12 +29,14 @@ def train(recipe: AnyRecipe, out: str | Path | None = None, resume: bool = False
     Raises Diverged, a RuntimeError, when a loss is not finite.
 
     Networks that have `trained_by` and no checkpoint are trained first, beside the run's folder.
+    What of the numerics the recipe leaves open is as `run.speed` says; the folder's recipe has it.
     """
     folder = Path(out) if out is not None else default_folder(recipe)
+    group = join(recipe.run.device)
+    recipe = settled(recipe, group.device, _begun(folder) if resume else None)
     if isinstance(recipe, Recipe):
         recipe = trained(recipe, folder.parent, _train_once)
-    group = join(recipe.run.device)
-    with settings(recipe.run), compiling(recipe.run.compile):
+    with settings(recipe.run), compiling(bool(recipe.run.compile)):
         if group.first:
             check_folder(folder, recipe, resume)
         group.wait()
@@ -40,6 +44,11 @@ def train(recipe: AnyRecipe, out: str | Path | None = None, resume: bool = False
             Loop(recipe, folder, group, task).run(resume)
         group.wait()
     return folder
+
+
+def _begun(folder: Path) -> Run | None:
+    """How the run of this folder was begun."""
+    return load(folder / RECIPE).run if (folder / RECIPE).exists() else None
 
 
 def open_task(recipe: AnyRecipe, group: Group) -> Task:

@@ -19,6 +19,8 @@ from kdfuse.engine.recipe import load as recipe_module
 from kdfuse.engine.recipe.load import Recipe, recipes
 from kdfuse.engine.report import tables
 from kdfuse.engine.run import log
+from kdfuse.engine.training.ranks import choose_device
+from kdfuse.engine.training.speed import settled
 
 pytestmark = pytest.mark.slow(15)
 
@@ -185,7 +187,8 @@ def test_a_published_table_with_own_runs(kd, tmp_path: Path, monkeypatch, reques
 def test_recipes_show_prints_what_load_reads(kd, tmp_path: Path) -> None:
     done = kd("recipes", "show", CE, "optim.lr=0.25")
     (tmp_path / "shown.yaml").write_text(done.out)
-    assert Recipe.load(tmp_path / "shown.yaml") == Recipe.load(CE, ["optim.lr=0.25"])
+    shown = Recipe.load(tmp_path / "shown.yaml")
+    assert shown == settled(Recipe.load(CE, ["optim.lr=0.25"]), choose_device("auto"))
 
 
 @pytest.mark.parametrize(
@@ -257,3 +260,23 @@ def test_doctor_prints_every_finding(kd) -> None:
 def test_bench_hands_its_words_on(kd) -> None:
     done = kd("bench", "losses", "--help")
     assert done.code == 0 and "usage" in done.out.lower()
+
+
+def commands(page: str) -> list[list[str]]:
+    """The words behind `kdfuse` of each command on a page."""
+    text = (Path(__file__).resolve().parents[3] / page).read_text().replace("\\\n", " ")
+    lines = [line.split(" #")[0] for line in text.split("\n") if line.startswith("    ")]
+    return [line.split("kdfuse ", 1)[1].split() for line in lines if " kdfuse " in line]
+
+
+def test_the_commands_of_the_imagenet_page_are_there(kd):
+    found = [words for words in commands("docs/imagenet.md") if words[0] != "&&"]
+    verbs = {words[0] for words in found}
+    assert verbs == {"doctor", "data", "bench", "recipes", "train", "report", "eval", "export"}
+    for words in found:
+        verb = words[:2] if words[0] in ("data", "bench", "recipes") else words[:1]
+        assert kd(*verb, "--help").code == 0
+        recipe = [word for word in words if word.startswith("imagenet/")]
+        settings = [word for word in words if "=" in word]
+        for name in recipe:
+            assert name in recipes() and Recipe.load(name, settings)

@@ -15,6 +15,7 @@ from kdfuse.engine.recipe.load import Recipe
 from kdfuse.engine.training.classification import begin, step_of
 from kdfuse.engine.training.process import settings
 from kdfuse.engine.training.ranks import join
+from kdfuse.engine.training.speed import EXACT
 
 pytestmark = MARKS
 WAITS = {"kdsvd"}  # for its eigenvalues
@@ -22,7 +23,7 @@ WAITS = {"kdsvd"}  # for its eigenvalues
 
 def on_cuda(name, folder, **run):
     plain = recipe_for(name, folder).model_dump()
-    plain["run"] |= {"device": "cuda", **run}
+    plain["run"] |= {"device": "cuda", **EXACT, **run}
     return Recipe.model_validate(plain)
 
 

@@ -12,11 +12,12 @@ from on_gpu import MARKS
 
 from kdfuse.engine.models import create
 from kdfuse.engine.models.torchvision_models import DeterministicPool
-from kdfuse.engine.recipe.schema import Run
+from kdfuse.engine.recipe.run import Run
 from kdfuse.engine.training.process import settings
+from kdfuse.engine.training.speed import EXACT
 
 pytestmark = MARKS
-RUN = Run(epochs=1, batch=8, device="cuda", deterministic=True)
+RUN = Run(epochs=1, batch=8, device="cuda", **EXACT)
 
 
 def stepped(side, amp):

@@ -5,6 +5,8 @@ import copy
 import pytest
 import torch
 from tiny import tiny
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from kdfuse.engine.models import create
 from kdfuse.engine.recipe.schema import Normalize
@@ -121,6 +123,44 @@ def test_bf16_logits_and_float32_weights():
     loss.backward()
     assert {p.grad.dtype for p in distiller.parameters()} == {torch.float32}
     assert distiller.predict(distiller.main.student, "student", batch()[0]).dtype == torch.bfloat16
+
+
+class Casts(TorchDispatchMode):
+    """Counts the casts to bfloat16."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        cast = func is torch.ops.aten._to_copy.default
+        self.count += cast and kwargs.get("dtype") == torch.bfloat16
+        return func(*args, **kwargs)
+
+
+@pytest.mark.parametrize("name", ["resnet8", "MobileNetV2", "torchvision:resnet18"])
+def test_a_frozen_teacher_casts_nothing_a_step_and_answers_the_same(name):
+    """Autocast keeps the casts of trained weights alone: a teacher's were made in each step."""
+    answers, casts = {}, {}
+    for dtype in (torch.float32, torch.bfloat16):
+        _, distiller = make("kd", run={"amp": "bf16"}, teacher={"name": name})
+        if dtype == torch.float32:
+            distiller.teacher.float()
+        images = batch()[0]
+        with Casts() as seen:
+            answers[dtype] = distiller.predict(distiller.teacher, "teacher", images)
+        casts[dtype] = seen.count
+    assert torch.equal(*answers.values())
+    assert casts[torch.bfloat16] <= 2 < casts[torch.float32]  # of the images alone
+
+
+def test_what_a_head_takes_from_the_teacher_stays_float32():
+    _, distiller = make("simkd", run={"amp": "bf16"})
+    layers = [x for x in distiller.teacher.modules() if isinstance(x, nn.Conv2d | nn.Linear)]
+    assert {x.weight.dtype for x in layers} == {torch.bfloat16}
+    assert {p.dtype for p in distiller.parameters()} == {torch.float32}
+    assert {b.dtype for b in distiller.buffers() if b.is_floating_point()} == {torch.float32}
+    _, distiller = make("simkd")
+    assert {p.dtype for p in distiller.teacher.parameters()} == {torch.float32}
 
 
 def test_compiled_in_place_keeps_keys_and_losses():

@@ -24,6 +24,7 @@ from kdfuse.engine.training.evaluate import evaluate, hits, measure
 from kdfuse.engine.training.meters import Diverged
 from kdfuse.engine.training.process import settings
 from kdfuse.engine.training.ranks import join
+from kdfuse.engine.training.speed import settled
 from kdfuse.engine.training.start import train
 
 pytestmark = pytest.mark.slow(35)
@@ -216,7 +217,7 @@ def test_cuda_is_refused_without_cuda(digits, tmp_path, monkeypatch):
 
 
 def test_settings_of_the_process_are_given_back(digits):
-    recipe = tiny(digits, "ce", run={"threads": 1, "deterministic": True})
+    recipe = settled(tiny(digits, "ce", run={"threads": 1, "speed": "exact"}), torch.device("cpu"))
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(2)

@@ -1,0 +1,60 @@
+"""The section `run` of a recipe: how long, how large, on what and with which numerics it trains."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from .schema import Strict
+
+# Left at null they are what `speed` comes to; the recipe in a run's folder has all of them.
+LEFT_OPEN = ("amp", "tf32", "compile", "deterministic")
+
+
+class Run(Strict):
+    """How long, how large and on what a run trains."""
+
+    epochs: int = Field(ge=1, description="passes over the training set")
+    stop_epoch: int | None = Field(
+        None, ge=1, description="end after so many epochs, on the schedule of all; null: run all"
+    )
+    batch: int = Field(ge=1, description="images of a step over all processes together")
+    eval_batch: int = Field(256, ge=1, description="images of an evaluation step, all processes")
+    seed: int = Field(0, ge=0, lt=2**63, description="weights, order and crops follow from it")
+    speed: Literal["fast", "exact"] = Field(
+        "fast",
+        description="what amp, tf32, compile and deterministic are where they are null; fast: by "
+        "the device; exact: float32, eager, the same bytes every time",
+    )
+    amp: Literal["off", "bf16"] | None = Field(
+        None, description="number type of the forward pass; null: by run.speed"
+    )
+    tf32: bool | None = Field(
+        None, description="float32 products of a GPU in TF32; null: by run.speed"
+    )
+    channels_last: bool = Field(True, description="NHWC layout of images and weights")
+    compile: bool | None = Field(None, description="torch.compile the networks; null: by run.speed")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where present")
+    threads: int | None = Field(None, ge=1, description="CPU threads of torch; null: its default")
+    log_every: int = Field(50, ge=1, description="steps between two log records")
+    checkpoint_every: int | None = Field(
+        None, ge=1, description="steps between two checkpoints; null: after each epoch"
+    )
+    keep: int = Field(2, ge=1, description="newest checkpoints kept, beside the best")
+    eval_every: int = Field(1, ge=1, description="epochs between two evaluations")
+    deterministic: bool | None = Field(
+        None, description="refuse operations whose result may vary; null: by run.speed"
+    )
+    teacher_at_chance: Literal["refuse", "allow"] = Field(
+        "refuse", description="what to do with a teacher that knows no more than chance"
+    )
+
+    @model_validator(mode="after")
+    def _stops_in_time(self) -> Run:
+        if self.stop_epoch is not None and self.stop_epoch > self.epochs:
+            raise ValueError(
+                f"run.stop_epoch: {self.stop_epoch} is beyond run.epochs={self.epochs}; lower it "
+                "or leave it out"
+            )
+        return self
