@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.kdfuse-installed
 SOURCES := $(wildcard csrc/*/*)
-C_SOURCES = $(wildcard csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu tests/kernels/*.cu tests/simulator/*.h tests/simulator/*.cpp \
+C_SOURCES = $(wildcard csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu tests/kernels/*.cu tests/kernels/*.cpp tests/simulator/*.h tests/simulator/*.cpp \
     tests/simulator/*.cu tests/simulator/include/*.h)
 PACKAGES := kernels engine kdfuse tests setup.py
 

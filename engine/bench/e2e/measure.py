@@ -83,7 +83,8 @@ def _measured(
             side.waits.clear()
     play(list(turns.values()), clock)
 
-    rates = {name: float(np.median(turn.rates)) for name, turn in turns.items()}
+    speeds = {name: speed(turn) for name, turn in turns.items()}
+    rates = {name: found["images_per_s"] for name, found in speeds.items()}
     found: Record = {"kind": "e2e", "case": case.name, "recipe": case.written}
     found |= {"student": recipe.student.name}
     found |= {"teacher": recipe.teacher.name} if recipe.teacher else {}
@@ -91,7 +92,7 @@ def _measured(
     found |= configured(run) | about_images(manifest, rows)
     found |= {"loader": loader.name, "decode": loader.decode}
     found |= {"workers": data.workers, "prefetch": data.prefetch}
-    found |= speed(turns["both"]) | {"waiting": float(np.median(both.waits))}
+    found |= speeds["both"] | {"waiting": float(np.median(both.waits))}
     found |= {"step_images_per_s": rates["step"], "input_images_per_s": rates["input"]}
     found["of_slower"] = rates["both"] / min(rates["step"], rates["input"])
     found["of_sum"] = rates["both"] * (1 / rates["step"] + 1 / rates["input"])

@@ -18,61 +18,26 @@ from rich.table import Table
 from ....kernels.bench.report import Record
 from ...data.loaders import LOADERS
 from ...recipe.data import Data
-from ..data.photos import CLASSES, made
+from .. import options
+from ..data.photos import made
+from ..options import Parser, duration, words_of
 from ..records import read
 from ..step.cases import chosen as chosen_cases
-from ..step.run import PEERS, Parser, check, duration, number, positive, words_of
 
 SECONDS = 10.0
 
 
-def photos(text: str) -> int:
-    return number(text, CLASSES)
-
-
 def arguments(words: Sequence[str]) -> Any:
     parser = Parser(prog="kdfuse bench e2e", description=__doc__)
-    parser.add_argument(
-        "given", nargs="*", metavar="RECIPE|KEY=VALUE",
-        help="a recipe, and settings of all cases as in run.amp=bf16, before the options",
-    )  # fmt: skip
-    parser.add_argument("--cases", nargs="+", metavar="CASE", help="default: kd, or the recipe")
-    parser.add_argument(
-        "--images", type=photos, metavar="N",
-        help="make N JPEGs, of ImageNet's size or where a recipe pads and crops as small as its "
-        "own, and read those",
-    )  # fmt: skip
+    options.of_recipes(parser, "that of the pair")
+    options.of_steps(parser, "kd, or the recipe")
+    options.of_images(parser)
     parser.add_argument(
         "--loader", choices=LOADERS, help="default: the recipe's; of made images the one for files"
     )
-    parser.add_argument("--batch", type=positive, help="images of a step; default: the recipe's")
-    parser.add_argument("--seconds", type=duration, help="timing of a side, about; default: 10")
-    parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda where present")
-    parser.add_argument("--peer", choices=PEERS, help="the plain loop's type; default: fp32")
-    parser.add_argument(
-        "--workers", type=positive, help="threads, and the peer's processes; default: data.workers"
-    )
-    parser.add_argument("--out", type=Path, help="append JSON lines to this file")
-    parser.add_argument(
-        "--from", dest="read", nargs="+", type=Path, metavar="FILE",
-        help="show the records of these files instead of measuring",
-    )  # fmt: skip
-    parser.add_argument("--markdown", action="store_true", help="print Markdown tables")
-    found = parser.parse_args(list(words))
-    check(
-        found,
-        "images",
-        "loader",
-        "batch",
-        "seconds",
-        "device",
-        "peer",
-        "workers",
-        "out",
-        "cases",
-        "given",
-    )
-    return found
+    parser.add_argument("--seconds", type=duration, help=f"timing of a side; default: {SECONDS}")
+    options.of_records(parser)
+    return options.parsed(parser, words)
 
 
 def run(chosen: Any) -> list[Record]:

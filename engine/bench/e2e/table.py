@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import rich.table
+from rich.table import Table
 
-from ....kernels.bench import report
 from ....kernels.bench.report import Record, number
-from ..step.table import drawn, way
+from .. import tables
+from ..step.table import way
 
 # What a table's cases share.
 SHARED = ("recipe", "device", "batch", "size", "amp", "compile", "channels_last", "loader")
@@ -36,28 +36,9 @@ def cells(record: Record) -> dict[str, str]:
     }
 
 
-def shown(records: Sequence[Record], markdown: bool) -> list[str | rich.table.Table]:
-    """Titles, tables and notes in the order in which they are printed."""
-    groups: dict[tuple, list[Record]] = {}
-    run = 0
-    for record in records:
-        run += record["kind"] == "facts"
-        if record["kind"] == "e2e":
-            groups.setdefault((run, *(record[name] for name in SHARED)), []).append(record)
-    found: list[str | rich.table.Table] = []
-    for group in groups.values():
-        lines = [cells(record) for record in group]
-        heads = list(dict.fromkeys(head for line in lines for head in line))
-        heads = [h for h in heads if any(line.get(h, "-") != "-" for line in lines)]
-        grid = [heads, *([line.get(h, "-") for h in heads] for line in lines)]
-        found += [f"\n{title(group[0])}\n", report.in_markdown(grid) if markdown else drawn(grid)]
-        notes = [f"{r['case']}: {r['peer_absent']}" for r in group if "peer_absent" in r]
-        found += notes and ["", *notes]
-    return found
-
-
-def title(record: Record) -> str:
+def title(group: Sequence[Record]) -> str:
     """What the cases of a table share."""
+    record = group[0]
     images = f"{record['set_images']} images of {record['mean_width']:.0f} x "
     images += f"{record['mean_height']:.0f} pixels"
     if record["mean_bytes"] is not None:
@@ -65,3 +46,8 @@ def title(record: Record) -> str:
     read = f"loader {record['loader']} ({record['decode']}), {record['workers']} workers, "
     read += f"{record['cores']} cores"
     return f"{record['recipe']}: {', '.join(way(record))}; {images}; {read}"
+
+
+def shown(records: Sequence[Record], markdown: bool) -> list[str | Table]:
+    """What is printed of the records of training end to end."""
+    return tables.shown(tables.grids(records, "e2e", SHARED, cells), title, markdown)

@@ -9,113 +9,35 @@ have random weights unless a checkpoint is given. docs/results/README.md describ
 
 from __future__ import annotations
 
-import argparse
-import math
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from rich.table import Table
 
+from .. import options
+from ..options import Parser, count, duration, words_of
 from ..records import read
 
-PEERS = ("fp32", "bf16", "none")
-DEFAULTS: dict[str, Any] = {"seconds": 3.0, "peer": "fp32"}
+SECONDS = 3.0
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{self.prog.removeprefix('kdfuse ')}: {message}")
-
-
-def number(text: str, least: int) -> int:
-    if not text.isdigit() or int(text) < least:
-        raise argparse.ArgumentTypeError(f"got {text}, wants a whole number, {least} or more")
-    return int(text)
-
-
-def positive(text: str) -> int:
-    return number(text, 1)
-
-
-def count(text: str) -> int:
-    return number(text, 0)
-
-
-def duration(text: str) -> float:
-    try:
-        found = float(text)
-    except ValueError:
-        found = math.nan
-    if not 0 <= found < math.inf:
-        raise argparse.ArgumentTypeError(f"got {text}, wants a time in seconds, 0 or more")
-    return found
-
-
-def arguments(words: Sequence[str]) -> argparse.Namespace:
+def arguments(words: Sequence[str]) -> Any:
     parser = Parser(prog="kdfuse bench step", description=__doc__)
+    options.of_recipes(parser, "that of the pair")
+    options.of_steps(parser, "all of the pair")
+    parser.add_argument("--seconds", type=duration, help=f"timing of a case; default: {SECONDS}")
     parser.add_argument(
-        "given", nargs="*", metavar="RECIPE|KEY=VALUE",
-        help="a recipe, and settings of all cases as in run.amp=bf16, before the options",
+        "--workers", type=count, metavar="N",
+        help="of the plain loop's DataLoader; default: data.workers",
     )  # fmt: skip
-    parser.add_argument("--cases", nargs="+", metavar="CASE", help="default: all of the pair")
-    parser.add_argument("--batch", type=positive, help="images of a step; default: the recipe's")
-    parser.add_argument("--seconds", type=duration, help="timing of a case, about; default: 3")
-    parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda where present")
-    parser.add_argument("--peer", choices=PEERS, help="the plain loop's type; default: fp32")
-    parser.add_argument(
-        "--workers", type=count, help="of the plain loop's DataLoader; default: data.workers"
-    )
-    parser.add_argument("--out", type=Path, help="append JSON lines to this file")
-    parser.add_argument(
-        "--from", dest="read", nargs="+", type=Path, metavar="FILE",
-        help="show the records of these files instead of measuring",
-    )  # fmt: skip
-    parser.add_argument("--markdown", action="store_true", help="print Markdown tables")
-    chosen = parser.parse_args(list(words))
-    check(chosen, "batch", "seconds", "device", "peer", "workers", "out", "cases", "given")
+    options.of_records(parser)
+    chosen = options.parsed(parser, words)
     if chosen.peer == "none" and chosen.workers is not None:
         raise ValueError(f"--workers {chosen.workers}: --peer none has no loader; leave one out")
     return chosen
 
 
-def check(chosen: argparse.Namespace, *measuring: str) -> None:
-    """Refuse what does not fit together, and what cannot be written or read; `measuring`: what
-    goes with measuring alone."""
-    for name in measuring:
-        value = getattr(chosen, name)
-        if chosen.read and value not in (None, []):
-            shown = " ".join(value) if isinstance(value, list) else value
-            what = "" if name == "given" else f"--{name} "
-            raise ValueError(
-                f"{what}{shown}: goes with measuring, and --from measures nothing; leave it out"
-            )
-    for path in chosen.read or []:
-        if not path.is_file():
-            raise ValueError(f"--from {path}: there is no such file; --out FILE makes one")
-    if chosen.out and not chosen.out.absolute().parent.is_dir():
-        raise ValueError(f"--out {chosen.out}: its folder is not there; make it first")
-    recipes = [word for word in chosen.given if "=" not in word]
-    if len(recipes) > 1:
-        raise ValueError(
-            f"{' '.join(recipes)}: several recipes; give one, and the others after --cases"
-        )
-
-
-def words_of(chosen: argparse.Namespace, **keys: str) -> tuple[str | None, list[str]]:
-    """The recipe that is named, and the settings of all cases; `keys`: of options that are some."""
-    words = [word for word in chosen.given if "=" in word]
-    recipe = next((word for word in chosen.given if "=" not in word), None)
-    for option, key in keys.items():
-        value = getattr(chosen, option)
-        for word in words if value is not None else ():
-            if word.startswith(f"{key}="):
-                raise ValueError(f"--{option} {value} and {word}: give one of them")
-        words += [f"{key}={value}"] if value is not None else []
-    return recipe, words
-
-
-def run(chosen: argparse.Namespace) -> list[dict[str, Any]]:
+def run(chosen: Any) -> list[dict[str, Any]]:
     """Measure what was chosen: a record a case, which are kept in --out too."""
     from ....kernels.bench import report
     from ...training.compiled import compiling
@@ -128,8 +50,8 @@ def run(chosen: argparse.Namespace) -> list[dict[str, Any]]:
     cases = chosen_cases(recipe, words, chosen.cases, chosen.device)
     first = cases[0].recipe.run
     device = choose_device(first.device)
-    kind = DEFAULTS["peer"] if chosen.peer is None else chosen.peer
-    seconds = DEFAULTS["seconds"] if chosen.seconds is None else chosen.seconds
+    kind = chosen.peer or "fp32"
+    seconds = SECONDS if chosen.seconds is None else chosen.seconds
     found: list[dict[str, Any]] = []
 
     def keep(record: dict[str, Any]) -> None:

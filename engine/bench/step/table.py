@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import rich.table
-from rich.text import Text
+from rich.table import Table
 
-from ....kernels.bench import report
 from ....kernels.bench.report import Record, number
+from .. import tables
 
 # What a table's cases share.
 SHARED = ("recipe", "device", "batch", "size", "amp", "compile", "channels_last")
@@ -39,25 +38,6 @@ def cells(record: Record) -> dict[str, str]:
     }
 
 
-def grids(records: Sequence[Record]) -> list[tuple[str, list[list[str]], list[str]]]:
-    """Title, lines and notes of each table; columns in which nothing stands are left out."""
-    groups: dict[tuple, list[Record]] = {}
-    run = 0
-    for record in records:
-        run += record["kind"] == "facts"
-        if record["kind"] == "step":
-            groups.setdefault((run, *(record[name] for name in SHARED)), []).append(record)
-    found = []
-    for group in groups.values():
-        lines = [cells(record) for record in group]
-        heads = list(dict.fromkeys(head for line in lines for head in line))
-        heads = [h for h in heads if any(line.get(h, "-") != "-" for line in lines)]
-        body = [[line.get(h, "-") for h in heads] for line in lines]
-        absent = [f"{r['case']}: {r['peer_absent']}" for r in group if "peer_absent" in r]
-        found.append((title(group), [heads, *body], absent))
-    return found
-
-
 def title(group: Sequence[Record]) -> str:
     """What the cases of a table share."""
     record = group[0]
@@ -75,22 +55,6 @@ def way(record: Record) -> list[str]:
     return [*found, "channels last"] if record["channels_last"] else found
 
 
-def shown(records: Sequence[Record], markdown: bool) -> list[str | rich.table.Table]:
-    """Titles, tables and notes in the order in which they are printed."""
-    found: list[str | rich.table.Table] = []
-    for heading, grid, notes in grids(records):
-        found += [f"\n{heading}\n"]
-        found += [report.in_markdown(grid) if markdown else drawn(grid)]
-        found += notes and ["", *notes]
-    return found
-
-
-def drawn(grid: Sequence[Sequence[str]]) -> rich.table.Table:
-    """A grid for a terminal."""
-    heads, *body = grid
-    table = rich.table.Table(box=None, pad_edge=False)
-    for head in heads:
-        table.add_column(head, justify="left" if head == "case" else "right", no_wrap=True)
-    for line in body:
-        table.add_row(*map(Text, line))
-    return table
+def shown(records: Sequence[Record], markdown: bool) -> list[str | Table]:
+    """What is printed of the records of steps."""
+    return tables.shown(tables.grids(records, "step", SHARED, cells), title, markdown)

@@ -3,7 +3,6 @@
 import ast
 import json
 import os
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -15,13 +14,13 @@ import kdfuse
 from kdfuse.engine.bench.data import sides as data_sides
 from kdfuse.engine.bench.data.measure import MOST, block, measure
 from kdfuse.engine.bench.data.photos import CLASSES, HEIGHTS, WIDTHS, write_photos
-from kdfuse.engine.cli import main as cli
 from kdfuse.engine.data.contents import Files
 from kdfuse.engine.data.sources import open_source
 from kdfuse.engine.recipe.data import Data
 
 pytestmark = pytest.mark.slow(20)
 
+BENCH = ("bench", "data")
 IMAGES = 60
 FOLDER = Path(kdfuse.__file__).parent / "engine/bench/data"
 LOADERS = ["dali", "torchvision"] if find_spec("nvidia.dali") else ["torchvision", "resident"]
@@ -33,22 +32,6 @@ def photos(tmp_path_factory):
     root = tmp_path_factory.mktemp("made") / "photos"
     write_photos(root, IMAGES)
     return root
-
-
-@pytest.fixture
-def kd(monkeypatch, capsys):
-    """`kdfuse bench data WORDS...`: exit code, output, errors."""
-
-    def call(*words):
-        monkeypatch.setattr(sys, "argv", ["kdfuse", "bench", "data", *map(str, words)])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as leaving:
-            code = leaving.code
-        return code, *capsys.readouterr()
-
-    return call
 
 
 def section(root, **changes):
@@ -97,7 +80,7 @@ def test_made_images_are_the_same_every_time(photos, tmp_path):
 def test_records_of_a_whole_run(photos, tmp_path, kd):
     out = tmp_path / "data.jsonl"
     words = ["--images", IMAGES, "--loaders", *LOADERS, "--batch", 10, "--workers", 1]
-    code, shown, told = kd(*words, *WORDS, "--seconds", 0.2, "--out", out)
+    code, shown, told = kd(*BENCH, *words, *WORDS, "--seconds", 0.2, "--out", out)
     assert code == 0, told
     opening, *records = [json.loads(line) for line in out.read_text().splitlines()]
     assert opening["kind"] == "facts" and opening["made_images"] == IMAGES
@@ -125,9 +108,9 @@ def test_records_of_a_whole_run(photos, tmp_path, kd):
         assert 475 < r["mean_width"] < 525 and 355 < r["mean_height"] < 395
         assert name in shown
 
-    code, again, told = kd("--from", out)
+    code, again, told = kd(*BENCH, "--from", out)
     assert code == 0 and again.strip() == shown[shown.index("\n\n") :].strip()
-    code, table, told = kd("--from", out, "--markdown")
+    code, table, told = kd(*BENCH, "--from", out, "--markdown")
     heads = table[table.index("| mode") :].splitlines()
     assert code == 0 and len(heads) == 2 + len(measured) and heads[1].startswith("|---|")
 
@@ -198,17 +181,20 @@ def test_images_in_memory_have_no_peer():
 @pytest.mark.parametrize(
     "words, message",
     [
-        (["--images", "3"], "--images: 3 does not fill 4 classes"),
-        (["--images", "many"], "--images: many is no whole number"),
-        (["--batch", "0"], "--batch: 0 is below 1"),
-        (["--workers", "-1"], "--workers: -1 is below 1"),
-        (["--seconds", "nan"], "--seconds: nan is no length of time"),
+        (["--images", "3"], "--images: got 3, wants a whole number, 4 or more"),
+        (["--images", "many"], "--images: got many, wants a whole number"),
+        (["--batch", "0"], "--batch: got 0, wants a whole number, 1 or more"),
+        (["--workers", "-1"], "--workers: got -1, wants a whole number, 1 or more"),
+        (["--seconds", "nan"], "--seconds: got nan, wants a time in seconds"),
         (["--loaders", "ffcv"], "--loaders: invalid choice: 'ffcv'"),
         (["--modes", "test"], "--modes: invalid choice: 'test'"),
-        (["--out", "nowhere/x.jsonl"], "--out nowhere/x.jsonl: there is no folder nowhere"),
+        (["--out", "nowhere/x.jsonl"], "--out nowhere/x.jsonl: its folder is not there"),
         (["--from", "none.jsonl"], "--from none.jsonl: there is no such file"),
-        (["--from", "empty.jsonl", "--batch", "2"], "--batch goes with measuring"),
-        (["imagenet/kd", "--from", "empty.jsonl"], "imagenet/kd: --from measures nothing"),
+        (["--from", "empty.jsonl", "--batch", "2"], "--batch 2: goes with measuring"),
+        (
+            ["imagenet/kd", "--from", "empty.jsonl"],
+            "imagenet/kd: goes with measuring, and --from measures nothing",
+        ),
         (["--from", "empty.jsonl"], "--from empty.jsonl: holds no record of kdfuse bench data"),
         (["--from", "other.jsonl"], "other.jsonl:1 is not a record of a benchmark"),
         (["imagenet/kd:resnet34-resnet18"], "data.root=data/imagenet is not a folder"),
@@ -220,11 +206,11 @@ def test_a_mistake_is_one_message(kd, tmp_path, monkeypatch, words, message):
     monkeypatch.chdir(tmp_path)
     Path("empty.jsonl").write_text("")
     Path("other.jsonl").write_text("[1]\n")
-    code, _, told = kd(*words)
+    code, _, told = kd(*BENCH, *words)
     assert code == 2 and message in " ".join(told.split())
 
 
 def test_a_detection_recipe_is_refused(kd):
     name = "coco/kd:resnet101-resnet50"
-    code, _, told = kd(name)
+    code, _, told = kd(*BENCH, name)
     assert code == 2 and f"{name}: its images are for detection" in " ".join(told.split())

@@ -1,7 +1,6 @@
 """The benchmark of training from files: its sides do what they say, its records obey their laws."""
 
 import json
-import sys
 import time
 from importlib.util import find_spec
 
@@ -17,7 +16,6 @@ from kdfuse.engine.bench.e2e.sides import Alone, Both, Plain
 from kdfuse.engine.bench.step import peer, plain
 from kdfuse.engine.bench.step.cases import chosen
 from kdfuse.engine.bench.step.ours import Images, Step
-from kdfuse.engine.cli import main as cli
 from kdfuse.engine.data.sources import open_source
 from kdfuse.engine.recipe.data import Data
 
@@ -73,12 +71,9 @@ def test_records_hold_what_was_measured(recorded):
     assert records[2]["peer_absent"] == "the plain loop knows no method dkd"
 
 
-def test_recorded_files_show_the_table_again(recorded, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["kdfuse", "bench", "e2e", "--from", str(recorded)])
-    with pytest.raises(SystemExit) as left:
-        cli.main()
-    assert not left.value.code
-    out = capsys.readouterr().out
+def test_recorded_files_show_the_table_again(recorded, kd):
+    code, out, _ = kd("bench", "e2e", "--from", recorded)
+    assert code == 0
     assert f"{PAIR}: cpu, batch 4, 16 x 16, float32, eager" in out
     assert "24 images of 16 x 16 pixels, " in out and f"; loader {LOADER}" in out
     assert "the plain loop knows no method dkd" in out
@@ -166,13 +161,11 @@ def test_waiting_is_what_a_slow_loader_takes(sides, monkeypatch):
         (["--workers", "0"], "got 0, wants a whole number, 1 or more"),
     ],
 )
-def test_a_mistake_is_one_message(tmp_path, monkeypatch, capsys, words, message):
+def test_a_mistake_is_one_message(tmp_path, monkeypatch, kd, words, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty.jsonl").write_text("")
-    monkeypatch.setattr(sys, "argv", ["kdfuse", "bench", "e2e", *words])
-    with pytest.raises(SystemExit) as left:
-        cli.main()
-    assert left.value.code == 2 and message in " ".join(capsys.readouterr().err.split())
+    code, _, told = kd("bench", "e2e", *words)
+    assert code == 2 and message in " ".join(told.split())
 
 
 def test_images_of_more_classes_than_the_networks_have_are_refused():

@@ -2,7 +2,6 @@
 
 import ast
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,6 @@ from kdfuse.engine.bench.step import gauges, measure, peer, plain
 from kdfuse.engine.bench.step import run as step
 from kdfuse.engine.bench.step.cases import Case, chosen, parts
 from kdfuse.engine.bench.step.ours import Images, Step
-from kdfuse.engine.cli import main as cli
 from kdfuse.engine.recipe.load import Recipe
 
 pytestmark = pytest.mark.slow(20)
@@ -88,12 +86,9 @@ def test_numbers_follow_from_each_other(records) -> None:
     assert teacher["ops"] < student["ops"] < kd["ops"]
 
 
-def test_recorded_files_show_the_table_again(recorded, monkeypatch, capsys) -> None:
-    monkeypatch.setattr(sys, "argv", ["kdfuse", "bench", "step", "--from", str(recorded)])
-    with pytest.raises(SystemExit) as left:
-        cli.main()
-    assert not left.value.code
-    out = capsys.readouterr().out
+def test_recorded_files_show_the_table_again(recorded, kd) -> None:
+    code, out, _ = kd("bench", "step", "--from", recorded)
+    assert code == 0
     assert f"{PAIR} (resnet8 -> resnet8): cpu, batch 4, 16 x 16, float32, eager" in out
     assert "times peer" in out and "the plain loop knows no method dkd" in out
     markdown = step.main(["--markdown", "--from", str(recorded)])

@@ -32,28 +32,9 @@ SMALL = [
 ]  # fmt: skip
 
 
-class Result:
-    def __init__(self, code: int, out: str, err: str) -> None:
-        self.code, self.out, self.err = code, out, err
-
-
-@pytest.fixture
-def kd(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path):
-    """Runs `kdfuse WORDS...` in an empty folder, through the program's entry point."""
+@pytest.fixture(autouse=True)
+def an_empty_folder(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("KDFUSE_TRACEBACK", raising=False)
-
-    def call(*words: str | Path) -> Result:
-        monkeypatch.setattr(sys, "argv", ["kdfuse", *map(str, words)])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as leaving:
-            code = leaving.code if isinstance(leaving.code, int) else 0
-        seen = capsys.readouterr()
-        return Result(code, seen.out, seen.err)
-
-    return call
 
 
 def as_program(code: str, *words: str) -> subprocess.CompletedProcess[str]:

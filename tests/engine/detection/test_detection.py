@@ -17,7 +17,6 @@ from PIL import Image, ImageDraw
 from torch import nn
 from torchvision.models.detection import fasterrcnn_resnet50_fpn
 
-from kdfuse.engine.cli import main as cli
 from kdfuse.engine.detection import evaluate
 from kdfuse.engine.detection.coco import check_same_categories, read_coco
 from kdfuse.engine.detection.distiller import DetectionDistiller
@@ -442,17 +441,8 @@ def test_killed_and_resumed_it_ends_with_the_same_bytes(data, tmp_path, capsys):
         train(recipe, whole, resume=True)
 
 
-def kdfuse(monkeypatch, *words):
-    monkeypatch.setattr(sys, "argv", ["kdfuse", *map(str, words)])
-    try:
-        cli.main()
-    except SystemExit as leaving:
-        return leaving.code or 0
-    return 0
-
-
 @NEEDS_COCO
-def test_a_shipped_recipe_trains_and_evaluates(coco_root, tmp_path, monkeypatch, capsys):
+def test_a_shipped_recipe_trains_and_evaluates(coco_root, tmp_path, monkeypatch, kd):
     monkeypatch.chdir(tmp_path)
     small = [
         f"data.root={coco_root}", f"data.min_size={SIDE}", "data.max_size=128", "run.device=cpu",
@@ -461,28 +451,26 @@ def test_a_shipped_recipe_trains_and_evaluates(coco_root, tmp_path, monkeypatch,
         "run.epochs=2", "run.batch=2", "run.eval_batch=2", "optim.lr=0.005", "run.threads=1",
     ]  # fmt: skip
     nkd = "coco/nkd:resnet101-resnet50"
-    assert kdfuse(monkeypatch, "train", nkd, *small) == 2
-    assert "teacher.checkpoint: null leaves the teacher's weights random" in capsys.readouterr().err
+    code, _, told = kd("train", nkd, *small)
+    assert code == 2 and "teacher.checkpoint: null leaves the teacher's weights random" in told
     small.append("run.teacher_at_chance=allow")
-    assert kdfuse(monkeypatch, "train", nkd, *small, "student.trained_stages=3") == 2
-    assert "student.trained_stages: 3 freezes parts" in capsys.readouterr().err
-    assert kdfuse(monkeypatch, "train", nkd, *small, "--out", "run") == 0
-    printed = capsys.readouterr().out
-    assert "8 training and 4 validation images of 2 categories" in printed
+    code, _, told = kd("train", nkd, *small, "student.trained_stages=3")
+    assert code == 2 and "student.trained_stages: 3 freezes parts" in told
+    code, printed, _ = kd("train", nkd, *small, "--out", "run")
+    assert code == 0 and "8 training and 4 validation images of 2 categories" in printed
     assert "published: AP 38.70" in printed and "student.name" in printed
     records = [r for r in log.read(Path("run/log.jsonl")) if r["kind"] == "epoch"]
     assert len(records) == 2 and all(0 <= r["ap"] <= 100 for r in records)
 
-    assert kdfuse(monkeypatch, "eval", "run") == 0
-    assert f"last (step 8): ap {records[-1]['ap']:.2f}" in capsys.readouterr().out
-    assert kdfuse(monkeypatch, "report", "run") == 0
+    code, printed, _ = kd("eval", "run")
+    assert code == 0 and f"last (step 8): ap {records[-1]['ap']:.2f}" in printed
+    assert kd("report", "run").code == 0
     page = Path("run/report.html").read_text()
     assert "best AP" in page and f">{max(r['ap'] for r in records):.2f}<div" in page
     teacher = ["teacher.checkpoint=run", "run.teacher_at_chance=refuse", "run.epochs=1"]
-    capsys.readouterr()
-    set_of_two = ("seeds=2", "--out", "set")
-    assert kdfuse(monkeypatch, "train", "coco/kd", *small, *teacher, *set_of_two) == 0
-    printed = " ".join(capsys.readouterr().out.split())
+    code, printed, _ = kd("train", "coco/kd", *small, *teacher, "seeds=2", "--out", "set")
+    assert code == 0
+    printed = " ".join(printed.split())
     aps = [read_run(path).evaluations[-1]["ap"] for path in Path("set").iterdir()]
     assert f"coco/kd:resnet101-resnet50 2 AP {mean_and_spread(aps)} AP " in printed
     assert len(aps) == 2 and "set: 2 of 2 runs are finished" in printed

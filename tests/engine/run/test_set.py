@@ -1,7 +1,6 @@
 """Sets of runs: what is trained, what a failure or a resumed set does, and how it is told."""
 
 import json
-import sys
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,6 @@ import pytest
 import yaml
 from tiny import SECTIONS
 
-from kdfuse.engine.cli import main as cli
 from kdfuse.engine.recipe.load import AnyRecipe, DetectionRecipe, Recipe, recipes
 from kdfuse.engine.recipe.schema import RecipeError
 from kdfuse.engine.run import log
@@ -36,23 +34,6 @@ def file(digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     shared["data"] |= {"root": str(digits), "subset": 8}
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump({**shared, "rows": ROWS}, sort_keys=False))
     return "mine.yaml"
-
-
-@pytest.fixture
-def kd(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    """Runs `kdfuse WORDS...`: exit code, output, errors."""
-
-    def call(*words: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["kdfuse", *words])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as leaving:
-            code = leaving.code if isinstance(leaving.code, int) else 0
-        seen = capsys.readouterr()
-        return code, seen.out, seen.err
-
-    return call
 
 
 def top1(run: Path) -> list[float]:
