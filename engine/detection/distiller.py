@@ -6,7 +6,7 @@ optimiser ever reaches it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, cast
 
 import torch
@@ -51,13 +51,15 @@ class DetectionDistiller(nn.Module):
             self.teacher_digest = digest([teacher])
         self._average: tuple[EMA, ...] = () if ema is None else (EMA(student, ema),)
 
-    def prepare(self) -> None:
+    def prepare(self, compile: Collection[str]) -> None:
         """Compile what has the same work for all images: the ResNets with their pyramids.
 
-        What follows them depends on how many boxes there are. Batches differ in size, so that the
-        graphs are made for any.
+        Those of the roles "student" and "teacher" that are asked for. What follows them depends on
+        how many boxes there are. Batches differ in size, so that the graphs are made for any.
         """
-        compile_all([d.backbone for d in (self.student, *self._teachers)], dynamic=True)
+        named = {"student": self.student} | dict(zip(["teacher"], self._teachers, strict=False))
+        chosen = {name: d.backbone for name, d in named.items() if name in compile}
+        compile_all(chosen, dynamic=True)
 
     def forward(
         self, images: list[Tensor], targets: list[dict[str, Tensor]]

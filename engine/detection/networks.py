@@ -87,7 +87,7 @@ def build(recipe: DetectionRecipe, categories: int, device: torch.device) -> Det
         recipe.method, student, teacher, amp=run.amp == "bf16", ema=recipe.optim.ema
     )
     if run.compile:
-        made.prepare()
+        made.prepare(run.compiled)
     return made
 
 

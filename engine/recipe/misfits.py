@@ -37,6 +37,11 @@ def _shared(recipe: Recipe, methods: list[Method]) -> Iterator[str]:
         )
     if recipe.expect is not None and recipe.expect.ap is not None:
         yield "expect.ap: classification is measured as top-1; use expect.top1"
+    there = {"student": True, "teacher": recipe.teacher is not None}
+    there["slts"] = any(method.slt_count > 0 for method in methods)
+    for role in recipe.run.compile_only or ():
+        if not there[role]:
+            yield f"run.compile_only: {role} is not among this recipe's networks; leave it out"
     if recipe.assistants and not any(method.uses_assistants for method in methods):
         yield f"assistants: method {recipe.method.name} reads none; leave them out"
 

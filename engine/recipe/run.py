@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import Field, model_validator
 
@@ -10,6 +10,9 @@ from .schema import Strict
 
 # Left at null they are what `speed` comes to; the recipe in a run's folder has all of them.
 LEFT_OPEN = ("amp", "tf32", "compile", "deterministic")
+
+
+Compiled = Literal["student", "teacher", "slts"]
 
 
 class Run(Strict):
@@ -35,6 +38,9 @@ class Run(Strict):
     )
     channels_last: bool = Field(True, description="NHWC layout of images and weights")
     compile: bool | None = Field(None, description="torch.compile the networks; null: by run.speed")
+    compile_only: Annotated[tuple[Compiled, ...], Field(strict=False)] | None = Field(
+        None, description="which of student, teacher and slts compile; null: all that are there"
+    )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where present")
     threads: int | None = Field(None, ge=1, description="CPU threads of torch; null: its default")
     log_every: int = Field(50, ge=1, description="steps between two log records")
@@ -50,8 +56,20 @@ class Run(Strict):
         "refuse", description="what to do with a teacher that knows no more than chance"
     )
 
+    @property
+    def compiled(self) -> tuple[str, ...]:
+        """The roles whose networks compile."""
+        return (self.compile_only or get_args(Compiled)) if self.compile else ()
+
     @model_validator(mode="after")
-    def _stops_in_time(self) -> Run:
+    def _works(self) -> Run:
+        if self.compile_only == ():
+            raise ValueError("run.compile_only: [] chooses none; set run.compile=false for that")
+        if self.compile is False and self.compile_only is not None:
+            raise ValueError(
+                f"run.compile_only: {list(self.compile_only)} has no effect with "
+                "run.compile=false; leave one of them out"
+            )
         if self.stop_epoch is not None and self.stop_epoch > self.epochs:
             raise ValueError(
                 f"run.stop_epoch: {self.stop_epoch} is beyond run.epochs={self.epochs}; lower it "

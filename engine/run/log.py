@@ -134,6 +134,11 @@ class RunLog:
             self._write("note", self.position, self._epoch(), {"text": text})
         self._show(text)
 
+    def say(self, text: str) -> None:
+        """Show what goes on; it is not recorded."""
+        if not self.silent:
+            self._show(text, on_bar=True)
+
     def end(self, values: Mapping[str, float]) -> None:
         """Record the results of a finished run."""
         if self.silent:

@@ -121,7 +121,7 @@ def begin(
     """
     process.seed_weights(recipe.run.seed)
     networks = build(recipe, classes, group.device, labels)
-    networks.prepare(bool(recipe.run.compile))
+    networks.prepare(recipe.run.compiled)
     optimizers = build_optimizers(recipe.optim, networks.trained())
     state = State(recipe, group, networks, optimizers, classes, sources)
     process.seed_training(recipe.run.seed, group.rank)

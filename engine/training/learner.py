@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..methods import Method, Networks, Outputs, Role, Terms
 from ..models import Taps, Until, points, shapes, unreached
+from .compiled import compile_call
 from .ema import EMA
 
 
@@ -87,13 +88,16 @@ class Learner(nn.Module):
         self._taps = [Taps(self.student, self.reads.get("student", ()))]
         self._taps += [Taps(slt, self.reads.get("slts", ())) for slt in self.slts]
 
-    def networks(self) -> list[nn.Module]:
-        """All that has a forward pass in each step."""
-        return [self.student, *self.slts, *([self.head] if self.head else [])]
+    def networks(self) -> dict[str, dict[str, nn.Module]]:
+        """All that has a forward pass in each step, by name, for "student" and "slts"."""
+        head = {} if self.head is None else {"head": self.head}
+        slts = {f"slt{i}": slt for i, slt in enumerate(self.slts)}
+        return {"student": {"student": self.student, **head}, "slts": slts}
 
-    def compile_features(self) -> None:
-        """Compile the losses of the feature maps as one."""
-        self._features = torch.compile(self.method.features, dynamic=False)
+    def compile_features(self, name: str) -> None:
+        """Compile the losses of the feature maps as one, where the method has any."""
+        if type(self.method).features is not Method.features:
+            self._features = compile_call(name, self.method.features)
 
     def forward(
         self,

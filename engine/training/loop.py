@@ -11,6 +11,7 @@ from ..run.checkpoint import step_name
 from ..run.folder import create_folder, held
 from ..run.log import RunLog
 from ..run.resume import starts_again
+from .compiled import Compilations
 from .meters import Clock
 from .optim import lr_at, set_lr
 from .ranks import Group
@@ -20,8 +21,16 @@ from .task import Task
 class Loop:
     """A run in progress."""
 
-    def __init__(self, recipe: AnyRecipe, folder: Path, group: Group, task: Task) -> None:
+    def __init__(
+        self,
+        recipe: AnyRecipe,
+        folder: Path,
+        group: Group,
+        task: Task,
+        compilations: Compilations,
+    ) -> None:
         self.recipe, self.folder, self.group, self.task = recipe, folder, group, task
+        self.compilations = compilations
         self.state, self.epoch_steps = task.state, task.steps
         self.checkpoints = folder / "checkpoints"
         self.epochs = recipe.run.stop_epoch or recipe.run.epochs
@@ -29,6 +38,8 @@ class Loop:
     def run(self, resume: bool) -> None:
         """From wherever the run stands to its end."""
         state, first = self.state, self.group.first
+        if not first:
+            self.compilations.say = lambda text: None
         notes = state.restore(self.checkpoints) if resume else []
         if resume and state.done == 0:
             notes += starts_again(self.folder)
@@ -48,8 +59,10 @@ class Loop:
         ):
             for note in notes:
                 log.note(note)
+            self.compilations.say = log.say
             for epoch in range(state.done // self.epoch_steps, self.epochs):
-                self.train_epoch(epoch, log)
+                with self.compilations.phase("training", log.note):
+                    self.train_epoch(epoch, log)
                 self.finish_epoch(epoch + 1, log)
             log.end({f"{k}_{n}": v for k, row in state.results.items() for n, v in row.items()})
         if first:
@@ -83,7 +96,8 @@ class Loop:
         values["lr"] = self.lr(state.done - 1)
         improved = False
         if end or epoch % run.eval_every == 0:
-            found = self.task.evaluate()
+            with self.compilations.phase("evaluation", log.note):
+                found = self.task.evaluate()
             values = found | values
             improved = self.keep(found, epoch)
         log.epoch(epoch, values)

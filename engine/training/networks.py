@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -68,15 +68,23 @@ class Distiller(nn.Module):
     def teacher(self) -> nn.Module | None:
         return self._teachers[0] if self._teachers else None
 
-    def prepare(self, compile: bool) -> None:
-        """Tap the networks and compile all if asked: once, after the students were copied."""
+    def prepare(self, compile: Collection[str]) -> None:
+        """Tap the networks and compile those of the roles "student", "teacher" and "slts" that are
+        asked for: once, after the students were copied."""
         for learner in self.learners.values():
             learner.prepare()
-        if compile:
-            learners = self.learners.values()
-            compile_all([*(n for one in learners for n in one.networks()), *self._teachers])
-            for learner in learners:
-                learner.compile_features()
+        roles = {"teacher": {name: network for name, (network, _) in self.frozen().items()}}
+        for name, learner in self.learners.items():
+            for kind, own in learner.networks().items():
+                named = {f"{prefix(name)}{role}": network for role, network in own.items()}
+                roles[kind] = roles.get(kind, {}) | named
+        if chosen := {
+            n: x for kind, own in roles.items() if kind in compile for n, x in own.items()
+        }:
+            compile_all(chosen)
+        if "student" in compile:
+            for name, learner in self.learners.items():
+                learner.compile_features(f"{prefix(name)}features")
 
     def train(self, mode: bool = True) -> Distiller:
         """As every module; the teacher follows where a method wants its batch statistics."""

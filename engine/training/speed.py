@@ -27,6 +27,11 @@ def settled(recipe: Which, device: torch.device, begun: Run | None = None) -> Wh
         was = {name: getattr(begun, name) for name in LEFT_OPEN}
         preset = preset | {name: value for name, value in was.items() if value is not None}
     left = {name: preset[name] for name in LEFT_OPEN if getattr(run, name) is None}
+    if run.compile_only is not None and left.get("compile") is False:
+        raise ValueError(
+            f"run.compile_only: {list(run.compile_only)}, and run.speed={run.speed} compiles "
+            f"nothing on {device.type}; add run.compile=true or leave it out"
+        )
     return cast(Which, recipe.model_copy(update={"run": run.model_copy(update=left)}))
 
 

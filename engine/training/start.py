@@ -36,12 +36,12 @@ def train(recipe: AnyRecipe, out: str | Path | None = None, resume: bool = False
     recipe = settled(recipe, group.device, _begun(folder) if resume else None)
     if isinstance(recipe, Recipe):
         recipe = trained(recipe, folder.parent, _train_once)
-    with settings(recipe.run), compiling(bool(recipe.run.compile)):
+    with settings(recipe.run), compiling(bool(recipe.run.compile)) as compilations:
         if group.first:
             check_folder(folder, recipe, resume)
         group.wait()
         with closing(open_task(recipe, group)) as task:
-            Loop(recipe, folder, group, task).run(resume)
+            Loop(recipe, folder, group, task, compilations).run(resume)
         group.wait()
     return folder
 

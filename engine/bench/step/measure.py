@@ -211,7 +211,8 @@ def measure(
 
 
 def configured(run: Run) -> Record:
-    return {"amp": run.amp, "compile": run.compile, "channels_last": run.channels_last}
+    only = {"compile_only": list(run.compile_only)} if run.compile_only else {}
+    return {"amp": run.amp, "compile": run.compile, **only, "channels_last": run.channels_last}
 
 
 def uncompiled(case: Case) -> Case:

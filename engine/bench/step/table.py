@@ -51,7 +51,8 @@ def way(record: Record) -> list[str]:
     """How a record's steps were run."""
     found = [record["device"], f"batch {record['batch']}", f"{record['size']} x {record['size']}"]
     found.append("float32" if record["amp"] == "off" else record["amp"])
-    found.append("compiled" if record["compile"] else "eager")
+    only = ", ".join(record.get("compile_only", []))
+    found.append(f"compiled {only}".strip() if record["compile"] else "eager")
     return [*found, "channels last"] if record["channels_last"] else found
 
 

@@ -11,6 +11,7 @@ from kdfuse.engine.bench.step import gauges, measure, peer, plain
 from kdfuse.engine.bench.step import run as step
 from kdfuse.engine.bench.step.cases import Case, chosen, parts
 from kdfuse.engine.bench.step.ours import Images, Step
+from kdfuse.engine.bench.step.table import way
 from kdfuse.engine.recipe.load import Recipe
 
 pytestmark = pytest.mark.slow(20)
@@ -248,3 +249,14 @@ def test_on_a_gpu_no_step_waits(tmp_path) -> None:
     device = torch.device("cuda")
     with pytest.raises(RuntimeError), gauges.no_waiting(device):
         torch.ones(1, device=device).item()
+
+
+def test_the_title_names_the_networks_that_are_compiled() -> None:
+    (case,) = chosen(
+        None, [*SMALL, "run.compile=true", "run.compile_only=[student]"], ["kd"], "cpu"
+    )
+    found = {"device": "cpu", "batch": 4, "size": 16} | measure.configured(case.recipe.run)
+    assert "compiled student" in way(found)
+    assert "compiled" in way(found | {"compile_only": []}) and "eager" in way(
+        found | {"compile": 0}
+    )

@@ -27,7 +27,7 @@ def make(method, *, prepare=True, **changes):
     torch.manual_seed(0)
     made = build(recipe, CLASSES, CPU, torch.arange(100) % CLASSES)
     if prepare:
-        made.prepare(recipe.run.compile)
+        made.prepare(recipe.run.compiled)
     return recipe, made
 
 
