@@ -15,7 +15,7 @@ from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.roi_heads import fastrcnn_loss
 
 from ..training.compiled import compile_all
-from ..training.ema import EMA
+from ..training.ema import AVERAGED, EMA
 from ..training.networks import digest
 from .method import Baseline, Distillation, Terms
 
@@ -62,7 +62,7 @@ class DetectionDistiller(nn.Module):
         compile_all(chosen, dynamic=True)
 
     def forward(
-        self, images: list[Tensor], targets: list[dict[str, Tensor]]
+        self, now: Mapping[str, Tensor], images: list[Tensor], targets: list[dict[str, Tensor]]
     ) -> tuple[Tensor, Terms]:
         """The loss (0-dim) and its 0-dim parts, detached.
 
@@ -123,10 +123,10 @@ class DetectionDistiller(nn.Module):
         """The student's average, if there is one."""
         return list(self._average)
 
-    def update_averages(self) -> None:
+    def update_averages(self, now: Mapping[str, Tensor]) -> None:
         """Take the student's weights into its average, if there is one."""
         for average in self._average:
-            average.update(self.student)
+            average.update(self.student, now[AVERAGED])
 
     def weights(self, whole: bool) -> dict[str, Any]:
         """What a checkpoint holds; `whole` or not, there is nothing but what is kept."""

@@ -67,6 +67,7 @@ class Detection:
         self._step = Step(
             group.wrap(self.networks),
             list(optimizers.values()),
+            self.state.meters,
             self.networks.update_averages,
             recipe.optim.clip,
         )
@@ -84,10 +85,15 @@ class Detection:
         self.networks.train()
         return self.loader.epoch(epoch, start)
 
-    def step(self, batch: list[Sample], epoch: int, number: int) -> Terms:
-        """Train on a batch: its detached 0-dim terms."""
+    def schedule(self, epoch: int, number: int) -> dict[str, float]:
+        """None: a step has its learning rate and what its average takes."""
+        return {}
+
+    def step(self, batch: list[Sample]) -> Terms:
+        """Train on a batch with the numbers in the state: its detached 0-dim terms."""
         pairs = [sample.on(self.group.device) for sample in batch]
-        return self._step([image for image, _ in pairs], [target for _, target in pairs])
+        images, targets = [image for image, _ in pairs], [target for _, target in pairs]
+        return self._step(self.state.now, images, targets)
 
     def evaluate(self) -> dict[str, float]:
         """Percent: `box_ap` of the student, ema_ap and so on of its average."""

@@ -12,7 +12,7 @@ from .fitnet import FitNet
 from .jointrd import JointRD, JointRDJoint, JointRDReleased
 from .kd import KD
 from .kdsvd import KDSVD
-from .method import Method, Networks, Outputs, Role, Terms
+from .method import Method, Networks, Now, Outputs, Role, Terms
 from .mse import MSE
 from .nkd import NKD
 from .nst import NST
@@ -66,4 +66,4 @@ METHODS: dict[str, type[Method]] = {
     "jointrd_ta_released": JointRDReleased,
 }
 
-__all__ = ["METHODS", "Method", "Networks", "Outputs", "Role", "Terms"]
+__all__ = ["METHODS", "Method", "Networks", "Now", "Outputs", "Role", "Terms"]

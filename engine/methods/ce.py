@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .method import Method, Outputs, Terms
+from .method import Method, Now, Outputs, Terms
 from .parts.labels import hard
 
 
@@ -19,7 +19,7 @@ class CE(Method):
     def takes_soft_labels(self) -> bool:
         return True
 
-    def loss(self, out: Outputs, target: Tensor, epoch: float) -> tuple[Tensor, Terms]:
+    def loss(self, out: Outputs, target: Tensor, now: Now) -> tuple[Tensor, Terms]:
         return labelled(out.student, target)
 
 

@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from ...kernels import dkd, kd, reference
-from .method import Method, Networks, Outputs, Terms
+from .method import Method, Networks, Now, Outputs, Terms
 
 
 class Temperature(nn.Module):
@@ -58,10 +58,10 @@ class CTKD(Method):
             raise ValueError("\n".join(found))
         return self
 
-    def reversal(self, epoch: float) -> float:
+    def schedule(self, epoch: float) -> dict[str, float]:
         """The factor of the temperature's gradient: a step a whole epoch, as released."""
         done = min((math.floor(epoch) + 1) / self.warmup, 1.0) if self.warmup else 1.0
-        return (math.cos(math.pi * done) - 1) / 2
+        return {"reversal": (math.cos(math.pi * done) - 1) / 2}
 
     def head(self, networks: Networks) -> Temperature:
         if self.over == "dkd" and self.beta and networks.classes == 2:
@@ -71,10 +71,10 @@ class CTKD(Method):
             )
         return Temperature(self.start, self.span)
 
-    def loss(self, out: Outputs, target: Tensor, epoch: float) -> tuple[Tensor, Terms]:
+    def loss(self, out: Outputs, target: Tensor, now: Now) -> tuple[Tensor, Terms]:
         assert out.teacher is not None
         fixed = out.head["temperature"].detach()
-        t = fixed + self.reversal(epoch) * (out.head["temperature"] - fixed)
+        t = fixed + now["reversal"] * (out.head["temperature"] - fixed)
         student, teacher = [out.student.float()], [out.teacher.float()]
         labels = reference.labels(target, ignore_index=-100, dtype=torch.float32)
         if self.over == "kd":

@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor
 
 from ...kernels.kd import kd_loss
-from .method import Method, Outputs, Terms, with_terms
+from .method import Method, Now, Outputs, Terms, with_terms
 from .parts.labels import from_labels
 
 
@@ -42,7 +42,7 @@ class DGKD(Method):
                 f"{count} assistants); lower it or add assistants"
             )
 
-    def loss(self, out: Outputs, target: Tensor, epoch: float) -> tuple[Tensor, Terms]:
+    def loss(self, out: Outputs, target: Tensor, now: Now) -> tuple[Tensor, Terms]:
         """As every method; the terms kd, assistant0_kd, ... are those of all guides, dropped too,
         as batch means with either reduction."""
         assert out.teacher is not None

@@ -7,7 +7,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.linalg import vector_norm
 
-from .method import Method, Outputs, Terms
+from .method import Method, Now, Outputs, Terms
 from .parts.gather import gathered
 from .parts.labels import from_labels
 
@@ -46,7 +46,7 @@ class DIST(Method):
         square = self.temperature**2
         return {"inter": square * (1 - inter.mean()), "intra": square * (1 - intra.mean())}
 
-    def loss(self, out: Outputs, target: Tensor, epoch: float) -> tuple[Tensor, Terms]:
+    def loss(self, out: Outputs, target: Tensor, now: Now) -> tuple[Tensor, Terms]:
         loss, terms = from_labels(out, target, self.ce_weight)
         weights = {"inter": self.kd_weight * self.beta, "intra": self.kd_weight * self.gamma}
         for name, value in out.features.items():

@@ -7,7 +7,7 @@ from pydantic import Field
 from torch import Tensor
 
 from ...kernels.dkd import dkd_loss
-from .method import Method, Outputs, Terms, with_terms
+from .method import Method, Now, Outputs, Terms, with_terms
 from .parts.labels import from_labels
 from .parts.standardise import standardised
 
@@ -33,13 +33,15 @@ class DKD(Method):
         False, description="TCKD and NCKD of both networks' z-scored logits; CE of the logits"
     )
 
-    def warm(self, epoch: float) -> float:
-        """The share of the distillation terms in an epoch: a step a whole epoch, as published."""
-        return min((math.floor(epoch) + 1) / self.warmup, 1.0) if self.warmup else 1.0
+    def schedule(self, epoch: float) -> dict[str, float]:
+        """The share of the distillation terms: a step a whole epoch, as published."""
+        if self.warmup == 0:
+            return {}
+        return {"warm": min((math.floor(epoch) + 1) / self.warmup, 1.0)}
 
-    def loss(self, out: Outputs, target: Tensor, epoch: float) -> tuple[Tensor, Terms]:
+    def loss(self, out: Outputs, target: Tensor, now: Now) -> tuple[Tensor, Terms]:
         assert out.teacher is not None
-        warm = self.warm(epoch)
+        apart = self.standardise or self.warmup > 0
         student, teacher = out.student, out.teacher
         if self.standardise:
             student, teacher = standardised(student), standardised(teacher)
@@ -48,14 +50,14 @@ class DKD(Method):
                 student,
                 teacher,
                 target,
-                alpha=warm * self.alpha,
-                beta=warm * self.beta,
+                alpha=self.alpha,
+                beta=self.beta,
                 temperature=self.temperature,
-                ce_weight=0.0 if self.standardise else self.ce_weight,
+                ce_weight=0.0 if apart else self.ce_weight,
                 return_terms=True,
             )
         )
-        if not self.standardise:
+        if not apart:
             return loss, terms
         ce, found = from_labels(out, target, self.ce_weight)
-        return ce + loss, {**terms, **found}
+        return ce + now.get("warm", 1.0) * loss, {**terms, **found}

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...kernels import reference
 from ...kernels.kd import kd_loss
-from .method import Method, Outputs, Terms, with_terms
+from .method import Method, Now, Outputs, Terms, with_terms
 
 
 class DML(Method):
@@ -36,7 +36,7 @@ class DML(Method):
     def takes_soft_labels(self) -> bool:
         return True
 
-    def loss(self, out: Outputs, target: Tensor, epoch: float) -> tuple[Tensor, Terms]:
+    def loss(self, out: Outputs, target: Tensor, now: Now) -> tuple[Tensor, Terms]:
         networks = {"": out.student, **{f"slt{i}_": slt for i, slt in enumerate(out.slts)}}
         losses: list[Tensor] = []
         terms: Terms = {}

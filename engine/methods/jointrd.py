@@ -12,7 +12,7 @@ from torch.func import functional_call
 
 from ...kernels.kd import kd_loss
 from .ce import labelled
-from .method import Method, Networks, Outputs, Points, Role, Terms, with_terms
+from .method import Method, Networks, Now, Outputs, Points, Role, Terms, with_terms
 from .ofd import margins, norms_before, partial_l2
 
 STAGES = 4  # of the networks; the teacher's later ones follow the student's first three
@@ -89,7 +89,7 @@ class JointRDReleased(_Residual):
     uses_teacher: ClassVar[bool] = True
     paths_from: ClassVar[tuple[int, ...]] = ()
 
-    def loss(self, out: Outputs, target: Tensor, epoch: float) -> tuple[Tensor, Terms]:
+    def loss(self, out: Outputs, target: Tensor, now: Now) -> tuple[Tensor, Terms]:
         total, terms = labelled(out.student, target)
         for name, value in out.features.items():
             total = total + self.feature_weight * value
@@ -121,16 +121,16 @@ class JointRD(_Residual):
                 raise ValueError("\n".join(found))
         return self
 
-    def weight(self, epoch: float) -> float:
-        """m in an epoch: the same for all its steps, as released."""
+    def schedule(self, epoch: float) -> dict[str, float]:
+        """m, the same for all steps of an epoch, as released."""
         whole = math.floor(epoch)
         if whole >= self.decay_epochs:
-            return self.decay_to
+            return {"m": self.decay_to}
         share = (1 + math.cos(math.pi * whole / self.decay_epochs)) / 2
-        return self.decay_to + (1 - self.decay_to) * share
+        return {"m": self.decay_to + (1 - self.decay_to) * share}
 
-    def loss(self, out: Outputs, target: Tensor, epoch: float) -> tuple[Tensor, Terms]:
-        m = self.weight(epoch)
+    def loss(self, out: Outputs, target: Tensor, now: Now) -> tuple[Tensor, Terms]:
+        m = now["m"]
         total, terms = labelled(out.student, target)
         for i in self.paths_from:
             value = self._path_loss(out, out.head[f"logits{i}"], target)
@@ -176,8 +176,8 @@ class JointRDJoint(JointRD):
     def slt_count(self) -> int:
         return 1
 
-    def loss(self, out: Outputs, target: Tensor, epoch: float) -> tuple[Tensor, Terms]:
-        total, terms = super().loss(out, target, epoch)
+    def loss(self, out: Outputs, target: Tensor, now: Now) -> tuple[Tensor, Terms]:
+        total, terms = super().loss(out, target, now)
         own, found = labelled(out.slts[0], target)
         del found["rows"]
         return total + own, terms | {f"slt0_{name}": value for name, value in found.items()}

@@ -6,7 +6,7 @@ from pydantic import Field
 from torch import Tensor
 
 from ...kernels.kd import kd_loss
-from .method import Method, Outputs, Terms, with_terms
+from .method import Method, Now, Outputs, Terms, with_terms
 from .parts.labels import from_labels
 from .parts.standardise import standardised
 
@@ -37,7 +37,7 @@ class KD(Method):
     def takes_soft_labels(self) -> bool:
         return True
 
-    def loss(self, out: Outputs, target: Tensor, epoch: float) -> tuple[Tensor, Terms]:
+    def loss(self, out: Outputs, target: Tensor, now: Now) -> tuple[Tensor, Terms]:
         """As every method; the term kd is T^2 KL as a batch mean with either reduction."""
         assert out.teacher is not None
         student, teacher = out.student, out.teacher

@@ -16,6 +16,7 @@ from torch import Size, Tensor, nn
 from ..recipe.schema import Strict
 
 Terms = dict[str, Tensor]
+Now = Mapping[str, Tensor]  # the numbers of Method.schedule in the step at hand
 Taps = dict[str, Tensor]  # what the network gave at each of its tapped points
 Points = Mapping[str, str]  # a network's named points, as models.points gives them
 Role = Literal["student", "teacher", "slts"]
@@ -104,14 +105,19 @@ class Method(Strict):
         """0-dim float32 losses of the feature maps, not weighted; compiled as one when asked."""
         return {}
 
+    def schedule(self, epoch: float) -> dict[str, float]:
+        """The numbers of the loss that change in the course of a run, by name, always the same
+        ones; `epoch` is 0-based and fractional."""
+        return {}
+
     @abstractmethod
-    def loss(self, out: Outputs, target: Tensor, epoch: float) -> tuple[Tensor, Terms]:
+    def loss(self, out: Outputs, target: Tensor, now: Now) -> tuple[Tensor, Terms]:
         """The loss of one batch (0-dim, float32) and its detached 0-dim terms.
 
         `target` is (N,) int64, or (N, C) float32 class probabilities where the method takes them;
-        `epoch` is 0-based and fractional. Terms whose names end in top1 or top5, and rows, are
-        counts over the batch; all others are means over its rows. The right class of probabilities
-        is the one with the largest.
+        `now` has what `schedule` gives, as 0-dim tensors. Terms whose names end in top1 or top5,
+        and rows, are counts over the batch; all others are means over its rows. The right class of
+        probabilities is the one with the largest.
         """
 
     def deployed(

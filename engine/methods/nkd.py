@@ -6,7 +6,7 @@ from pydantic import Field
 from torch import Tensor
 
 from ...kernels.nkd import nkd_loss
-from .method import Method, Outputs, Terms, with_terms
+from .method import Method, Now, Outputs, Terms, with_terms
 from .parts.labels import hard
 from .parts.target_term import Form, target_loss, target_probability
 
@@ -31,7 +31,7 @@ class NKD(Method):
     def takes_soft_labels(self) -> bool:
         return True
 
-    def loss(self, out: Outputs, target: Tensor, epoch: float) -> tuple[Tensor, Terms]:
+    def loss(self, out: Outputs, target: Tensor, now: Now) -> tuple[Tensor, Terms]:
         assert out.teacher is not None
         loss, terms = with_terms(
             nkd_loss(

@@ -70,9 +70,11 @@ class ReviewKD(FeatureMethod):
         ]
         return {"reviewkd": torch.stack(values).sum()}
 
-    def share(self, epoch: float) -> float:
-        """A step a whole epoch, as published."""
-        return min((math.floor(epoch) + 1) / self.warmup, 1.0) if self.warmup else 1.0
+    def schedule(self, epoch: float) -> dict[str, float]:
+        """The share of the feature loss: a step a whole epoch, as published."""
+        if self.warmup == 0:
+            return {}
+        return {"share": min((math.floor(epoch) + 1) / self.warmup, 1.0)}
 
     def _published(self, role: str, points: Points) -> tuple[str, ...]:
         after = role == "student" and self.student_relu == "after"

@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from .method import Outputs, Terms
+from .method import Now, Outputs, Terms
 from .parts.relations import RelationMethod
 
 EPS = 1e-12  # as released: the least squared distance of two images
@@ -46,10 +46,10 @@ class RKD(RelationMethod):
             "angle": torch.stack(angles).sum().float(),
         }
 
-    def loss(self, out: Outputs, target: Tensor, epoch: float) -> tuple[Tensor, Terms]:
+    def loss(self, out: Outputs, target: Tensor, now: Now) -> tuple[Tensor, Terms]:
         weights = {"distance": self.distance_weight, "angle": self.angle_weight}
         weighted = {name: weights[name] * value for name, value in out.features.items()}
-        total, terms = super().loss(replace(out, features=weighted), target, epoch)
+        total, terms = super().loss(replace(out, features=weighted), target, now)
         return total, {**terms, **{name: v.detach() for name, v in out.features.items()}}
 
 

@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from torch import Size, Tensor, nn
 
 from ...kernels.kd import kd_loss
-from .method import Method, Networks, Outputs, Points, Role, Terms, stage_names, with_terms
+from .method import Method, Networks, Now, Outputs, Points, Role, Terms, stage_names, with_terms
 from .parts.feature import Names
 from .parts.reused import Projector, Reused, aligned
 
@@ -154,7 +154,7 @@ class SimKD(Method):
         log_p = F.log_softmax(teacher / self.kl_temperature, over)
         return (log_p.exp() * (log_p - log_q)).sum(over).mean(1)
 
-    def loss(self, out: Outputs, target: Tensor, epoch: float) -> tuple[Tensor, Terms]:
+    def loss(self, out: Outputs, target: Tensor, now: Now) -> tuple[Tensor, Terms]:
         assert out.teacher is not None
         used = self.ce_weight > 0 or self.kd_weight > 0
         logits = out.head["logits"]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...kernels.kd import kd_loss
 from ...kernels.slkd import slkd_loss
-from .method import Outputs, Terms, with_terms
+from .method import Now, Outputs, Terms, with_terms
 from .parts.self_learning import SelfLearning
 
 
@@ -40,7 +40,7 @@ class SLKD(SelfLearning):
                 raise ValueError("\n".join(found))
         return self
 
-    def loss(self, out: Outputs, target: Tensor, epoch: float) -> tuple[Tensor, Terms]:
+    def loss(self, out: Outputs, target: Tensor, now: Now) -> tuple[Tensor, Terms]:
         assert out.teacher is not None
         from_teacher, from_slts = self.teachers != "slts", self.teachers != "teacher"
         # The fused op weighs the student's and the SL-Ts' KD from the teacher alike.

@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from ...kernels.kd import kd_loss
-from .method import Outputs, Terms, with_terms
+from .method import Now, Outputs, Terms, with_terms
 from .parts.self_learning import SelfLearning
 
 
@@ -22,7 +22,7 @@ class SequentialSLKD(SelfLearning):
     name: Literal["slkd_sequential"] = "slkd_sequential"
     uses_assistants: ClassVar[bool] = True
 
-    def loss(self, out: Outputs, target: Tensor, epoch: float) -> tuple[Tensor, Terms]:
+    def loss(self, out: Outputs, target: Tensor, now: Now) -> tuple[Tensor, Terms]:
         assert out.teacher is not None
         loss, terms = with_terms(
             kd_loss(

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ...kernels.tf_nkd import tf_nkd_loss
 from .ce import labelled
-from .method import Method, Outputs, Terms, with_terms
+from .method import Method, Now, Outputs, Terms, with_terms
 from .parts.labels import unsmoothed
 
 
@@ -27,7 +27,7 @@ class TfNKD(Method):
     def takes_soft_labels(self) -> bool:
         return True
 
-    def loss(self, out: Outputs, target: Tensor, epoch: float) -> tuple[Tensor, Terms]:
+    def loss(self, out: Outputs, target: Tensor, now: Now) -> tuple[Tensor, Terms]:
         soft = target.dim() == 2
         loss, terms = with_terms(
             tf_nkd_loss(

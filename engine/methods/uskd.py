@@ -8,7 +8,7 @@ from torch import Size, Tensor, nn
 
 from ...kernels.uskd import uskd_loss
 from .ce import labelled
-from .method import Method, Networks, Outputs, Points, Role, Terms, stage_names, with_terms
+from .method import Method, Networks, Now, Outputs, Points, Role, Terms, stage_names, with_terms
 from .parts.labels import unsmoothed
 from .parts.target_term import Form, target_loss, target_probability
 
@@ -77,7 +77,7 @@ class USKD(Method):
         (shape,) = networks.shapes["student"].values()
         return WeakHead(shape, networks.classes)
 
-    def loss(self, out: Outputs, target: Tensor, epoch: float) -> tuple[Tensor, Terms]:
+    def loss(self, out: Outputs, target: Tensor, now: Now) -> tuple[Tensor, Terms]:
         soft = target.dim() == 2
         loss, terms = with_terms(
             uskd_loss(

@@ -8,7 +8,7 @@ from pydantic import Field
 from torch import Tensor
 
 from ...kernels.kd import kd_loss
-from .method import Method, Outputs, Terms, with_terms
+from .method import Method, Now, Outputs, Terms, with_terms
 from .parts.labels import from_labels
 
 
@@ -29,7 +29,7 @@ class WSLD(Method):
     ce_weight: float = Field(1.0, ge=0, description="weight of the cross-entropy")
     kd_weight: float = Field(2.25, ge=0, description="weight of the weighted T^2 KL")
 
-    def loss(self, out: Outputs, target: Tensor, epoch: float) -> tuple[Tensor, Terms]:
+    def loss(self, out: Outputs, target: Tensor, now: Now) -> tuple[Tensor, Terms]:
         assert out.teacher is not None
         loss, terms = from_labels(out, target, self.ce_weight)
         kl, _ = with_terms(  # (N,)

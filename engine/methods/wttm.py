@@ -6,7 +6,7 @@ from pydantic import Field
 from torch import Tensor
 
 from ...kernels.wttm import wttm_loss
-from .method import Method, Outputs, Terms, with_terms
+from .method import Method, Now, Outputs, Terms, with_terms
 
 
 class WTTM(Method):
@@ -28,7 +28,7 @@ class WTTM(Method):
     def takes_soft_labels(self) -> bool:
         return True
 
-    def loss(self, out: Outputs, target: Tensor, epoch: float) -> tuple[Tensor, Terms]:
+    def loss(self, out: Outputs, target: Tensor, now: Now) -> tuple[Tensor, Terms]:
         assert out.teacher is not None
         return with_terms(
             wttm_loss(

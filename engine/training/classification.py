@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from functools import partial
 from typing import Any
@@ -15,7 +15,7 @@ from ..data.loaders import make_loader
 from ..data.loaders.ondevice import Mixing
 from ..data.manifest import Manifest
 from ..data.sources import open_source
-from ..methods import Terms
+from ..methods import Now, Terms
 from ..recipe.load import Recipe
 from . import process
 from .build import build
@@ -62,8 +62,8 @@ class Classification:
             self._opened = opened.pop_all()
         self.steps = self.loader.steps
         self.facts: dict[str, Any] = {"loader": self.loader.name}
-        self.mixing = Mixing(data, self.state.classes, run.seed)
-        self._step = step_of(self.networks, self.state)
+        self.mixing = Mixing(data, self.state.classes, batch, run.seed)
+        self._step = step_of(self.networks, self.state, self.mixing)
 
     def close(self) -> None:
         """Ends the loaders."""
@@ -97,14 +97,18 @@ class Classification:
         self.networks.train()
         return self.loader.epoch(epoch, start)
 
-    def step(self, batch: Batch, epoch: int, number: int) -> Terms:
-        """Train on a batch, step `number` of `epoch`, both 0-based: its detached 0-dim terms."""
+    def schedule(self, epoch: int, number: int) -> dict[str, float]:
+        """The numbers of step `number` of `epoch`, both 0-based, beside its learning rate."""
+        of_methods = self.networks.schedule(epoch + number / self.steps)
+        return of_methods | self.mixing.schedule(epoch, number)
+
+    def step(self, batch: Batch) -> Terms:
+        """Train on a batch with the numbers in the state: its detached 0-dim terms."""
         images, target, index = (
             part.to(self.group.device, non_blocking=True)
             for part in (batch.images, batch.target, batch.index)
         )
-        images, target = self.mixing(images, target, epoch, number)
-        return self._step(images, target, index, self.state.done / self.steps)
+        return self._step(self.state.now, images, target, index)
 
     def evaluate(self) -> dict[str, float]:
         """Percent: top1 and top5 of the student; slt0_top1, ema_top1 and so on of the others."""
@@ -128,14 +132,23 @@ def begin(
     return networks, state
 
 
-def step_of(networks: Distiller, state: State) -> Step:
-    """The step that trains a state's networks, with those of all processes."""
-    return Step(
+def step_of(networks: Distiller, state: State, mixing: Mixing) -> Callable[..., Terms]:
+    """The step that trains a state's networks, with those of all processes.
+
+    Takes the step's numbers, and images, labels and row numbers as a loader gives them.
+    """
+    step = Step(
         state.group.wrap(networks),
         list(state.optimizers.values()),
+        state.meters,
         networks.update_averages,
         state.recipe.optim.clip,
     )
+
+    def mixed(now: Now, images: Tensor, target: Tensor, index: Tensor) -> Terms:
+        return step(now, *mixing(now, images, target), index)
+
+    return mixed
 
 
 def open_splits(recipe: Recipe, group: Group) -> tuple[Manifest, Manifest]:

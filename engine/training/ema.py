@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+AVERAGED = "averaged"  # the name of a step's `share`: one for all averages, which begin together
+
 
 class EMA:
     """A copy of a network, `module`, whose parameters are an exponential moving average.
@@ -22,17 +24,20 @@ class EMA:
         self.updates = 0
         self.module = copy.deepcopy(model).eval().requires_grad_(False)
 
-    @torch.no_grad()
-    def update(self, model: nn.Module) -> None:
-        """Take in the weights of `model`, which has the structure of the one at the start."""
+    def share(self) -> float:
+        """What the coming update, which is counted here, takes of the new weights."""
         keep = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        self.updates += 1
+        return 1 - keep
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, share: Tensor) -> None:
+        """Take in `share` (0-dim) of the weights of `model`, of the structure at the start."""
         average: list[Tensor] = list(self.module.parameters())
-        current: list[Tensor] = list(model.parameters())
-        torch._foreach_lerp_(average, current, 1 - keep)
+        torch._foreach_lerp_(average, list(model.parameters()), [share] * len(average))
         buffers = list(self.module.buffers())
         if buffers:
             torch._foreach_copy_(buffers, list(model.buffers()))
-        self.updates += 1
 
     def state_dict(self) -> dict[str, Any]:
         """The averaged weights ("module") and the number of updates ("updates")."""

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..methods import Method, Networks, Outputs, Role, Terms
+from ..methods import Method, Networks, Now, Outputs, Role, Terms
 from ..models import Taps, Until, points, shapes, unreached
 from .compiled import compile_call
 from .ema import EMA
@@ -121,14 +121,9 @@ class Learner(nn.Module):
             out.head = self.head(out, target, index)
         return out
 
-    def loss(self, out: Outputs, target: Tensor, epoch: float) -> tuple[Tensor, Terms]:
+    def loss(self, out: Outputs, target: Tensor, now: Now) -> tuple[Tensor, Terms]:
         """The method's loss and terms for what `forward` gave."""
-        return self.method.loss(replace(out, features=self._features(out, target)), target, epoch)
-
-    def update_average(self) -> None:
-        """Take the student's weights into its average, if there is one."""
-        if self.average is not None:
-            self.average.update(self.deployed)
+        return self.method.loss(replace(out, features=self._features(out, target)), target, now)
 
     def weights(self, whole: bool) -> dict[str, Any]:
         """What a checkpoint holds; the head only where it is `whole` or the method deploys it."""

@@ -13,7 +13,7 @@ from ..run.log import RunLog
 from ..run.resume import starts_again
 from .compiled import Compilations
 from .meters import Clock
-from .optim import lr_at, set_lr
+from .optim import lr_at
 from .ranks import Group
 from .task import Task
 
@@ -74,11 +74,10 @@ class Loop:
         clock = Clock()
         start = state.done % self.epoch_steps
         for batch in clock.count(self.task.epoch(epoch, start)):
-            for optimizer in state.optimizers.values():
-                set_lr(optimizer, self.lr(state.done))
-            terms = self.task.step(batch, epoch, state.done % self.epoch_steps)
+            number = state.done % self.epoch_steps
+            state.begin(self.lr(state.done), self.task.schedule(epoch, number))
+            self.task.step(batch)
             state.done += 1
-            state.meters.add(state.done, terms)
             last = state.done % self.epoch_steps == 0
             if last or state.done % run.log_every == 0:
                 values = state.meters.read()

@@ -28,7 +28,7 @@ class Meters:
         # The first step whose loss was not finite; infinity while there is none.
         self.bad_step = torch.full((), torch.inf, dtype=torch.float64, device=group.device)
 
-    def add(self, step: int, terms: Terms) -> None:
+    def add(self, step: Tensor | float, terms: Terms) -> None:
         """Count one step's 0-dim terms, without waiting for the device."""
         if not self.names:
             self.names = ["steps", *terms]
@@ -36,8 +36,8 @@ class Meters:
             self.epoch = self.epoch.new_zeros(len(self.names))
         loss = terms["loss"].double()
         self.window += torch.stack([torch.ones_like(loss), *(terms[n].double() for n in terms)])
-        now = self.bad_step.clamp(max=float(step))
-        self.bad_step = torch.where(loss.isfinite(), self.bad_step, now)
+        now = self.bad_step.clamp(max=step)
+        self.bad_step.copy_(torch.where(loss.isfinite(), self.bad_step, now))
 
     def gather(self) -> None:
         """Join the processes' windows on the first one. Raises Diverged.

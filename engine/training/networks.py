@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from ..data.loaders.ondevice import Normalise
-from ..methods import Outputs, Terms
+from ..methods import Now, Outputs, Terms
 from ..models import FoldError, Taps, cast_weights, fold_batchnorm, fold_dirac
 from .compiled import compile_all
-from .ema import EMA
+from .ema import AVERAGED, EMA
 from .learner import Learner
 
 MAIN = "main"  # the learner of the recipe's own student
@@ -94,17 +94,20 @@ class Distiller(nn.Module):
         return self
 
     def forward(
-        self, images: Tensor, target: Tensor, index: Tensor, epoch: float
+        self, now: Now, images: Tensor, target: Tensor, index: Tensor
     ) -> tuple[Tensor, Terms]:
         """The loss of all learners together (0-dim), and what `terms` says; see `outputs`.
 
-        The learners share no parameter, so that the sum trains each as if it were alone. `epoch`
-        is 0-based and fractional.
+        The learners share no parameter, so that the sum trains each as if it were alone. `now`
+        has the numbers of `schedule`.
         """
         losses: list[Tensor] = []
         found: Terms = {}
         for name, out in self.outputs(images, target, index).items():
-            loss, terms = self.learners[name].loss(out, target, epoch)
+            own = self.learners[name].method.schedule(0)
+            loss, terms = self.learners[name].loss(
+                out, target, {short: now[f"{prefix(name)}{short}"] for short in own}
+            )
             terms = {"loss": loss.detach(), **terms}
             if losses:
                 del terms["rows"]  # the main learner's rows are everybody's
@@ -180,10 +183,19 @@ class Distiller(nn.Module):
         """The students' averages."""
         return [one.average for one in self.learners.values() if one.average is not None]
 
-    def update_averages(self) -> None:
+    def schedule(self, epoch: float) -> dict[str, float]:
+        """The numbers of each method at `epoch`, 0-based and fractional, by name."""
+        return {
+            f"{prefix(name)}{short}": value
+            for name, learner in self.learners.items()
+            for short, value in learner.method.schedule(epoch).items()
+        }
+
+    def update_averages(self, now: Now) -> None:
         """Take the students' weights into their averages."""
         for learner in self.learners.values():
-            learner.update_average()
+            if learner.average is not None:
+                learner.average.update(learner.deployed, now[AVERAGED])
 
     def weights(self, whole: bool) -> dict[str, Any]:
         """What a checkpoint holds of the networks; `whole`: all that a resumed run needs."""

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
 
 from ..recipe.schema import Optim
@@ -98,10 +98,17 @@ def lr_at(optim: Optim, epochs: int, epoch: float) -> float:
     return rate
 
 
-def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+def set_lr(optimizer: torch.optim.Optimizer, lr: float | Tensor) -> None:
     """Give every parameter group of `optimizer` the learning rate `lr`."""
     for group in optimizer.param_groups:
         group["lr"] = lr
+
+
+def saved(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Its state for a checkpoint, with rates as numbers."""
+    state = optimizer.state_dict()
+    groups = [group | {"lr": float(group["lr"])} for group in state["param_groups"]]
+    return state | {"param_groups": groups}
 
 
 def clip_gradients(optimizer: torch.optim.Optimizer, norm: float) -> None:

@@ -13,9 +13,11 @@ from torch.optim import Optimizer
 from ..recipe.load import AnyRecipe
 from ..run import checkpoint, resume
 from . import process
-from .ema import EMA
+from .ema import AVERAGED, EMA
 from .meters import Diverged, Meters
+from .optim import saved, set_lr
 from .ranks import Group
+from .scalars import Scalars
 
 
 class Networks(Protocol):
@@ -55,10 +57,20 @@ class State:
         self.recipe, self.group, self.classes = recipe, group, classes
         self.networks, self.optimizers = networks, optimizers
         self.meters = Meters(group)
+        self.now = Scalars(group.device)  # of the step at hand
         self.done = 0  # finished steps
         self.results: dict[str, dict[str, float]] = {}  # the best and the last evaluation
         self.sources = {**sources, "teacher's weights": networks.teacher_digest}
         self.machine = resume.machine(group.world, group.device.type)
+
+    def begin(self, lr: float, others: Mapping[str, float]) -> None:
+        """Give the coming step its numbers."""
+        numbers = {"step": self.done + 1, "lr": lr, **others}
+        for average in self.networks.averages():
+            numbers[AVERAGED] = average.share()
+        self.now.write(numbers)
+        for optimizer in self.optimizers.values():
+            set_lr(optimizer, self.now.rate("lr"))
 
     def average_batchnorm(self) -> None:
         """Give all processes the same running statistics, before anything reads them."""
@@ -79,7 +91,7 @@ class State:
         state = self.networks.weights(whole=not best)
         if not best:
             state |= {
-                "optimizers": {k: o.state_dict() for k, o in self.optimizers.items()},
+                "optimizers": {k: saved(o) for k, o in self.optimizers.items()},
                 "meters": self.meters.state_dict(),
                 "rng": self.group.all(process.capture()),
             }

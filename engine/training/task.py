@@ -24,8 +24,11 @@ class Task(Protocol):
     def epoch(self, epoch: int, start: int) -> Iterator[Any]:
         """The batches of an epoch from step `start`; the networks are in training mode."""
 
-    def step(self, batch: Any, epoch: int, number: int) -> Terms:
-        """Train on a batch, step `number` of `epoch`, both 0-based: its detached 0-dim terms."""
+    def schedule(self, epoch: int, number: int) -> dict[str, float]:
+        """The numbers of step `number` of `epoch`, both 0-based, beside its learning rate."""
+
+    def step(self, batch: Any) -> Terms:
+        """Train on a batch with the numbers in the state: its detached 0-dim terms."""
 
     def evaluate(self) -> dict[str, float]:
         """Percent, by name, of all networks that are evaluated; {} where there is no set for it."""

@@ -3,10 +3,10 @@
 import torch
 import torch.nn.functional as F
 from sklearn.datasets import load_digits
+from steps import step_with
 from tiny import tiny
 
 from kdfuse.engine.training.build import build
-from kdfuse.engine.training.step import Step
 
 CLASSES, IMAGES = 10, 64
 
@@ -26,14 +26,14 @@ def made(method, student="resnet8", teacher="resnet14", size=16, **sections):
     recipe = tiny(None, method, data=data, **networks, **sections)
     torch.manual_seed(0)
     distiller = build(recipe, CLASSES, torch.device("cpu"), digits(size)[1])
-    distiller.prepare(recipe.run.compile)
+    distiller.prepare(recipe.run.compiled)
     return recipe, distiller.train()
 
 
 def losses(distiller, term, steps=20, lr=0.02, epoch=0.0):
     """One term after each step on the same batch; every parameter must get a gradient."""
     optimizer = torch.optim.SGD(distiller.parameters(), lr=lr, momentum=0.9)
-    step, batch = Step(distiller, [optimizer]), digits()
-    found = [float(step(*batch, epoch)[term]) for _ in range(steps)]
+    step, batch = step_with(optimizer, distiller, epoch), digits()
+    found = [float(step(*batch)[term]) for _ in range(steps)]
     assert all(p.grad is not None and p.grad.isfinite().all() for p in distiller.parameters())
     return found

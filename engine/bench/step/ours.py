@@ -13,7 +13,7 @@ from ...data.loaders.ondevice import Mixing
 from ...methods import Outputs, Terms
 from ...recipe.load import Recipe
 from ...training.classification import begin, step_of
-from ...training.optim import lr_at, set_lr
+from ...training.optim import lr_at
 from ...training.ranks import Group
 from .cases import Case
 
@@ -58,21 +58,23 @@ class Step:
             Batch(pixels[at : at + size], target[at : at + size], index[at : at + size], size)
             for at in range(0, len(target), size)
         )
-        self.mixing = Mixing(recipe.data, case.classes, recipe.run.seed)
-        self.step = step_of(self.networks, self.state)
+        self.mixing = Mixing(recipe.data, case.classes, size, recipe.run.seed)
+        self.step = step_of(self.networks, self.state, self.mixing)
         self.epoch = middle(recipe)
         self.networks.train()
 
     def __call__(self) -> Terms:
         """As Loop.train_epoch and Classification.step."""
         batch, state = next(self.batches), self.state
-        for optimizer in state.optimizers.values():
-            set_lr(optimizer, lr_at(self.recipe.optim, self.recipe.run.epochs, self.epoch))
-        mixed = self.mixing(batch.images, batch.target, int(self.epoch), state.done)
-        terms = self.step(*mixed, batch.index, self.epoch)
+        state.begin(lr_at(self.recipe.optim, self.recipe.run.epochs, self.epoch), self.schedule())
+        terms = self.step(state.now, batch.images, batch.target, batch.index)
         state.done += 1
-        state.meters.add(state.done, terms)
         return terms
+
+    def schedule(self) -> dict[str, float]:
+        """The step's numbers, as of Classification."""
+        of_methods = self.networks.schedule(self.epoch)
+        return of_methods | self.mixing.schedule(int(self.epoch), self.state.done)
 
 
 class Forward:
@@ -107,7 +109,9 @@ def loss_of(step: Step, case: Case) -> Callable[[], None] | None:
     if case.recipe.assistants or learner.method.uses_average:
         return None
     batch = next(step.batches)
-    _, target = step.mixing(batch.images, batch.target, int(step.epoch), 0)
+    step.state.begin(0.0, step.schedule())
+    now = dict(step.state.now)
+    _, target = step.mixing(now, batch.images, batch.target)
     dtype = torch.bfloat16 if case.recipe.run.amp == "bf16" else torch.float32
 
     def logits(trained: bool) -> Tensor:
@@ -120,7 +124,7 @@ def loss_of(step: Step, case: Case) -> Callable[[], None] | None:
     trained = [out.student, *out.slts]
 
     def once() -> None:
-        loss, _ = learner.loss(out, target, step.epoch)
+        loss, _ = learner.loss(out, target, now)
         torch.autograd.grad(loss, trained, allow_unused=True)
 
     return once

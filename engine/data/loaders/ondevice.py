@@ -8,6 +8,7 @@ every process draws the same. The partners are within each process's own batch.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +20,7 @@ from ...recipe.data import Data
 from ...recipe.schema import Normalize
 from ..plan import MIX, Plan, key, uniforms
 
+BOX = ("top", "left", "bottom", "right")
 DRAWS = 6  # which of the two, lambda (2), shift, the box's centre (2)
 
 
@@ -55,31 +57,46 @@ class Mix:
 class Mixing:
     """Mixes the batches of a run as its recipe says; with all of it off they stay as they are."""
 
-    def __init__(self, data: Data, classes: int, seed: int) -> None:
-        self.data, self.classes, self.seed = data, classes, seed
+    def __init__(self, data: Data, classes: int, batch: int, seed: int) -> None:
+        """`batch`: images of a process. Raises ValueError for one, which has no partner."""
+        self.data, self.classes, self.batch, self.seed = data, classes, batch, seed
+        self.mixes = data.mixup > 0 or data.cutmix > 0
+        if self.mixes and batch < 2:
+            raise ValueError(
+                f"data.mixup={data.mixup}, data.cutmix={data.cutmix}: run.batch leaves a "
+                "process a single image, which has no partner; raise it or set both to 0"
+            )
+
+    def schedule(self, epoch: int, step: int) -> dict[str, float]:
+        """The numbers of a step of an epoch, both 0-based: lambda, and what CutMix pastes."""
+        if not self.mixes:
+            return {}
+        return numbers(draw(self.data, self.batch, self.seed, epoch, step), self.data)
 
     def __call__(
-        self, images: Tensor, target: Tensor, epoch: int, step: int
+        self, now: Mapping[str, Tensor], images: Tensor, target: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Images (B, 3, H, W) and labels of a step of an epoch, both 0-based.
+        """Images (B, 3, H, W) and labels with the numbers of `schedule`.
 
         Takes uint8 images and (B,) int64 labels and leaves them as they are. Gives uint8 images,
-        or after mixup float32 ones of 0..255; and the labels as they were, or (B, C) float32 class
-        probabilities. Waits for no device. Raises ValueError for one image, which has no partner.
+        or where mixup may be drawn float32 ones of 0..255; and the labels as they were, or (B, C)
+        float32 class probabilities. Waits for no device.
         """
-        data = self.data
-        if not data.softening:
+        if not self.data.softening:
             return images, target
-        mix = None
-        if data.mixup or data.cutmix:
-            if len(images) < 2:
-                raise ValueError(
-                    f"data.mixup={data.mixup}, data.cutmix={data.cutmix}: run.batch leaves a "
-                    "process a single image, which has no partner; raise it or set both to 0"
-                )
-            mix = draw(data, len(images), self.seed, epoch, step)
-            images = mix_images(images, mix)
-        return images, soft_labels(target, self.classes, mix, data.smoothing)
+        soft = soft_labels(target, self.classes, now if self.mixes else None, self.data.smoothing)
+        return mix_images(images, now) if self.mixes else images, soft
+
+
+def numbers(mix: Mix, data: Data) -> dict[str, float]:
+    """A mix as the numbers of a step, of the same names in all steps of a run."""
+    found = {"own": mix.own, "others": 1 - mix.own, "shift": mix.shift}
+    if data.cutmix:
+        found |= dict(zip(BOX, mix.box or (0, 0, data.size, data.size), strict=True))
+    if data.cutmix and data.mixup:  # in the box, which mixup has all over the image
+        found["kept"] = 0.0 if mix.box else mix.own
+        found["pasted"] = 1 - found["kept"]
+    return found
 
 
 def draw(data: Data, batch: int, seed: int, epoch: int, step: int) -> Mix:
@@ -115,32 +132,45 @@ def symmetric_beta(alpha: float, u: float, v: float) -> float:
     return min(max(found, 0.0), 1.0)  # rounding may lead past the ends
 
 
-def mix_images(images: Tensor, mix: Mix) -> Tensor:
+def partners(rows: int, now: Mapping[str, Tensor]) -> Tensor:
+    """(B,) int64: whom each row of a batch of so many is mixed with."""
+    return (torch.arange(rows, device=now["shift"].device) + now["shift"]).long() % rows
+
+
+def mean(own: Tensor, share: Tensor, others: Tensor, rest: Tensor) -> Tensor:
+    """share * own + rest * others, float32, the last product not rounded."""
+    return torch.addcmul(own * share, others.to(torch.float32), rest)
+
+
+def mix_images(images: Tensor, now: Mapping[str, Tensor]) -> Tensor:
     """Images (B, 3, H, W) mixed with their partners', in the layout that they have.
 
     Mixup (Zhang et al., ICLR 2018, "mixup") gives float32: the mean is not rounded, so that it
     equals the mean of the normalised images.
     """
-    partners = torch.cat([images[mix.shift :], images[: mix.shift]])
-    if mix.box is None:
-        own = images.to(torch.float32, copy=True)
-        return own.mul_(mix.own).add_(partners, alpha=1 - mix.own)
-    top, left, bottom, right = mix.box
-    out = images.clone()
-    out[..., top:bottom, left:right] = partners[..., top:bottom, left:right]
-    return out
+    last = images.permute(0, 2, 3, 1)  # what is stored so is moved so
+    others = last[partners(len(images), now)]
+    if "top" not in now:
+        return mean(last, now["own"], others, now["others"]).permute(0, 3, 1, 2)
+    y, x = (torch.arange(side, device=images.device) for side in images.shape[2:])
+    rows = (y >= now["top"]) & (y < now["bottom"])
+    box = rows[:, None] & (x >= now["left"]) & (x < now["right"])
+    if "kept" in now:
+        others = mean(last, now["kept"], others, now["pasted"])
+    return torch.where(box[..., None], others, last).permute(0, 3, 1, 2)
 
 
-def soft_labels(target: Tensor, classes: int, mix: Mix | None, smoothing: float) -> Tensor:
+def soft_labels(
+    target: Tensor, classes: int, now: Mapping[str, Tensor] | None, smoothing: float
+) -> Tensor:
     """(B, C) float32 class probabilities of labels (B,): mixed as the images are, then smoothed.
 
     Smoothing s leaves (1 - s) of them and gives s / C to every class, as
     torch.nn.CrossEntropyLoss(label_smoothing=s) does.
     """
     soft = (target[:, None] == torch.arange(classes, device=target.device)).to(torch.float32)
-    if mix is not None:
-        partners = torch.cat([soft[mix.shift :], soft[: mix.shift]])
-        soft = soft.mul_(mix.own).add_(partners, alpha=1 - mix.own)
+    if now is not None:
+        soft = mean(soft, now["own"], soft[partners(len(soft), now)], now["others"])
     return soft.mul_(1 - smoothing).add_(smoothing / classes)
 
 

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from ....kernels.kd import kd_loss
-from ..method import Method, Outputs, Points, Role, Terms, stage_names, with_terms
+from ..method import Method, Now, Outputs, Points, Role, Terms, stage_names, with_terms
 
 Names = Annotated[tuple[str, ...], Field(strict=False, min_length=1)]
 
@@ -62,11 +62,7 @@ class FeatureMethod(Method):
         student = [value.float() for value in out.student_taps.values()]
         return list(zip(student, teacher, strict=True))
 
-    def share(self, epoch: float) -> float:
-        """The share of the feature loss in an epoch, for methods that warm up."""
-        return 1.0
-
-    def loss(self, out: Outputs, target: Tensor, epoch: float) -> tuple[Tensor, Terms]:
+    def loss(self, out: Outputs, target: Tensor, now: Now) -> tuple[Tensor, Terms]:
         assert out.teacher is not None
         logits, terms = with_terms(
             kd_loss(
@@ -79,7 +75,7 @@ class FeatureMethod(Method):
                 return_terms=True,
             )
         )
-        weight = self.share(epoch) * self.feature_weight
+        weight = now.get("share", 1.0) * self.feature_weight
         total = logits
         for value in out.features.values():
             total = total + weight * value

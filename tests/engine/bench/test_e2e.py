@@ -114,9 +114,9 @@ def test_the_step_sees_the_images_of_the_loader(sides):
     both, seen = sides["both"], []
     step = both.step.step
 
-    def record(images, target, index, epoch):
+    def record(now, images, target, index):
         seen.append((images.clone(), index.clone()))
-        return step(images, target, index, epoch)
+        return step(now, images, target, index)
 
     both.step.step = record
     try:

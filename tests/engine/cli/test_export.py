@@ -103,7 +103,7 @@ def test_a_runs_result_is_a_teacher_of_another(runs, tmp_path):
         run={"epochs": 1},
     )
     distiller = build(recipe, 10, CPU, torch.zeros(8, dtype=torch.int64))
-    distiller.prepare(compile=False)
+    distiller.prepare(())
     distiller.eval()
     target = torch.zeros(3, dtype=torch.int64)
     out = distiller.outputs(images(), target, target)["main"]

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from steps import loss_of, tensors
 from tiny import tiny
 
 from kdfuse.engine.data.loaders.ondevice import (
@@ -18,6 +19,7 @@ from kdfuse.engine.data.loaders.ondevice import (
     crop,
     draw,
     mix_images,
+    numbers,
     resized_crop,
     soft_labels,
     symmetric_beta,
@@ -189,14 +191,22 @@ def test_a_box_is_a_square_cut_off_by_the_image_and_lambda_is_what_it_leaves():
 # --- What it makes -------------------------------------------------------------------------------
 
 
+def numbered(mix, both=False):
+    """A mix as a step gets it, of a run that draws mixup or CutMix, or `both`."""
+    cut, up = (float(both or (mix.box is not None) == which) for which in (True, False))
+    return tensors(numbers(mix, data(cutmix=cut, mixup=up)))
+
+
+@pytest.mark.parametrize("both", [False, True])
 @pytest.mark.parametrize("mix", [Mix(0.3, 2, None), Mix(1 - 12 / 256, 5, (3, 10, 7, 13))])
-def test_images_and_labels_by_loops(mix):
+def test_images_and_labels_by_loops(mix, both):
     images, target = pictures(), torch.tensor([0, 3, 0, 2, 4, 2])
     kept = images.clone()
-    made, soft = mix_images(images, mix), soft_labels(target, C, mix, 0.2)
+    now = numbered(mix, both)
+    made, soft = mix_images(images, now), soft_labels(target, C, now, 0.2)
     assert torch.equal(images, kept)
     assert made.is_contiguous(memory_format=torch.channels_last)
-    assert made.dtype == (torch.float32 if mix.box is None else torch.uint8)
+    assert made.dtype == (torch.float32 if both or mix.box is None else torch.uint8)
     wanted, labels = images.double(), torch.full((B, C), 0.2 / C, dtype=torch.float64)
     for i in range(B):
         partner = (i + mix.shift) % B
@@ -221,9 +231,9 @@ def test_mixing_and_normalising_commute(mix, channels_last):
     for statistics in (IMAGENET, Normalize(mean=(0.1, 0.9, 0.5), std=(0.5, 0.1, 1.0))):
         normalise = Normalise(statistics, channels_last)
         normalised = normalise(images)
-        after = mix_images(normalised, mix)
+        after = mix_images(normalised, numbered(mix))
         assert torch.equal(normalised, normalise(images))
-        before = normalise(mix_images(images, mix))
+        before = normalise(mix_images(images, numbered(mix)))
         torch.testing.assert_close(before, after, rtol=1e-5, atol=1e-5)
 
 
@@ -237,9 +247,9 @@ def test_normalise_leaves_float_images_to_the_next_network():
 
 def test_off_is_the_batch_itself_and_smoothing_alone_leaves_the_images():
     images, target = pictures(), torch.arange(B) % C
-    out = Mixing(data(), C, seed=0)(images, target, 0, 0)
+    out = Mixing(data(), C, B, seed=0)({}, images, target)
     assert out[0] is images and out[1] is target
-    made, soft = Mixing(data(smoothing=0.1), C, seed=0)(images, target, 0, 0)
+    made, soft = Mixing(data(smoothing=0.1), C, B, seed=0)({}, images, target)
     assert made is images
     logits = torch.randn(B, C, generator=torch.Generator().manual_seed(0))
     wanted = torch.nn.CrossEntropyLoss(label_smoothing=0.1)(logits, target)
@@ -247,18 +257,18 @@ def test_off_is_the_batch_itself_and_smoothing_alone_leaves_the_images():
 
 
 def test_images_and_labels_of_a_step_have_the_same_partners():
-    mixing = Mixing(data(cutmix=1.0, mixup=1.0), C, seed=0)
+    mixing = Mixing(data(cutmix=1.0, mixup=1.0), C, B, seed=0)
     target = torch.arange(B) % C
     images = target.to(torch.uint8)[:, None, None, None].expand(B, 3, SIZE, SIZE).contiguous()
     for step in range(8):
-        made, soft = mixing(images, target, 2, step)
+        made, soft = mixing(tensors(mixing.schedule(2, step)), images, target)
         expected = (soft * torch.arange(C)).sum(1)  # the mean class, as the images show it
         torch.testing.assert_close(made.float().mean((1, 2, 3)), expected)
 
 
 def test_one_image_has_no_partner():
     with pytest.raises(ValueError, match=r"data.mixup=0.8.*single image.*raise it"):
-        Mixing(data(mixup=0.8), C, seed=0)(pictures(1), torch.zeros(1, dtype=torch.int64), 0, 0)
+        Mixing(data(mixup=0.8), C, 1, seed=0)
 
 
 # --- What the methods make of it -----------------------------------------------------------------
@@ -360,9 +370,9 @@ def uskd(z, weak):
 def test_losses_of_mixed_and_smoothed_labels(options, formula):
     out = Outputs(student=logits(0), teacher=logits(1).detach(), head={"weak": logits(2)})
     method = METHODS[options["name"]].model_validate(options)
-    target = soft_labels(TARGET, C, Mix(SHARE, 1, None), SMOOTH)
+    target = soft_labels(TARGET, C, numbered(Mix(SHARE, 1, None)), SMOOTH)
     torch.testing.assert_close(target.double(), labels(), rtol=1e-6, atol=1e-7)
-    loss, terms = method.loss(out, target, 0.0)
+    loss, terms = loss_of(method, out, target)
     expected = formula(out)
     torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-6)
     wrt = [out.student, *([out.head["weak"]] if options["name"] == "uskd" else [])]
@@ -385,7 +395,7 @@ def test_probabilities_of_one_class_are_that_label(name, dtype):
     out.features = method.features(out, TARGET)
     found = []
     for target in (TARGET, soft_labels(TARGET, C, None, 0.0)):
-        loss, terms = method.loss(out, target, 0.0)
+        loss, terms = loss_of(method, out, target)
         assert loss.dtype == torch.float32
         (gradient,) = torch.autograd.grad(loss, student, retain_graph=True)
         found.append({"loss": loss.detach(), "gradient": gradient, **terms})
@@ -395,7 +405,7 @@ def test_probabilities_of_one_class_are_that_label(name, dtype):
 
 
 def test_smoothing_is_found_in_the_labels_and_taken_out():
-    mix = Mix(0.7, 1, None)
+    mix = numbered(Mix(0.7, 1, None))
     plain = soft_labels(TARGET, C, mix, 0.0)
     assert torch.equal(unsmoothed(plain), plain)
     found = unsmoothed(soft_labels(TARGET, C, mix, 0.3))

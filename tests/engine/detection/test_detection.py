@@ -347,7 +347,7 @@ def test_loss_is_the_detectors_own_and_the_methods_on_the_students_rois(method, 
 
     heads.box_predictor.register_forward_hook(keep)
     torch.manual_seed(1)
-    loss, terms = distiller(images, targets)
+    loss, terms = distiller({}, images, targets)
     loss.backward()
     names = {"classifier": "loss_classifier", "box": "loss_box_reg"}
     names |= {"objectness": "loss_objectness", "rpn_box": "loss_rpn_box_reg"}
@@ -391,7 +391,7 @@ def test_training_lowers_the_loss(data):
         optimizer = torch.optim.SGD(distiller.parameters(), lr=0.003, momentum=0.9)
         losses = []
         for _ in range(12):
-            loss, _ = distiller(images, targets)
+            loss, _ = distiller({}, images, targets)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

@@ -100,7 +100,7 @@ def test_bfloat16_gives_the_loss_of_float32_to_its_digits(coco_root):  # noqa: F
         student, teacher = create(STUDENT, data, 2), create(Detector(**SMALL), data, 2)
         distiller = DetectionDistiller(NKD(), student, teacher, amp=amp).train()
         torch.manual_seed(1)
-        loss, _ = distiller(images, targets)
+        loss, _ = distiller({}, images, targets)
         assert loss.dtype == torch.float32
         loss.backward()
         assert all(p.grad.isfinite().all() for p in student.parameters() if p.requires_grad)

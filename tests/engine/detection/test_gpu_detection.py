@@ -30,12 +30,12 @@ def test_compiled_backbones_give_the_losses_of_eager_ones(amp, data):  # noqa: F
             for frozen in distiller._teachers:
                 frozen.cuda()
             if compile:
-                distiller.prepare()
+                distiller.prepare(("student", "teacher"))
             for wider in (0, 40):
                 torch.manual_seed(1)
                 given = [nn.functional.pad(image, (0, wider)).cuda() for image in images]
                 boxes = [{k: v.cuda() for k, v in target.items()} for target in targets]
-                loss, _ = distiller(given, boxes)
+                loss, _ = distiller({}, given, boxes)
                 loss.backward()
                 found[compile, wider] = loss.item()
     for wider in (0, 40):

@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 import torch
+from steps import begun_step
 from tiny import tiny
 
 from kdfuse.engine.cli.export import export
@@ -14,7 +15,7 @@ from kdfuse.engine.models import create, plain
 from kdfuse.engine.run.checkpoint import load
 from kdfuse.engine.run.past import checkpoints_of, recipe_of
 from kdfuse.engine.training.build import build
-from kdfuse.engine.training.classification import begin, step_of
+from kdfuse.engine.training.classification import begin
 from kdfuse.engine.training.ranks import join
 from kdfuse.engine.training.start import train
 
@@ -94,11 +95,11 @@ def test_twenty_steps_lower_its_own_loss(name, folder):
     batch = next(iter(loader.epoch(0)))
     loader.close()
     distiller.train()
-    step = step_of(distiller, state)
+    step = begun_step(distiller, state, 100.0)
     losses = []
     for _ in range(20):
         # Well behind every warm-up, so that the weights of the terms stay what they are.
-        terms = step(batch.images, batch.target, batch.index, 100.0)
+        terms = step(batch.images, batch.target, batch.index)
         losses.append(terms["loss"].item())
     assert all(torch.isfinite(torch.tensor(losses)))
     assert sum(losses[-3:]) < sum(losses[:3])  # measured: 0.88 of it at most

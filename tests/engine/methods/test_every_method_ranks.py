@@ -3,11 +3,12 @@
 import pytest
 import torch
 from processes import together
+from steps import begun_step
 from test_every_method import NARROW, images, recipe_for
 
 from kdfuse.engine.methods import METHODS
 from kdfuse.engine.models import plain
-from kdfuse.engine.training.classification import begin, step_of
+from kdfuse.engine.training.classification import begin
 from kdfuse.engine.training.ranks import join
 
 pytestmark = pytest.mark.slow(25)
@@ -18,11 +19,11 @@ def two_steps(name, group, folder):
     recipe = recipe_for(name, folder)
     labels = torch.arange(64) % 10
     distiller, state = begin(recipe, group, 10, labels, {})
-    step = step_of(distiller.train(), state)
+    step = begun_step(distiller.train(), state, 1.0)
     for number in range(2):
         index = torch.arange(8) + 16 * number + 8 * group.rank
         given = images(recipe, 8, seed=2 * number + group.rank)
-        terms = step(given, labels[index], index, 1.0)
+        terms = step(given, labels[index], index)
         assert terms["loss"].isfinite()
     weights = torch.cat([p.detach().flatten() for p in distiller.parameters()])
     other = group.all(weights)[1 - group.rank]

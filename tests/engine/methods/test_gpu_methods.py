@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from steps import begun_step
 
 pytest.importorskip("pydantic")
 pytest.importorskip("torchvision")
@@ -12,7 +13,7 @@ from test_every_method import recipe_for
 
 from kdfuse.engine.methods import METHODS
 from kdfuse.engine.recipe.load import Recipe
-from kdfuse.engine.training.classification import begin, step_of
+from kdfuse.engine.training.classification import begin
 from kdfuse.engine.training.process import settings
 from kdfuse.engine.training.ranks import join
 from kdfuse.engine.training.speed import EXACT
@@ -34,14 +35,14 @@ def test_steps_wait_for_nothing_and_lower_the_loss(name, amp, tmp_path):
     labels = torch.arange(16) % 10
     with settings(recipe.run):
         distiller, state = begin(recipe, join("cuda"), 10, labels, {})
-        step = step_of(distiller.train(), state)
+        step = begun_step(distiller.train(), state, 100.0)
         source = torch.Generator().manual_seed(0)
         images = torch.randint(0, 256, (16, 3, 16, 16), dtype=torch.uint8, generator=source).cuda()
         target, index = labels.cuda(), torch.arange(16).cuda()
-        losses = [step(images, target, index, 100.0)["loss"]]  # sets up what is set up once
+        losses = [step(images, target, index)["loss"]]  # sets up what is set up once
         try:
             torch.cuda.set_sync_debug_mode("default" if name in WAITS else "error")
-            losses += [step(images, target, index, 100.0)["loss"] for _ in range(19)]
+            losses += [step(images, target, index)["loss"] for _ in range(19)]
         finally:
             torch.cuda.set_sync_debug_mode("default")
     values = torch.stack(losses).tolist()
@@ -57,10 +58,10 @@ def test_two_runs_end_with_the_same_weights(name, tmp_path):
         with settings(recipe.run):
             labels = torch.arange(16) % 10
             distiller, state = begin(recipe, join("cuda"), 10, labels, {})
-            step = step_of(distiller.train(), state)
+            step = begun_step(distiller.train(), state, 1.0)
             source = torch.Generator().manual_seed(0)
             images = torch.randint(0, 256, (16, 3, 16, 16), dtype=torch.uint8, generator=source)
             for _ in range(3):
-                step(images.cuda(), labels.cuda(), torch.arange(16).cuda(), 1.0)
+                step(images.cuda(), labels.cuda(), torch.arange(16).cuda())
             found.append(torch.cat([p.flatten() for p in distiller.parameters()]).cpu())
     assert torch.equal(*found)

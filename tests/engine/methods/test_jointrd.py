@@ -6,11 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from pydantic import ValidationError
+from steps import loss_of, step_with
 from tiny import tiny
 
 from kdfuse.engine.methods import METHODS
 from kdfuse.engine.training.build import build
-from kdfuse.engine.training.step import Step
 
 N, C = 4, 10
 CPU = torch.device("cpu")
@@ -38,7 +38,7 @@ def made(name="jointrd", **options):
             if isinstance(norm, torch.nn.BatchNorm2d):
                 norm.running_mean.uniform_(-0.1, 0.1)
                 norm.running_var.uniform_(0.5, 1.5)
-    distiller.prepare(compile=False)
+    distiller.prepare(())
     return distiller
 
 
@@ -63,7 +63,7 @@ def test_the_full_loss_is_the_mean_of_four_paths(epoch):
     distiller.train()
     out = distiller.outputs(*batch())["main"]
     target = batch()[1]
-    loss, terms = distiller.main.loss(out, target, epoch)
+    loss, terms = loss_of(distiller.main, out, target, epoch)
     whole = math.floor(epoch)
     m = 0.25 + 0.75 * (1 + math.cos(math.pi * min(whole, 60) / 60)) / 2
     features, logits = manual(distiller.main.student, distiller)
@@ -112,7 +112,7 @@ def test_features_are_margin_distances_to_the_teachers_last(name):
     distiller.train()
     out = distiller.outputs(*batch())["main"]
     target = batch()[1]
-    loss, terms = distiller.main.loss(out, target, 100.0)
+    loss, terms = loss_of(distiller.main, out, target, 100.0)
     taps = out.slt_taps[0] if name == "jointrd_joint" else out.teacher_taps
     wanted = taps["stage4.pre"].detach()
     margin = out.head["margin"].expand_as(wanted)
@@ -142,7 +142,7 @@ def test_the_co_trained_teacher_learns_from_its_own_labels_alone():
     out = distiller.outputs(*batch())["main"]
     guide, student = distiller.main.slts[0], distiller.main.student
     assert guide.training and all(p.requires_grad for p in guide.parameters())
-    loss, terms = distiller.main.loss(out, batch()[1], 0.0)
+    loss, terms = loss_of(distiller.main, out, batch()[1])
     own = torch.autograd.grad(
         F.cross_entropy(out.slts[0], batch()[1]), list(guide.parameters()), retain_graph=True
     )
@@ -171,7 +171,7 @@ def test_its_paths_use_the_running_statistics():
 def test_paths_may_learn_from_the_teachers_logits():
     distiller = made(paths="kd", kd_weight=0.7, temperature=2.0, decay_epochs=0)
     out = distiller.outputs(*batch())["main"]
-    loss, terms = distiller.main.loss(out, batch()[1], 0.0)
+    loss, terms = loss_of(distiller.main, out, batch()[1])
     p = F.softmax(out.teacher / 2, 1)
     for i in (1, 2, 3):
         z = out.head[f"logits{i}"]
@@ -188,8 +188,8 @@ def test_compiled_paths_are_the_same():
             distiller.main.head.compile(backend="aot_eager")
         distiller.train()
         optimizer = torch.optim.SGD(distiller.parameters(), lr=0.01)
-        step = Step(distiller, [optimizer])
-        losses[compiled] = [step(*batch(), 0.0)["loss"].item() for _ in range(2)]
+        step = step_with(optimizer, distiller)
+        losses[compiled] = [step(*batch())["loss"].item() for _ in range(2)]
     assert losses[True] == pytest.approx(losses[False], rel=1e-4)
 
 

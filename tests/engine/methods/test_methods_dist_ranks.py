@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from processes import together
+from steps import loss_of
 
 from kdfuse.engine.methods import METHODS, Outputs
 from kdfuse.engine.training.ranks import join
@@ -20,7 +21,7 @@ def losses_of(rows, gather):
     out = Outputs(student=x[rows] @ weight, teacher=teacher[rows])
     method = METHODS["dist"](temperature=2.0, gather=gather)
     out.features = method.features(out, target)
-    loss, terms = method.loss(out, target, 0.0)
+    loss, terms = loss_of(method, out, target)
     loss.backward()
     return {"gradient": weight.grad, "inter": terms["inter"], "intra": terms["intra"]}
 

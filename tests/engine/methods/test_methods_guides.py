@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from pydantic import ValidationError
+from steps import loss_of
 
 from kdfuse.engine.methods import METHODS, Outputs
 from kdfuse.engine.methods.parts.self_learning import SelfLearning
@@ -58,7 +59,7 @@ def test_terms_and_types_for_bf16_logits(name, out, target):
         slts=[z.detach().bfloat16() for z in out.slts],
         assistants=[z.bfloat16() for z in out.assistants],
     )
-    loss, terms = METHODS[name]().loss(half, target, 0.0)
+    loss, terms = loss_of(METHODS[name](), half, target)
     assert loss.dtype == torch.float32 and loss.shape == ()
     assert all(value.shape == () and not value.requires_grad for value in terms.values())
     student = half.student.float()
@@ -90,21 +91,21 @@ def from_slts(out, target, slts, detach=True):
 @pytest.mark.parametrize("detach", [True, False])
 def test_slkd_from_the_slts_alone(out, target, detach):
     method = METHODS["slkd"](teachers="slts", detach_slts=detach, **SLKD, **FUSED)
-    loss, terms = method.loss(out, target, 0.0)
+    loss, terms = loss_of(method, out, target)
     expected = from_slts(out, target, out.slts, detach) + slts_own(out, target)
     same(loss, expected, [out.student, *out.slts])
-    both = METHODS["slkd"](**SLKD, **FUSED).loss(out, target, 0.0)[1]
+    both = loss_of(METHODS["slkd"](**SLKD, **FUSED), out, target)[1]
     assert terms.keys() == both.keys()
     for name, value in both.items():
         close(terms[name], value)
 
 
 def test_slkd_from_the_teacher_alone_is_kd_beside_the_slts(out, target):
-    loss, _ = METHODS["slkd"](teachers="teacher", **SLKD).loss(out, target, 0.0)
+    loss, _ = loss_of(METHODS["slkd"](teachers="teacher", **SLKD), out, target)
     same(loss, from_teacher(out, target) + slts_own(out, target), [out.student, *out.slts])
     none = METHODS["slkd"](fused_ce_weight=0.0, fused_kd_weight=0.0, **SLKD)
-    same(loss, none.loss(out, target, 0.0)[0], [out.student, *out.slts])
-    kd, _ = METHODS["kd"](**SLKD).loss(out, target, 0.0)
+    same(loss, loss_of(none, out, target)[0], [out.student, *out.slts])
+    kd, _ = loss_of(METHODS["kd"](**SLKD), out, target)
     same(loss - slts_own(out, target).float(), kd, [out.student])
 
 
@@ -115,11 +116,11 @@ def test_slkd_refuses_options_that_its_teachers_leave_unread():
 
 def test_sequential_slkd_is_parallel_slkd_with_frozen_slts(out, target):
     method = METHODS["slkd_sequential"](**SLKD, **FUSED)
-    loss, terms = method.loss(out, target, 0.0)
+    loss, terms = loss_of(method, out, target)
     expected = from_teacher(out, target) + from_slts(out, target, out.assistants)
     same(loss, expected, [out.student])
     beside = Outputs(student=out.student, teacher=out.teacher, slts=out.assistants)
-    parallel, found = METHODS["slkd"](**SLKD, **FUSED).loss(beside, target, 0.0)
+    parallel, found = loss_of(METHODS["slkd"](**SLKD, **FUSED), beside, target)
     same(loss, parallel - slts_own(beside, target).float(), [out.student])
     for name in ("kd", "fused_kd", "ce", "top1", "top5", "rows"):
         close(terms[name], found[name])
@@ -145,7 +146,7 @@ def test_fusions_that_are_no_mean_are_refused(name, fusion, message):
 def test_sequential_slkd_refuses_a_fusion_of_other_slts(out, target):
     method = METHODS["slkd_sequential"](fusion=[0.2, 0.3, 0.5])
     with pytest.raises(ValueError, match="method.fusion: 3 weights for 2 assistants"):
-        method.loss(out, target, 0.0)
+        loss_of(method, out, target)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "batchmean"])
@@ -154,7 +155,7 @@ def test_dgkd_with_all_guides(out, target, reduction):
     guides = [out.teacher, *out.assistants]
     share = C if reduction == "mean" else 1
     distilled = sum(kl(guide, out.student, 3.0) for guide in guides) / share
-    loss, terms = method.loss(out, target, 0.0)
+    loss, terms = loss_of(method, out, target)
     same(loss, 0.3 * F.cross_entropy(out.student, target) + 0.7 * distilled, [out.student])
     names = ("kd", "assistant0_kd", "assistant1_kd")
     for name, guide in zip(names, guides, strict=True):
@@ -163,9 +164,9 @@ def test_dgkd_with_all_guides(out, target, reduction):
 
 def test_dgkd_without_assistants_is_kd_of_the_mean_form(out, target):
     alone = Outputs(student=out.student, teacher=out.teacher)
-    loss, _ = METHODS["dgkd"](kd_weight=0.6, drop=0).loss(alone, target, 0.0)
+    loss, _ = loss_of(METHODS["dgkd"](kd_weight=0.6, drop=0), alone, target)
     kd = METHODS["kd"](temperature=5.0, ce_weight=0.4, kd_weight=0.6, reduction="mean")
-    same(loss, kd.loss(alone, target, 0.0)[0], [out.student])
+    same(loss, loss_of(kd, alone, target)[0], [out.student])
 
 
 def test_dgkd_drops_each_guide_equally_often_and_exactly_as_many_as_said(out, target):
@@ -176,7 +177,7 @@ def test_dgkd_drops_each_guide_equally_often_and_exactly_as_many_as_said(out, ta
     assert torch.pdist(without[:, None]).min() > 1e-3
     dropped = [0, 0, 0]
     for _ in range(300):
-        loss, _ = method.loss(out, target, 0.0)
+        loss, _ = loss_of(method, out, target)
         gap = (without - loss.detach()).abs()
         assert gap.min() < 1e-5
         dropped[int(gap.argmin())] += 1
@@ -188,7 +189,7 @@ def test_dgkd_draws_from_torchs_generator(out, target):
     losses = []
     for seed in (1, 1, 2, 3, 4):
         torch.manual_seed(seed)
-        loss = [METHODS["dgkd"](drop=2).loss(out, target, 0.0)[0].item() for _ in range(8)]
+        loss = [loss_of(METHODS["dgkd"](drop=2), out, target)[0].item() for _ in range(8)]
         losses.append(loss)
     assert losses[0] == losses[1]
     assert any(other != losses[0] for other in losses[2:])
@@ -196,7 +197,7 @@ def test_dgkd_draws_from_torchs_generator(out, target):
 
 def test_dgkd_refuses_to_drop_all(out, target):
     with pytest.raises(ValueError, match="method.drop: 3 leaves none of 3 guides"):
-        METHODS["dgkd"](drop=3).loss(out, target, 0.0)
+        loss_of(METHODS["dgkd"](drop=3), out, target)
 
 
 @pytest.mark.parametrize("detach", [True, False])
@@ -213,7 +214,7 @@ def test_dml(out, target, peers, detach):
         rest = [z.detach() if detach else z for j, z in enumerate(networks) if j != i]
         mutual = sum(kl(z, own, 2.0) for z in rest) / len(rest)
         expected = expected + 0.7 * F.cross_entropy(own, target) + 1.3 * mutual
-    loss, terms = method.loss(together, target, 0.0)
+    loss, terms = loss_of(method, together, target)
     same(loss, expected, networks)
     for i, slt in enumerate(out.slts[:peers]):
         rest = [z for z in networks if z is not slt]
@@ -224,6 +225,6 @@ def test_dml(out, target, peers, detach):
 
 def test_dml_of_equal_networks_is_cross_entropy(out, target):
     equal = Outputs(student=out.student, slts=[out.student.detach().clone().requires_grad_()])
-    loss, terms = METHODS["dml"]().loss(equal, target, 0.0)
+    loss, terms = loss_of(METHODS["dml"](), equal, target)
     close(loss, 2 * F.cross_entropy(out.student, target))
     assert terms["kd"].item() == terms["slt0_kd"].item() == 0

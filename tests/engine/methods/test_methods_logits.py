@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from pydantic import ValidationError
+from steps import loss_of
 from torch import nn
 
 from kdfuse.engine.methods import METHODS, Networks, Outputs
@@ -48,7 +49,7 @@ def same(loss, expected, wrt):
 def run(method, out, target, epoch=0.0):
     """Loss and terms as a branch makes them."""
     out.features = method.features(out, target)
-    loss, terms = method.loss(out, target, epoch)
+    loss, terms = loss_of(method, out, target, epoch)
     assert all(value.shape == () and not value.requires_grad for value in terms.values())
     return loss, terms
 

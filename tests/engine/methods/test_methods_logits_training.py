@@ -3,9 +3,10 @@
 import pytest
 import torch
 from pydantic import ValidationError
+from steps import begun_step
 from tiny import tiny
 
-from kdfuse.engine.training.classification import begin, step_of
+from kdfuse.engine.training.classification import begin
 from kdfuse.engine.training.ranks import join
 
 N, C = 6, 10
@@ -42,7 +43,7 @@ def made(method, changes):
     }
     recipe = tiny(None, method, data=data, **changes)
     distiller, state = begin(recipe, join("cpu"), C, torch.arange(N) % C, {})
-    return distiller.train(), step_of(distiller, state)
+    return distiller.train(), begun_step(distiller, state, 20.0)
 
 
 def batch():
@@ -61,7 +62,7 @@ def least_target_loss(distiller):
 def test_twenty_steps_lower_what_the_method_adds(name):
     options, changes, terms = CASES[name]
     distiller, step = made({"name": name, **options}, changes)
-    found = [step(*batch(), 20.0) for _ in range(20)]
+    found = [step(*batch()) for _ in range(20)]
     floor = least_target_loss(distiller) if name == "nkd" else 0.0
     for term in terms:
         first, last = (float(found[i][term]) - floor for i in (0, -1))
@@ -84,7 +85,7 @@ def test_ctkd_moves_its_temperature_to_where_the_loss_is_larger():
         return t**2 * (p.exp() * (p - q)).sum(1).mean()
 
     before = kd_now()
-    step(images, target, index, 20.0)
+    step(images, target, index)
     assert kd_now() > before
 
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from pydantic import ValidationError
+from steps import loss_of
 from twenty_steps import losses, made
 
 from kdfuse.engine.methods import METHODS, Networks, Outputs
@@ -48,7 +49,7 @@ def test_it_is_weighed_with_the_cross_entropy():
     out = outputs()
     out.teacher = torch.randn(3, 4)
     out.features = MSE().features(out, TARGET)
-    loss, terms = MSE().loss(out, TARGET, 0.0)
+    loss, terms = loss_of(MSE(), out, TARGET)
     torch.testing.assert_close(loss, terms["ce"] + 1e-3 * terms["mse"])
 
 

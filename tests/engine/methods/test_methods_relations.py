@@ -6,6 +6,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from features import TARGET, check, check_compiled, check_learns, largest, normal, outputs
 from processes import together
+from steps import loss_of
 
 from kdfuse.engine.methods import METHODS, Outputs, rkd
 from kdfuse.engine.methods.parts.gather import gathered
@@ -179,7 +180,7 @@ def test_rkd_weighs_its_parts_and_logs_them_unweighted():
     method = METHODS["rkd"](distance_weight=3.0, angle_weight=0.5, feature_weight=2.0)
     out = outputs(*POOLED)
     out.features = {"distance": torch.tensor(1.0), "angle": torch.tensor(10.0)}
-    loss, terms = method.loss(out, TARGET, 0.0)
+    loss, terms = loss_of(method, out, TARGET)
     ce = F.cross_entropy(out.student, TARGET)
     torch.testing.assert_close(loss.double(), ce + 2 * (3 * 1 + 0.5 * 10), rtol=1e-5, atol=0)
     assert (float(terms["distance"]), float(terms["angle"])) == (1, 10)

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from pydantic import ValidationError
+from steps import loss_of
 from torch import Size, nn
 from twenty_steps import losses, made
 
@@ -133,7 +134,7 @@ def test_it_grows_over_the_warm_up(warmup, epoch, share):
     method, out = ReviewKD(warmup=warmup, feature_weight=5.0), outputs()
     out.teacher = torch.randn(2, 4)
     out.features = method.features(out, TARGET)
-    loss, terms = method.loss(out, TARGET, epoch)
+    loss, terms = loss_of(method, out, TARGET, epoch)
     expected = terms["ce"] + 5.0 * share * terms["reviewkd"]
     torch.testing.assert_close(loss, expected)
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from pydantic import ValidationError
+from steps import loss_of, step_with
 from tiny import tiny
 from torch import nn
 
@@ -14,7 +15,6 @@ from kdfuse.engine.training.classification import begin
 from kdfuse.engine.training.evaluate import evaluate
 from kdfuse.engine.training.ranks import join
 from kdfuse.engine.training.start import train
-from kdfuse.engine.training.step import Step
 
 SimKD = METHODS["simkd"]
 N, C = 4, 10
@@ -36,7 +36,7 @@ def made(student="resnet14", teacher="resnet20", **options):
     )
     torch.manual_seed(0)
     distiller = build(recipe, C, torch.device("cpu"), torch.arange(N))
-    distiller.prepare(compile=False)
+    distiller.prepare(())
     return recipe, distiller
 
 
@@ -75,7 +75,7 @@ def test_a_larger_student_map_is_pooled_and_a_smaller_one_pools_the_teacher():
 def test_the_loss_is_the_mean_squared_difference_alone():
     recipe, distiller = made()
     out = distiller.outputs(*batch())["main"]
-    loss, terms = distiller.main.loss(out, batch()[1], 0.0)
+    loss, terms = loss_of(distiller.main, out, batch()[1])
     expected = F.mse_loss(out.head["projected0"].double(), out.head["wanted0"].double())
     torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=0)
     logits = out.head["logits"]
@@ -132,7 +132,7 @@ def test_which_layers_are_projected(projectors, pairs):
     assert head.pairs == pairs and len(head.projectors) == len(pairs)
     distiller.train()
     optimizer = torch.optim.SGD([p for p in distiller.parameters() if p.requires_grad], lr=0.1)
-    terms = Step(distiller, [optimizer])(*batch(), 0.0)
+    terms = step_with(optimizer, distiller)(*batch())
     named = {name: value for name, value in terms.items() if name.startswith("feature")}
     assert len(named) == len(pairs)
     torch.testing.assert_close(terms["loss"], sum(named.values()))
@@ -160,7 +160,7 @@ def test_the_students_own_classifier_and_the_reused_one_are_not_trained():
     assert frozen == {"fc.weight", "fc.bias"}
     assert not any(p.requires_grad for p in head.classifier.parameters())
     out = distiller.outputs(*batch())["main"]
-    distiller.main.loss(out, batch()[1], 0.0)[0].backward()
+    loss_of(distiller.main, out, batch()[1])[0].backward()
     assert all(p.grad is not None for p in distiller.parameters() if p.requires_grad)
 
 
@@ -179,8 +179,8 @@ def test_twenty_steps_lower_the_loss():
     _, distiller = made()
     distiller.train()
     optimizer = torch.optim.Adam([p for p in distiller.parameters() if p.requires_grad], lr=0.05)
-    step = Step(distiller, [optimizer])
-    losses = [float(step(*batch(), 0.0)["loss"]) for _ in range(20)]
+    step = step_with(optimizer, distiller)
+    losses = [float(step(*batch())["loss"]) for _ in range(20)]
     assert losses[-1] < 0.9 * losses[0]  # measured: 0.42 to 0.71
 
 

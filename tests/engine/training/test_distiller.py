@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from steps import loss_of, step_with
 from tiny import tiny
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -14,7 +15,6 @@ from kdfuse.engine.training.build import build
 from kdfuse.engine.training.meters import Clock, Diverged, Meters
 from kdfuse.engine.training.networks import Distiller
 from kdfuse.engine.training.ranks import choose_device, join
-from kdfuse.engine.training.step import Step
 
 CLASSES = 10
 CPU = torch.device("cpu")
@@ -50,8 +50,7 @@ def test_nothing_reaches_the_teacher():
     assert not any(key.startswith("teacher") for key in distiller.state_dict())
     assert len(list(distiller.parameters())) == 3 * len(list(distiller.main.student.parameters()))
     distiller.train()
-    step = Step(distiller, [sgd(distiller)])
-    step(*batch(), 0.0)
+    step_with(sgd(distiller), distiller)(*batch())
     assert not any(module.training for module in teacher.modules())
     assert not any(p.requires_grad or p.grad is not None for p in teacher.parameters())
     for key, value in teacher.state_dict().items():
@@ -62,7 +61,7 @@ def test_a_step_trains_everything_else():
     recipe, distiller = make({"name": "slkd", "slts": 2})
     before = copy.deepcopy(distiller.state_dict())
     distiller.train()
-    Step(distiller, [sgd(distiller)])(*batch(), 0.0)
+    step_with(sgd(distiller), distiller)(*batch())
     same = [k for k, v in distiller.state_dict().items() if torch.equal(v, before[k])]
     assert not same
 
@@ -118,7 +117,7 @@ def test_bf16_logits_and_float32_weights():
     recipe, distiller = make("slkd", run={"amp": "bf16"})
     out = distiller.outputs(*batch())["main"]
     assert {z.dtype for z in (out.student, out.teacher, *out.slts)} == {torch.bfloat16}
-    loss, _ = recipe.method.loss(out, batch()[1], 0.0)
+    loss, _ = loss_of(recipe.method, out, batch()[1])
     assert loss.dtype == torch.float32
     loss.backward()
     assert {p.grad.dtype for p in distiller.parameters()} == {torch.float32}
@@ -167,8 +166,8 @@ def test_compiled_in_place_keeps_keys_and_losses():
     losses, keys = {}, {}
     for compiled in (False, True):
         recipe, distiller = make("uskd", run={"compile": compiled})
-        step = Step(distiller.train(), [sgd(distiller)])
-        losses[compiled] = [float(step(*batch(), 0.0)["loss"]) for _ in range(3)]
+        step = step_with(sgd(distiller), distiller.train())
+        losses[compiled] = [float(step(*batch())["loss"]) for _ in range(3)]
         keys[compiled] = list(distiller.state_dict())
     assert keys[True] == keys[False]
     assert losses[True] == pytest.approx(losses[False], rel=1e-4)

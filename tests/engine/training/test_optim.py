@@ -5,12 +5,13 @@ import math
 
 import pytest
 import torch
+from steps import begun_step
 from tiny import tiny
 from torch import nn
 
 from kdfuse.engine.models import Taps, create
 from kdfuse.engine.recipe.schema import Optim
-from kdfuse.engine.training.classification import begin, step_of
+from kdfuse.engine.training.classification import begin
 from kdfuse.engine.training.ema import EMA
 from kdfuse.engine.training.optim import build_optimizer, clip_gradients, lr_at, set_lr
 from kdfuse.engine.training.ranks import join
@@ -134,7 +135,7 @@ def test_ema_formula_and_buffers():
         moved(model)
         keep = min(0.3, (1 + n) / (10 + n))  # 0.1, 0.18, 0.25, 0.3 from then on
         expected = keep * expected + (1 - keep) * model.fc.weight.detach().double()
-        ema.update(model)
+        ema.update(model, torch.tensor(ema.share()))
     torch.testing.assert_close(ema.module.fc.weight.double(), expected, rtol=1e-5, atol=1e-6)
     assert ema.module.bn1.num_batches_tracked == 6
     for ours, theirs in zip(ema.module.buffers(), model.buffers(), strict=True):
@@ -148,14 +149,14 @@ def test_ema_goes_on_bit_for_bit_from_its_state():
     model = create("resnet8", 10)
     whole = EMA(model, decay=0.9)
     moved(model)
-    whole.update(model)
+    whole.update(model, torch.tensor(whole.share()))
     state = {"module": {k: v.clone() for k, v in whole.state_dict()["module"].items()}}
     resumed = EMA(create("resnet8", 10), decay=0.9)
     resumed.load_state_dict(state | {"updates": whole.state_dict()["updates"]})
     for _ in range(3):
         moved(model)
-        whole.update(model)
-        resumed.update(model)
+        for average in (whole, resumed):
+            average.update(model, torch.tensor(average.share()))
     assert resumed.updates == whole.updates == 4
     for (key, a), (_, b) in zip(
         whole.module.state_dict().items(), resumed.module.state_dict().items(), strict=True
@@ -208,9 +209,9 @@ def test_a_step_clips_each_optimiser_for_itself():
     )
     distiller, state = begin(recipe, join("cpu"), 10, torch.arange(8), {})
     before = copy.deepcopy(distiller.state_dict())
-    step = step_of(distiller.train(), state)
+    step = begun_step(distiller.train(), state)
     images = torch.randint(0, 256, (8, 3, 16, 16), dtype=torch.uint8)
-    step(images, torch.arange(8), torch.arange(8), 0.0)
+    step(images, torch.arange(8), torch.arange(8))
     moved = {"tree.main.student.": 0.0, "tree.main.slts.0.": 0.0}
     for name, parameter in distiller.named_parameters():
         (network,) = (prefix for prefix in moved if name.startswith(prefix))

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from steps import tensors
 from tiny import tiny
 
 from kdfuse.engine.data.sources.digits import write_digits
@@ -31,16 +32,17 @@ def one_step(group):
     recipe = tiny(None, "slkd", data={"source": "synthetic", "classes": 10, "subset": None})
     torch.manual_seed(0)
     distiller = build(recipe, 10, group.device, torch.arange(8))
-    distiller.prepare(compile=False)
+    distiller.prepare(())
     distiller.eval()  # in training, BatchNorm's statistics are those of each process's own images
     images = torch.randint(
         0, 256, (8, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(1)
     )
     share = slice(group.rank * 8 // group.world, (group.rank + 1) * 8 // group.world)
     optimizer = torch.optim.SGD(distiller.parameters(), lr=0.1)
-    step = Step(group.wrap(distiller), [optimizer])
     meters, labels = Meters(group), torch.arange(8)
-    meters.add(1, step(images[share], labels[share], labels[share], 0.0))
+    step = Step(group.wrap(distiller), [optimizer], meters)
+    now = tensors(distiller.schedule(0.0) | {"step": 1})
+    step(now, images[share], labels[share], labels[share])
     norm = distiller.main.student.bn1
     norm.running_mean.fill_(float(group.rank))
     group.average_batchnorm(distiller.modules())
