@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import shutil
 import subprocess
@@ -63,7 +62,7 @@ def _optional_packages() -> list[Finding]:
         ("triton",): "the triton backend is off; pip install triton (Linux)",
         dali: "images are read with torchvision, slower; pip install 'kdfuse[dali]'",
         ("tensorboard",): "log.jsonl alone is written; pip install 'kdfuse[tensorboard]'",
-        ("timm",): "networks timm:NAME are refused; pip install 'kdfuse[timm]'",
+        ("timm",): "networks timm:NAME, lamb and lars are refused; pip install 'kdfuse[timm]'",
         ("onnxscript",): "kdfuse export writes no .onnx; pip install 'kdfuse[onnx]'",
         ("pycocotools",): "detectors are not evaluated; pip install 'kdfuse[detection]'",
     }
@@ -75,14 +74,17 @@ def _optional_packages() -> list[Finding]:
 
 
 def _apex() -> list[Finding]:
-    spec = importlib.util.find_spec("apex")
-    if spec is None or not spec.submodule_search_locations:
+    from ..training.largebatch import is_nvidias_apex
+
+    nvidias = is_nvidias_apex()
+    if nvidias is None:
         return []  # optional, and nothing here needs it
-    if any((Path(place) / "optimizers").is_dir() for place in spec.submodule_search_locations):
+    if nvidias:
         return [Finding("apex", "ok", f"NVIDIA's, {_version('apex') or 'version unknown'}")]
     text = (
-        "the package named apex on PyPI is another project, not NVIDIA's; pip uninstall apex, and "
-        "build https://github.com/NVIDIA/apex from source if you want it (kdfuse does not need it)"
+        "the package named apex on PyPI is another project, not NVIDIA's: optim.name=lamb takes "
+        "timm's; pip uninstall apex, and build https://github.com/NVIDIA/apex from source if you "
+        "want its fused one (kdfuse does not need it)"
     )
     return [Finding("apex", "absent", text)]
 

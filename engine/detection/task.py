@@ -59,7 +59,9 @@ class Detection:
             self._opened = opened.pop_all()
         self.steps = self.loader.steps
         self.facts: dict[str, Any] = {}
-        optimizers = build_optimizers(recipe.optim, self.networks.trained())
+        optimizers = build_optimizers(
+            recipe.optim, self.networks.trained(), [self.networks.student]
+        )
         categories = len(train_set.categories)
         self.state = State(recipe, group, self.networks, optimizers, categories, sources)
         # Which RoIs are sampled differs between processes.

@@ -100,15 +100,48 @@ class Network(Strict):
         return Path(self.name.removeprefix("run:")) if self.name.startswith("run:") else None
 
 
+# What an optimiser reads beside lr and weight_decay.
+READ_BY = {
+    "sgd": ("momentum", "nesterov"),
+    "adamw": ("betas",),
+    "lamb": ("betas", "adapt"),
+    "lars": ("momentum", "nesterov", "trust", "adapt"),
+}
+ALL_READ = tuple(dict.fromkeys(field for fields in READ_BY.values() for field in fields))
+
+
 class Optim(Strict):
     """The optimiser of the student (and of each SL-T, which has its own) and its schedule."""
 
-    name: Literal["sgd", "adamw"] = "sgd"
-    lr: float = Field(gt=0, description="learning rate at the global batch run.batch")
-    momentum: float = Field(0.9, ge=0, lt=1, description="sgd")
-    nesterov: bool = Field(False, description="sgd: look-ahead momentum")
-    betas: Pair = Field((0.9, 0.999), description="adamw: decay of the two moments, per step")
-    weight_decay: float = Field(5e-4, ge=0, description="sgd: L2 term; adamw: decoupled decay")
+    name: Literal["sgd", "adamw", "lamb", "lars"] = Field(
+        "sgd", description="lamb and lars (large batches) need timm"
+    )
+    lr: float = Field(gt=0, description="learning rate, at the global batch that scale says")
+    scale: Literal["none", "linear", "sqrt"] = Field(
+        "none",
+        description="none: lr is for run.batch; linear, sqrt: for scale_batch, and lr and min_lr "
+        "are multiplied by run.batch / scale_batch or its square root",
+    )
+    scale_batch: int = Field(256, ge=1, description="linear, sqrt: images of the batch of lr")
+    layer_decay: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="factor of the rate from each layer of the student to the one before it; "
+        "networks of timm; null: one rate for all",
+    )
+    momentum: float = Field(0.9, ge=0, lt=1, description="sgd, lars")
+    nesterov: bool = Field(False, description="sgd, lars: look-ahead momentum")
+    betas: Pair = Field((0.9, 0.999), description="adamw, lamb: decay of the two moments, per step")
+    trust: float = Field(1e-3, gt=0, description="lars: trust coefficient (eta in the paper)")
+    adapt: Literal["all", "decayed"] = Field(
+        "all",
+        description="lamb, lars: tensors whose rate follows their norms; all: as in the papers; "
+        "decayed: those with weight decay, the rest at lr",
+    )
+    weight_decay: float = Field(
+        5e-4, ge=0, description="sgd, lars: L2 term; adamw, lamb: decay beside the moments"
+    )
     decay: Literal["all", "matrices"] = Field(
         "all", description="what decays; matrices: not biases, nor the parameters of norms"
     )
@@ -128,13 +161,18 @@ class Optim(Strict):
 
     @model_validator(mode="after")
     def _works(self) -> Optim:
-        found = []
-        if self.name == "sgd":
-            found += self.unused("optim.name sgd", "optim", "betas")
-        else:
-            found += self.unused(f"optim.name {self.name}", "optim", "momentum", "nesterov")
-        if self.name == "sgd" and self.nesterov and self.momentum == 0:
+        read = READ_BY[self.name]
+        unread = [field for field in ALL_READ if field not in read]
+        found = self.unused(f"optim.name {self.name}", "optim", *unread)
+        if "nesterov" in read and self.nesterov and self.momentum == 0:
             found.append("optim.nesterov: needs optim.momentum above 0")
+        if self.adapt == "decayed" and "adapt" in read and self.weight_decay == 0:
+            found.append(
+                "optim.adapt: decayed leaves nothing to adapt with optim.weight_decay 0; set "
+                "optim.adapt=all, or a weight decay"
+            )
+        if self.scale == "none":
+            found += self.unused("optim.scale none", "optim", "scale_batch")
         if not all(0 <= beta < 1 for beta in self.betas):
             found.append(f"optim.betas: each in [0, 1), got {list(self.betas)}")
         if self.schedule != "step":

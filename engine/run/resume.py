@@ -25,9 +25,12 @@ def machine(processes: int, device: str) -> dict[str, Any]:
 
 
 def check_same_run(found: Latest, sources: Mapping[str, Any], recipe: RecipeBase) -> None:
-    """Raise ValueError when a checkpoint was made from other data or by another recipe."""
+    """Raise ValueError when a checkpoint was made from other data, by other means or recipe."""
     drift = changes(found.facts["sources"], sources)
-    refuse(drift, f"cannot resume {found.path}: it was made from other data (was -> is)")
+    refuse(
+        drift,
+        f"cannot resume {found.path}: it was made from other data or by other means (was -> is)",
+    )
     made_by = type(recipe).model_validate(found.facts["recipe"])  # with newer settings' defaults
     drift = changes(plain(made_by), plain(recipe))
     refuse(drift, f"cannot resume {found.path}: it was made by another recipe (was -> is)")

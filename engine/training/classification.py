@@ -126,7 +126,8 @@ def begin(
     process.seed_weights(recipe.run.seed)
     networks = build(recipe, classes, group.device, labels)
     networks.prepare(recipe.run.compiled)
-    optimizers = build_optimizers(recipe.optim, networks.trained())
+    students = [learner.student for learner in networks.learners.values()]
+    optimizers = build_optimizers(recipe.optim, networks.trained(), students)
     state = State(recipe, group, networks, optimizers, classes, sources)
     process.seed_training(recipe.run.seed, group.rank)
     return networks, state

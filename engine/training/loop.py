@@ -13,8 +13,9 @@ from ..run.log import RunLog
 from ..run.resume import starts_again
 from .compiled import Compilations
 from .meters import Clock
-from .optim import lr_at
+from .optim import class_of
 from .ranks import Group
+from .rate import lr_at
 from .task import Task
 
 
@@ -43,7 +44,8 @@ class Loop:
         notes = state.restore(self.checkpoints) if resume else []
         if resume and state.done == 0:
             notes += starts_again(self.folder)
-        facts = self.task.facts | (self.task.check_teachers() if state.done == 0 else {})
+        facts = self.task.facts | {"optimizer": class_of(state.optimizers)}
+        facts |= self.task.check_teachers() if state.done == 0 else {}
         if first:
             create_folder(self.folder, self.recipe, self.group.world)
         with (
@@ -119,7 +121,7 @@ class Loop:
 
     def lr(self, step: int) -> float:
         """The learning rate of a step of the run, 0-based."""
-        return lr_at(self.recipe.optim, self.recipe.run.epochs, step / self.epoch_steps)
+        return lr_at(self.recipe.optim, self.recipe.run, step / self.epoch_steps)
 
     def checkpoint_is_due(self) -> bool:
         every = self.recipe.run.checkpoint_every

@@ -1,51 +1,37 @@
-"""The optimiser of a network, and its learning rate at any moment."""
+"""The optimisers of a run's networks."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
 
 from ..recipe.schema import Optim
-
-
-def decay_groups(optim: Optim, modules: Iterable[nn.Module]) -> list[dict[str, Any]]:
-    """The trainable parameters of `modules`, those without weight decay in a group of their own.
-
-    These are what a module names in `no_weight_decay` (a tuple of its parameters' names, or
-    timm's method of that name with dotted names), and with optim.decay = "matrices" everything
-    that has one dimension or none: biases and the parameters of norms.
-    """
-    decayed: list[nn.Parameter] = []
-    free: list[nn.Parameter] = []
-    for module in modules:
-        excluded = {
-            f"{path}.{name}" if path else name
-            for path, inner in module.named_modules()
-            for name in _undecayed(inner)
-        }
-        for name, parameter in module.named_parameters():
-            vector = optim.decay == "matrices" and parameter.ndim < 2
-            if parameter.requires_grad:
-                (free if vector or name in excluded else decayed).append(parameter)
-    groups: list[dict[str, Any]] = [{"params": decayed}] if decayed else []
-    return groups + ([{"params": free, "weight_decay": 0.0}] if free else [])
-
-
-def _undecayed(module: nn.Module) -> Iterable[str]:
-    named: Any = getattr(module, "no_weight_decay", ())
-    return named() if callable(named) else named
+from .groups import decay_groups, layer_scales
+from .largebatch import lamb, lars
+from .scalars import Scalars
 
 
 def build_optimizers(
-    optim: Optim, trained: Mapping[str, Iterable[nn.Module]]
+    optim: Optim, trained: Mapping[str, Iterable[nn.Module]], students: Iterable[nn.Module]
 ) -> dict[str, torch.optim.Optimizer]:
-    """An optimiser for each name, of the trainable parameters of its modules."""
-    return {name: build_optimizer(optim, decay_groups(optim, own)) for name, own in trained.items()}
+    """An optimiser for each name, of the trainable parameters of its modules.
+
+    optim.layer_decay is of the `students` among them; all else learns at the whole rate. Raises
+    ValueError for a student without layers to tell apart, and what `build_optimizer` raises.
+    """
+    scales: dict[nn.Parameter, float] | None = None
+    if optim.layer_decay is not None:
+        scales = {}
+        for student in students:
+            scales |= layer_scales(optim.layer_decay, student)
+    return {
+        name: build_optimizer(optim, decay_groups(optim, own, scales))
+        for name, own in trained.items()
+    }
 
 
 def build_optimizer(
@@ -53,11 +39,16 @@ def build_optimizer(
 ) -> torch.optim.Optimizer:
     """The optimiser that `optim` describes, for parameters or groups of them.
 
-    It is torch's fused one where torch has that for the device and type of all parameters.
+    SGD and AdamW are torch's fused ones where torch has those for the device and type of all
+    parameters. Raises ValueError where a package that the optimiser needs is absent.
     """
     params: list[Any] = list(parameters)
     grouped = [g["params"] if isinstance(g, dict) else [g] for g in params]
     flat = [parameter for group in grouped for parameter in group]
+    if optim.name == "lamb":
+        return lamb(optim, params, flat)
+    if optim.name == "lars":
+        return lars(optim, params)
     devices = _get_fused_kernels_supported_devices()
     fused = all(p.device.type in devices and p.is_floating_point() for p in flat)
     if optim.name == "adamw":
@@ -74,34 +65,37 @@ def build_optimizer(
     )
 
 
-def lr_at(optim: Optim, epochs: int, epoch: float) -> float:
-    """The learning rate at `epoch` finished epochs (a step's: its number / steps per epoch).
+def class_of(optimizers: Mapping[str, torch.optim.Optimizer]) -> str:
+    """The class of a run's optimisers, with its module: torch.optim.sgd.SGD."""
+    kinds = {type(optimizer) for optimizer in optimizers.values()}
+    return ", ".join(sorted(f"{kind.__module__}.{kind.__qualname__}" for kind in kinds))
 
-    Warm-up grows linearly from 0 to the schedule's own rate. "step" multiplies by gamma from each
-    milestone on; "cosine" falls from the end of the warm-up to min_lr at `epochs`. Raises
-    ValueError when the warm-up leaves the cosine no epoch.
+
+def rates(optimizers: Iterable[torch.optim.Optimizer], lr: float) -> dict[str, float]:
+    """The learning rate `lr`, and its part for each scale of parameter groups, by name."""
+    scales = {scale_of(group) for optimizer in optimizers for group in optimizer.param_groups}
+    return {"lr": lr} | {rate_name(scale): lr * scale for scale in sorted(scales)}
+
+
+def scale_of(group: Mapping[str, Any]) -> float:
+    scale: float = group.get("lr_scale", 1.0)
+    return scale
+
+
+def rate_name(scale: float) -> str:
+    return "lr" if scale == 1 else f"lr*{scale!r}"
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float, now: Scalars) -> None:
+    """Give every parameter group of `optimizer` its part of the learning rate `lr`.
+
+    To torch's optimisers as the tensors of `now`, which has what `rates` gives; others would read
+    a tensor back from the device, and get numbers.
     """
-    rate = optim.lr
-    if optim.schedule == "step":
-        rate *= optim.gamma ** sum(epoch >= milestone for milestone in optim.milestones)
-    if optim.schedule == "cosine":
-        span = epochs - optim.warmup_epochs
-        if span <= 0:
-            raise ValueError(
-                f"optim.warmup_epochs: {optim.warmup_epochs} leaves none of run.epochs={epochs} "
-                "for the cosine; lower it"
-            )
-        done = min(max(epoch - optim.warmup_epochs, 0.0) / span, 1.0)
-        rate = optim.min_lr + (optim.lr - optim.min_lr) * (1 + math.cos(math.pi * done)) / 2
-    if epoch < optim.warmup_epochs:
-        rate *= epoch / optim.warmup_epochs
-    return rate
-
-
-def set_lr(optimizer: torch.optim.Optimizer, lr: float | Tensor) -> None:
-    """Give every parameter group of `optimizer` the learning rate `lr`."""
+    reads_tensors = type(optimizer).__module__.startswith("torch.")
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        scale = scale_of(group)
+        group["lr"] = now.rate(rate_name(scale)) if reads_tensors else lr * scale
 
 
 def saved(optimizer: torch.optim.Optimizer) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from ..run import checkpoint, resume
 from . import process
 from .ema import AVERAGED, EMA
 from .meters import Diverged, Meters
-from .optim import saved, set_lr
+from .optim import class_of, rates, saved, set_lr
 from .ranks import Group
 from .scalars import Scalars
 
@@ -53,7 +53,8 @@ class State:
         classes: int,
         sources: Mapping[str, str],
     ) -> None:
-        """`sources` name the data; a checkpoint made from other data will not be resumed."""
+        """`sources` name the data; a checkpoint made from other data, or by an optimiser of
+        another package, will not be resumed."""
         self.recipe, self.group, self.classes = recipe, group, classes
         self.networks, self.optimizers = networks, optimizers
         self.meters = Meters(group)
@@ -61,16 +62,19 @@ class State:
         self.done = 0  # finished steps
         self.results: dict[str, dict[str, float]] = {}  # the best and the last evaluation
         self.sources = {**sources, "teacher's weights": networks.teacher_digest}
+        made = class_of(optimizers)
+        if not made.startswith("torch."):  # of LAMB there are two, which keep other states
+            self.sources["optimizer"] = made
         self.machine = resume.machine(group.world, group.device.type)
 
     def begin(self, lr: float, others: Mapping[str, float]) -> None:
         """Give the coming step its numbers."""
-        numbers = {"step": self.done + 1, "lr": lr, **others}
+        numbers = {"step": self.done + 1, **rates(self.optimizers.values(), lr), **others}
         for average in self.networks.averages():
             numbers[AVERAGED] = average.share()
         self.now.write(numbers)
         for optimizer in self.optimizers.values():
-            set_lr(optimizer, self.now.rate("lr"))
+            set_lr(optimizer, lr, self.now)
 
     def average_batchnorm(self) -> None:
         """Give all processes the same running statistics, before anything reads them."""

@@ -40,7 +40,7 @@ class Step:
         """
         loss, terms = self.model(now, *batch)
         for optimizer in self.optimizers:
-            optimizer.zero_grad(set_to_none=True)
+            optimizer.zero_grad()  # to None; FusedLAMB of apex takes no argument
         loss.backward()
         for optimizer in self.optimizers:
             if self.clip is not None:

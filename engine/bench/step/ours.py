@@ -13,8 +13,8 @@ from ...data.loaders.ondevice import Mixing
 from ...methods import Outputs, Terms
 from ...recipe.load import Recipe
 from ...training.classification import begin, step_of
-from ...training.optim import lr_at
 from ...training.ranks import Group
+from ...training.rate import lr_at
 from .cases import Case
 
 BATCHES = 4  # different ones, which are taken in turn
@@ -66,7 +66,7 @@ class Step:
     def __call__(self) -> Terms:
         """As Loop.train_epoch and Classification.step."""
         batch, state = next(self.batches), self.state
-        state.begin(lr_at(self.recipe.optim, self.recipe.run.epochs, self.epoch), self.schedule())
+        state.begin(lr_at(self.recipe.optim, self.recipe.run, self.epoch), self.schedule())
         terms = self.step(state.now, batch.images, batch.target, batch.index)
         state.done += 1
         return terms

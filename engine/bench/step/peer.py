@@ -12,8 +12,8 @@ from torch import nn
 from ...models import create
 from ...recipe.schema import Network, Strict
 from ...training.build import deployed_by
-from ...training.optim import lr_at
 from ...training.process import seed_weights
+from ...training.rate import lr_at
 from . import plain
 from .cases import Case
 from .ours import Images, middle
@@ -37,7 +37,7 @@ def why_not(case: Case) -> str | None:
         odd += (
             changed("method", recipe.method, PLAIN[name]) if name in PLAIN else [f"method {name}"]
         )
-        odd += changed("optim", recipe.optim, ("name", "decay", "ema", "clip"))
+        odd += changed("optim", recipe.optim, ("name", "decay", "layer_decay", "ema", "clip"))
         odd += [section for section in ("also", "assistants") if getattr(recipe, section)]
     return f"the plain loop knows no {', no '.join(odd)}" if odd else None
 
@@ -92,7 +92,7 @@ def loop_of(
     settings = plain.Settings(
         **own,
         **optim.model_dump(include={"momentum", "nesterov", "weight_decay"}),
-        lr=lr_at(optim, recipe.run.epochs, middle(recipe)),
+        lr=lr_at(optim, recipe.run, middle(recipe)),
         **view,
         bf16=bf16,
     )

@@ -53,6 +53,7 @@ def test_the_two_projects_named_apex(
     assert finding.state == state
     if state == "absent":
         assert "another project" in finding.detail and "pip uninstall apex" in finding.detail
+        assert "optim.name=lamb takes timm's" in finding.detail
 
 
 def test_missing_package_is_wrong_and_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -239,12 +239,38 @@ def test_data_that_cannot_work(settings: dict, words: str) -> None:
         ({"lr": 1, "name": "adamw", "nesterov": True}, "optim.nesterov: true has no effect"),
         ({"lr": 1, "name": "adamw", "betas": [0.9, 1]}, "optim.betas: each in [0, 1)"),
         ({"lr": 1, "betas": [0.8, 0.9]}, "optim.betas"),
+        ({"lr": 1, "name": "lamb", "momentum": 0.8}, "optim.momentum: 0.8 has no effect with"),
+        ({"lr": 1, "name": "lamb", "nesterov": True}, "optim.nesterov: true has no effect with"),
+        ({"lr": 1, "name": "lamb", "trust": 0.1}, "optim.trust: 0.1 has no effect with optim.name"),
+        ({"lr": 1, "name": "lamb", "betas": [1, 0.9]}, "optim.betas: each in [0, 1)"),
+        ({"lr": 1, "name": "lars", "betas": [0.8, 0.9]}, "optim.betas: [0.8, 0.9] has no effect"),
+        ({"lr": 1, "name": "lars", "nesterov": True, "momentum": 0.0}, "optim.nesterov: needs"),
+        ({"lr": 1, "name": "lars", "trust": 0}, "greater than 0"),
+        ({"lr": 1, "trust": 0.1}, "optim.trust: 0.1 has no effect with optim.name sgd"),
+        ({"lr": 1, "name": "adamw", "trust": 0.1}, "optim.trust: 0.1 has no effect"),
+        ({"lr": 1, "adapt": "decayed"}, 'optim.adapt: "decayed" has no effect with optim.name sgd'),
+        ({"lr": 1, "name": "adamw", "adapt": "decayed"}, 'optim.adapt: "decayed" has no effect'),
+        (
+            {"lr": 1, "name": "lars", "adapt": "decayed", "weight_decay": 0},
+            "optim.adapt: decayed leaves nothing to adapt with optim.weight_decay 0",
+        ),
+        ({"lr": 1, "scale_batch": 512}, "optim.scale_batch: 512 has no effect with optim.scale"),
+        ({"lr": 1, "scale": "linear", "scale_batch": 0}, "greater than or equal to 1"),
+        ({"lr": 1, "scale": "cubic"}, "'none', 'linear' or 'sqrt'"),
+        ({"lr": 1, "layer_decay": 0}, "greater than 0"),
+        ({"lr": 1, "layer_decay": 1.1}, "less than or equal to 1"),
     ],
 )
 def test_optim_that_cannot_work(settings: dict, words: str) -> None:
     with pytest.raises(ValueError) as caught:
         Optim(**settings)
     assert words in str(caught.value)
+
+
+def test_a_scaled_recipe_shows_the_rate_that_was_given() -> None:
+    recipe = Recipe.load(KD, ["optim.scale=linear", "run.batch=1024"])
+    assert recipe.optim.lr == 0.05
+    assert "  lr: 0.05  #" in recipe.explain() and "  scale: linear  #" in recipe.explain()
 
 
 def test_another_method_over_a_recipe_names_the_cause():

@@ -1,11 +1,11 @@
-"""Optimisers against their formulas, the learning rate at its corners, the average of weights."""
+"""Optimisers against their formulas, clipping, the average of weights."""
 
 import copy
 import math
 
 import pytest
 import torch
-from steps import begun_step
+from steps import begun_step, set_rates
 from tiny import tiny
 from torch import nn
 
@@ -13,7 +13,7 @@ from kdfuse.engine.models import Taps, create
 from kdfuse.engine.recipe.schema import Optim
 from kdfuse.engine.training.classification import begin
 from kdfuse.engine.training.ema import EMA
-from kdfuse.engine.training.optim import build_optimizer, clip_gradients, lr_at, set_lr
+from kdfuse.engine.training.optim import build_optimizer, clip_gradients
 from kdfuse.engine.training.ranks import join
 
 
@@ -63,7 +63,7 @@ def test_fused_where_torch_has_it(name):
     assert elsewhere.param_groups[0]["fused"] is False
 
 
-@pytest.mark.parametrize("name", ["sgd", "adamw"])
+@pytest.mark.parametrize("name", ["sgd", "adamw", "lamb", "lars"])
 def test_optimizer_goes_on_bit_for_bit_from_its_state(name):
     optim = Optim(name=name, lr=0.01)
     torch.manual_seed(0)
@@ -78,44 +78,12 @@ def test_optimizer_goes_on_bit_for_bit_from_its_state(name):
     assert torch.equal(whole, resumed)
 
 
-def test_step_schedule_drops_once_the_milestone_is_finished():
-    optim = Optim(lr=0.05, milestones=(150, 180, 210), gamma=0.1)
-    steps = 782  # of an epoch
-    last_before, first_after = (150 * steps - 1) / steps, (150 * steps) / steps
-    assert lr_at(optim, 240, 0) == 0.05
-    assert lr_at(optim, 240, last_before) == 0.05
-    assert lr_at(optim, 240, first_after) == pytest.approx(0.005)
-    assert lr_at(optim, 240, 180) == pytest.approx(5e-4)
-    assert lr_at(optim, 240, 239.9) == pytest.approx(5e-5)
-
-
-def test_cosine_schedule():
-    optim = Optim(lr=1.0, schedule="cosine", min_lr=0.2)
-    assert lr_at(optim, 10, 0) == 1.0
-    assert lr_at(optim, 10, 5) == pytest.approx(0.6)
-    assert lr_at(optim, 10, 2.5) == pytest.approx(0.2 + 0.8 * (1 + math.sqrt(0.5)) / 2)
-    assert lr_at(optim, 10, 10) == lr_at(optim, 10, 11) == pytest.approx(0.2)
-
-
-def test_constant_schedule():
-    assert {lr_at(Optim(lr=0.3, schedule="constant"), 9, e) for e in (0, 4.5, 9)} == {0.3}
-
-
-def test_warmup():
-    cosine = Optim(lr=1.0, schedule="cosine", warmup_epochs=4)
-    assert [lr_at(cosine, 12, e) for e in (0, 0.5, 1, 3, 4)] == [0, 0.125, 0.25, 0.75, 1]
-    assert lr_at(cosine, 12, 8) == pytest.approx(0.5)
-    step = Optim(lr=1.0, milestones=(2,), warmup_epochs=4)
-    assert lr_at(step, 12, 3) == pytest.approx(0.075)
-    with pytest.raises(ValueError, match=r"optim.warmup_epochs: 4.0 leaves none of run.epochs=4"):
-        lr_at(cosine, 4, 0)
-
-
 def test_set_lr():
     optimizer = build_optimizer(Optim(lr=0.1), [nn.Parameter(torch.zeros(1))])
     optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(1))]})
-    set_lr(optimizer, 0.25)
-    assert [group["lr"] for group in optimizer.param_groups] == [0.25, 0.25]
+    optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(1))], "lr_scale": 0.5})
+    set_rates([optimizer], 0.25)
+    assert [float(group["lr"]) for group in optimizer.param_groups] == [0.25, 0.25, 0.125]
 
 
 def moved(model):

@@ -13,6 +13,7 @@ from processes import CHILDREN
 from tiny import tiny
 
 from kdfuse.engine.models import create
+from kdfuse.engine.recipe.load import Recipe
 from kdfuse.engine.run.checkpoint import load, save
 from kdfuse.engine.run.log import read
 from kdfuse.engine.training.start import train
@@ -29,13 +30,13 @@ LOADERS = [
 ]
 
 
-def recipe_of(root, loader, **changes):
+def recipe_of(root, loader, method="slkd", **changes):
     """Three epochs of ten steps; checkpoints and records fall inside the epochs."""
     run = {"epochs": 3, "batch": 32, "log_every": 3, "checkpoint_every": 4, "keep": 9}
     data = {"loader": loader, **changes.pop("data", {})}
     optim = {"lr": 0.05, "ema": 0.9, "schedule": "cosine", **changes.pop("optim", {})}
     run |= changes.pop("run", {})
-    return tiny(root, "slkd", data=data, optim=optim, run=run, **changes)
+    return tiny(root, method, data=data, optim=optim, run=run, **changes)
 
 
 @pytest.fixture(scope="module")
@@ -104,14 +105,14 @@ def records(run):
     return [{k: v for k, v in record.items() if k not in CLOCK} for record in kept]
 
 
-def assert_same_run(run, whole):
-    for name in (f"step-{STEPS:08d}", "best"):
+def assert_same_run(run, whole, steps=STEPS):
+    for name in (f"step-{steps:08d}", "best"):
         for mine, theirs in zip(
             load(run / "checkpoints" / name), load(whole / "checkpoints" / name), strict=True
         ):
             assert_same(mine, theirs)
     assert records(run) == records(whole)
-    assert records(run)[-1]["kind"] == "end" and records(run)[-1]["step"] == STEPS
+    assert records(run)[-1]["kind"] == "end" and records(run)[-1]["step"] == steps
     assert (run / "report.html").exists()
 
 
@@ -207,6 +208,39 @@ def test_another_teacher_is_refused(digits, whole, tmp_path):
     given = {"name": "resnet8", "checkpoint": tmp_path / "teacher.pt"}
     with pytest.raises(ValueError, match="teacher's weights: [0-9a-f]{64} ->"):
         train(recipe_of(digits, "torchvision", teacher=given), run, resume=True)
+
+
+LARGE_BATCHES = {
+    "lamb": {"name": "lamb", "lr": 0.01, "layer_decay": 0.7, "decay": "matrices"},
+    "lars": {"name": "lars", "lr": 0.4, "scale": "sqrt", "momentum": 0.8, "nesterov": True},
+}
+
+
+@pytest.mark.parametrize("name", LARGE_BATCHES)
+def test_the_optimisers_of_large_batches_go_on_the_same(name, digits, tmp_path):
+    pytest.importorskip("timm")
+    settings = {"optim": LARGE_BATCHES[name], "student": {"name": "timm:test_convnext"}}
+    small = {"data": {"size": 32}, "run": {"epochs": 1}}
+    recipe = recipe_of(digits, "torchvision", "ce", **settings, **small)
+    whole = train(recipe, tmp_path / "whole")
+    run = cut(whole, tmp_path / "run", 4)
+    train(recipe, run, resume=True)
+    assert_same_run(run, whole, 10)
+
+    start, *_, end = [record for record in records(whole) if record["kind"] in ("start", "epoch")]
+    assert start["optimizer"] == f"timm.optim.{name}.{name.capitalize()}"
+    given = LARGE_BATCHES[name]["lr"]
+    assert Recipe.load(whole / "recipe.yaml").optim.lr == given
+    factor = math.sqrt(32 / 256) if name == "lars" else 1.0
+    assert end["lr"] == pytest.approx(factor * given * (1 + math.cos(math.pi * 9 / 10)) / 2)
+
+    # Another package's state is not this one's.
+    path = cut(whole, tmp_path / "other", 4) / "checkpoints" / "step-00000004"
+    state, facts = load(path)
+    facts["sources"]["optimizer"] = "apex.optimizers.fused_lamb.FusedLAMB"
+    save(path.parent, path.name, state, facts)
+    with pytest.raises(ValueError, match=rf"optimizer: apex.*FusedLAMB -> timm.optim.{name}"):
+        train(recipe, tmp_path / "other", resume=True)
 
 
 def test_another_machine_is_noted(digits, whole, tmp_path, capsys):
