@@ -13,21 +13,35 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..recipe.data import Data
+from ..recipe.schema import Normalize
 
 MASK = 2**64 - 1
 GOLDEN = 0x9E3779B97F4A7C15
 ATTEMPTS = 10  # of random_resized_crop before it falls back to the centre
 DRAWS = 2 * ATTEMPTS + 3  # areas, ratios, top, left, flip
-ORDER, AUGMENT, MIX, RANK = 1, 2, 3, 4  # streams of draws that must not meet
+# Streams of draws that must not meet.
+ORDER, AUGMENT, MIX, RANK, RANDAUGMENT, ERASE = 1, 2, 3, 4, 5, 6
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
+class Changes:
+    """What is done to the B crops of a plan: `ops` in turn, then noise over `box`."""
+
+    ops: Ints  # (B, K) places in augment.OPS; -1: none
+    levels: Floats  # (B, K) strengths, -10 to 10; ops of one direction take the absolute value
+    box: NDArray[np.int32]  # (B, 4) top, left, height, width in pixels of the crop; 0 x 0: none
+    noise: NDArray[np.uint64]  # (B,) keys of the noise
+    normalize: Normalize  # the images' mean, and with it their spread, which the noise has
+
+
+@dataclass(frozen=True)
 class Plan:
     """What a loader does for B images: cut `box`, resize it to `scaled`, cut `size` x `size` at
-    `window` of that, mirror where `flip`. A box that reaches outside its image takes zeros there.
+    `window` of that, mirror where `flip`, do `changes`. A box that reaches outside its image takes
+    zeros there.
     """
 
     index: Ints  # (B,) row of the manifest
@@ -35,6 +49,7 @@ class Plan:
     flip: NDArray[np.bool_]  # (B,)
     scaled: NDArray[np.int32]  # (B, 2) height, width
     window: NDArray[np.int32]  # (B, 2) top, left
+    changes: Changes | None = None
 
 
 def key(*words: int) -> int:
@@ -55,6 +70,18 @@ def permutation(seed: int, epoch: int, n: int) -> Ints:
     return np.argsort(_hash(key(seed, epoch, ORDER), np.arange(n)), kind="stable").astype(np.int64)
 
 
+def places(positions: Ints, batch: int, repeats: int) -> Ints:
+    """Places in the epoch's order of the images at these positions, (B,).
+
+    In each global batch of G positions ceil(G / repeats) images follow one another again and again
+    (repeated augmentation, Hoffer et al., CVPR 2020, "Augment your batch"): position p has the one
+    at p % ceil(G / repeats). Copies lie apart, and an epoch goes over 1 / repeats of its order.
+    """
+    images = -(-batch // repeats)
+    step, within = np.divmod(positions, batch)
+    return step * images + within % images
+
+
 def plan(
     data: Data,
     sizes: NDArray[np.int32],  # (n, 2) height, width
@@ -64,10 +91,10 @@ def plan(
     *,
     index: Ints | None = None,  # (B,)
 ) -> Plan:
-    """The training plan of these places in the epoch's global order.
+    """The crops and flips at these positions of an epoch.
 
-    `index` holds the rows at these places where the caller has them already (unreadable files
-    replaced); without it they are `permutation(seed, epoch, n)[positions]`.
+    `index` holds the rows at these positions where the caller has them already (repeated, or
+    unreadable files replaced); without it they are `permutation(seed, epoch, n)[positions]`.
     """
     if index is None:
         index = permutation(seed, epoch, len(sizes))[positions]

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..recipe.data import Data
+from .augment import changes
 from .batch import Batch
 from .manifest import Manifest
-from .plan import Ints, Plan, eval_plan, permutation, plan
+from .plan import Ints, Plan, eval_plan, permutation, places, plan
 from .quarantine import Quarantine
 
 
@@ -29,7 +30,9 @@ class Schedule:
     """Hands out the tasks of process `rank` of `world`, each of `batch` images.
 
     Step s takes positions [s * batch * world, (s + 1) * batch * world), rank r their r-th slice.
-    Training leaves out the last incomplete step; evaluation fills it with the first image.
+    A training step has data.repeats crops of each of its images, spread over its positions, so that
+    any number of processes sees the same. Training leaves out the last incomplete step; evaluation
+    fills it with the first image.
     """
 
     def __init__(
@@ -51,6 +54,11 @@ class Schedule:
             raise ValueError(
                 f"run.batch={whole} is larger than the training set of {n} images; lower run.batch"
             )
+        if train and 1 < data.repeats >= whole:
+            raise ValueError(
+                f"data.repeats={data.repeats} would fill run.batch={whole} with crops of a single "
+                "image; raise run.batch or lower data.repeats"
+            )
         self.quarantine = Quarantine(manifest, data.bad_images, warn=rank == 0)
         self.view = data.augment if train else "none"
         if self.view == "pad_crop":
@@ -71,9 +79,11 @@ class Schedule:
         if self.train:
             if self._order[0] != epoch:
                 self._order = (epoch, permutation(self.seed, epoch, len(sizes)))
-            index = replacement[self._order[1][positions]]
+            at = places(positions, self.batch * self.world, self.data.repeats)
+            index = replacement[self._order[1][at]]
             made = plan(self.data, sizes, self.seed, epoch, positions, index=index)
-            return Task(epoch, step, made, self.batch)
+            after = changes(self.data, self.seed, epoch, positions)
+            return Task(epoch, step, replace(made, changes=after), self.batch)
         valid = min(max(len(sizes) - first, 0), self.batch)
         index = replacement[np.where(np.arange(self.batch) < valid, positions, 0)]
         return Task(epoch, step, eval_plan(self.data, sizes, index), valid)

@@ -45,6 +45,10 @@ class CRD(FeatureMethod):
     )
     dimensions: int = Field(128, ge=1, description="of the embeddings")
 
+    @property
+    def takes_repeats(self) -> bool:
+        return False  # a memory's row is written once a step
+
     def head(self, networks: Networks) -> Memory:
         assert networks.labels is not None
         shapes = [list(networks.shapes[role].values()) for role in ("student", "teacher")]

@@ -77,6 +77,11 @@ class Method(Strict):
         return False
 
     @property
+    def takes_repeats(self) -> bool:
+        """Whether an image may stand several times in a batch (data.repeats)."""
+        return True
+
+    @property
     def uses_average(self) -> bool:
         """Whether the loss reads the logits of the student's running average (optim.ema)."""
         return False

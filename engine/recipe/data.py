@@ -13,6 +13,16 @@ CLASSES = {"digits": 10, "cifar10": 10, "cifar100": 100, "glyphs": 100}  # sourc
 IN_MEMORY = ("cifar10", "cifar100", "glyphs", "synthetic")  # sources without a file for each image
 
 
+class RandAugment(Strict):
+    """RandAugment's options; engine/data/augment.py has its ops and their ranges."""
+
+    magnitude: float = Field(9.0, ge=0, le=10, description="mean strength of an op; 10: the most")
+    std: float = Field(
+        0.5, ge=0, description="standard deviation of the strength, which is clipped to 0..10"
+    )
+    ops: int = Field(2, ge=1, description="ops drawn for an image; each is done half of the time")
+
+
 class Data(Strict):
     """Where the images come from and what is done to them before a network sees them."""
 
@@ -40,6 +50,15 @@ class Data(Strict):
     smoothing: float = Field(
         0.0, ge=0, lt=1, description="share of a label that all classes get in equal parts"
     )
+    randaugment: RandAugment | None = Field(
+        None, description="ops done to the crop, timm's rand-m9-mstd0.5-inc1 as {}; null: none"
+    )
+    erase: float = Field(
+        0.0, ge=0, le=1, description="probability of a box of noise over the crop (random erasing)"
+    )
+    repeats: int = Field(
+        1, ge=1, description="crops of each image in a step; an epoch shows 1 / repeats of the set"
+    )
     eval_resize: int | None = Field(
         256, ge=1, description="short side before the centre crop, pixels; null: straight to size"
     )
@@ -48,8 +67,8 @@ class Data(Strict):
     )
     loader: Literal["auto", "dali", "torchvision", "resident"] = Field(
         "auto",
-        description="auto: resident for cifar and glyphs with a crop of one size; else dali where "
-        "it is installed and reads the source, else torchvision",
+        description="auto: resident for cifar and glyphs with a crop of one size and nothing "
+        "after it; else dali where it is installed and reads the source, else torchvision",
     )
     workers: int = Field(2, ge=1, description="decoding threads of a process")
     prefetch: int = Field(2, ge=1, description="batches prepared ahead")
@@ -74,6 +93,12 @@ class Data(Strict):
         names = ("mixup", "cutmix", "smoothing")
         return [f"data.{name}" for name in names if getattr(self, name) > 0]
 
+    @property
+    def after_crop(self) -> list[str]:
+        """The keys in use that change the pixels of training crops."""
+        used = {"data.randaugment": self.randaugment is not None, "data.erase": self.erase > 0}
+        return [name for name, on in used.items() if on]
+
     def _source_problems(self) -> list[str]:
         found = []
         if self.source not in ("synthetic", "glyphs"):
@@ -92,6 +117,11 @@ class Data(Strict):
         if self.source in IN_MEMORY and self.loader == "dali":
             found.append(
                 f"data.loader: dali reads files and source {self.source} has none; use auto"
+            )
+        if self.loader == "resident" and self.after_crop:
+            found.append(
+                "data.loader: resident crops on the device, where it cannot do "
+                f"{' and '.join(self.after_crop)}; use auto"
             )
         return found
 

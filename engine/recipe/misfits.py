@@ -67,6 +67,11 @@ def _of_method(key: str, method: Method, recipe: Recipe) -> Iterator[str]:
             f"{key}: {method.name}, as set, is not defined for soft labels; set "
             f"{', '.join(softening)} to 0"
         )
+    if recipe.data.repeats > 1 and not method.takes_repeats:
+        yield (
+            f"{key}: {method.name} remembers one row for each image, which data.repeats="
+            f"{recipe.data.repeats} would write several times a step; set data.repeats to 1"
+        )
     if method.uses_average and recipe.optim.ema is None:
         yield (f"optim.ema: method {method.name} reads the student's average; add optim.ema=0.999")
     if not method.uses_assistants:

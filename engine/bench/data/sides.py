@@ -116,7 +116,9 @@ def sides_of(
     """Those that can read the images, the peer first, and why the others cannot."""
     sides: list[Side] = []
     lost: dict[str, str] = {}
-    if isinstance(manifest.content, Files):
+    if mode == "train" and data.after_crop:
+        lost[PEER] = f"its transforms have no {', no '.join(data.after_crop)}"
+    elif isinstance(manifest.content, Files):
         sides.append(Peer(peer_loader(manifest, rows, data, batch, mode), data.workers))
     else:
         lost[PEER] = f"it reads a folder of images, data.source={data.source} is none"

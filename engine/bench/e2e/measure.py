@@ -71,6 +71,8 @@ def _measured(
     absent = None if kind is None else peer.why_not(case)
     if kind is not None and not isinstance(manifest.content, Files):
         absent = f"ImageFolder reads a folder of images, data.source={data.source} is none"
+    if kind is not None and data.after_crop:
+        absent = f"the plain loader knows no {', no '.join(data.after_crop)}"
     if kind is not None and absent is None:
         files = peer_loader(manifest, rows, data, batch, "train", pin=device.type == "cuda")
         loop = peer.loop_of(case, plain.Batches(files), device, kind == "bf16")

@@ -36,20 +36,21 @@ def make_loader(
 ) -> Loader:
     """The loader of `data.loader` for process `rank` of `world`, with `batch` images a step each.
 
-    "auto" is, for images that a source holds in memory, resident where the crop is of one size;
-    dali where it is installed and the images are files or in tars; else torchvision. The loader's
-    `name` says which. `device` is where the run computes: batches for a GPU lie in pinned memory,
-    or with resident on the GPU itself. ValueError where the training set does not fill a step, or
-    where the images or this machine are not what `data.loader` needs; BadImagesError, a
-    RuntimeError, for too many unreadable images.
+    "auto" is, for images that a source holds in memory, resident where the crop is of one size and
+    nothing is done after it; dali where it is installed and the images are files or in tars; else
+    torchvision. The loader's `name` says which. `device` is where the run computes: batches for a
+    GPU lie in pinned memory, or with resident on the GPU itself. ValueError where the training set
+    does not fill a step, or where the images or this machine are not what `data.loader` needs;
+    BadImagesError, a RuntimeError, for too many unreadable images.
     """
-    kind = _best(manifest, data) if data.loader == "auto" else data.loader
+    kind = _best(manifest, data, train) if data.loader == "auto" else data.loader
     schedule = Schedule(manifest, data, batch, seed=seed, rank=rank, world=world, train=train)
     return LOADERS[kind](schedule, device)
 
 
-def _best(manifest: Manifest, data: Data) -> str:
-    if isinstance(manifest.content, Pixels) and data.augment != "random_resized_crop":
+def _best(manifest: Manifest, data: Data, train: bool) -> str:
+    plain = data.augment != "random_resized_crop" and not (train and data.after_crop)
+    if isinstance(manifest.content, Pixels) and plain:
         return "resident"
     return "dali" if isinstance(manifest.content, Encoded) and _has_dali() else "torchvision"
 

@@ -28,6 +28,7 @@ from ..plan import Plan
 from ..quarantine import BadImagesError
 from ..schedule import Schedule, Task
 from .dali_feed import Feed, Reader, fetch
+from .finish import finish
 
 Pending = tuple[Task, Tensor, "list[Future[None]]"]
 
@@ -192,6 +193,7 @@ def _fill(plan: Plan, i: int, crop: Tensor, out: NDArray[np.uint8]) -> None:
     size = out.shape[1]
     pixels = crop.numpy()[y : y + size, x : x + size]
     out[i] = pixels[:, ::-1] if plan.flip[i] else pixels
+    finish(plan, i, out[i])
 
 
 def _row(plan: Plan, i: int) -> Plan:

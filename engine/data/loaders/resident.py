@@ -21,7 +21,8 @@ from .vision import render
 class ResidentLoader:
     """The batches of a schedule, exactly as planned, on `device`.
 
-    Random crops need images of one size: ValueError where they differ.
+    Random crops need images of one size: ValueError where they differ, and where crops are to be
+    changed further.
     """
 
     name = "resident"
@@ -30,6 +31,10 @@ class ResidentLoader:
     def __init__(self, schedule: Schedule, device: torch.device) -> None:
         self._schedule = schedule
         self._manifest, self._data = schedule.manifest, schedule.data
+        if schedule.train and self._data.after_crop:
+            raise ValueError(
+                f"data.loader=resident cannot do {' and '.join(self._data.after_crop)}; use auto"
+            )
         self._border = self._data.padding if schedule.view == "pad_crop" else 0
         self._images = self._decode_all().to(device)  # (n, H, W, 3) uint8
         self.steps, self.bad = schedule.steps, schedule.quarantine.bad

@@ -18,12 +18,13 @@ from ..batch import Batch
 from ..images import UnreadableError
 from ..plan import Plan
 from ..schedule import Schedule, Task
+from .finish import finish
 
 Pending = tuple[Task, Tensor, "list[Future[str | None]]"]
 
 
 def render(image: Image.Image, plan: Plan, i: int, size: int) -> NDArray[np.uint8]:
-    """Row i of the plan done to its decoded image: uint8 (size, size, 3)."""
+    """The crop and flip of row i done to its decoded image: uint8 (size, size, 3)."""
     top, left, height, width = plan.box[i].tolist()
     scaled, (y, x) = plan.scaled[i].tolist(), plan.window[i].tolist()
     image = F.crop(image, top, left, height, width)
@@ -106,4 +107,5 @@ class VisionLoader:
         except UnreadableError as error:
             return str(error)
         out[i] = render(image, plan, i, self._data.size)
+        finish(plan, i, out[i])
         return None

@@ -115,6 +115,18 @@ def test_records_of_a_whole_run(photos, tmp_path, kd):
     assert code == 0 and len(heads) == 2 + len(measured) and heads[1].startswith("|---|")
 
 
+@pytest.mark.parametrize("key", ["erase", "randaugment"])
+def test_a_peer_that_changes_no_crops_is_left_out(photos, key):
+    settings = {"erase": 0.5} if key == "erase" else {"randaugment": {}}
+    found, lost = sides(photos, "train", ["torchvision", "resident"], **settings)
+    assert [side.name for side in found] == ["torchvision"]
+    assert lost["ImageFolder"] == f"its transforms have no data.{key}"
+    assert lost["resident"] == f"data.loader=resident cannot do data.{key}; use auto"
+    found[0].close()
+    (peer,), lost = sides(photos, "eval", [], **settings)
+    assert peer.name == "ImageFolder" and not lost
+
+
 @pytest.mark.parametrize("mode", ["train", "eval"])
 def test_blocks_see_every_image_equally_often(photos, mode):
     found, lost = sides(photos, mode, ["torchvision"])

@@ -71,6 +71,15 @@ def test_records_hold_what_was_measured(recorded):
     assert records[2]["peer_absent"] == "the plain loop knows no method dkd"
 
 
+def test_a_peer_that_changes_no_crops_is_left_out(tmp_path):
+    path = tmp_path / "e2e.jsonl"
+    changed = ["data.erase=0.5", "data.loader=auto"]
+    e2e.main([*WORDS, *changed, *SHORT, "--out", str(path), "--cases", "student"])
+    _, record = [json.loads(line) for line in path.read_text().splitlines()]
+    assert record["peer_absent"] == "the plain loader knows no data.erase"
+    assert record["loader"] == LOADER and "times_peer" not in record
+
+
 def test_recorded_files_show_the_table_again(recorded, kd):
     code, out, _ = kd("bench", "e2e", "--from", recorded)
     assert code == 0

@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 import warnings
+from dataclasses import replace
 from importlib.util import find_spec
 
 import numpy as np
@@ -14,7 +15,9 @@ import torch
 from PIL import Image
 
 from kdfuse.engine.data import plan as sampler
+from kdfuse.engine.data.augment import changes
 from kdfuse.engine.data.loaders import LOADERS, make_loader
+from kdfuse.engine.data.loaders.finish import finish
 from kdfuse.engine.data.schedule import Schedule
 from kdfuse.engine.data.sources import open_source
 from kdfuse.engine.recipe.data import Data
@@ -170,6 +173,70 @@ def test_dali_decodes_as_pil_does(photos):
             for name in ("dali", "torchvision")
         ]
         assert same(*ours)
+
+
+AFTER = {"randaugment": {"ops": 3}, "erase": 0.5, "repeats": 2}
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_what_follows_the_crop_is_the_plans(photos, name):
+    """The same bytes of every loader where the crop has the same, as pad_crop's has."""
+    data = folder(photos, augment="pad_crop", size=45, padding=0, eval_resize=None, loader=name)
+    data = Data.model_validate(data.model_dump() | AFTER)
+    manifest = open_source(data, "train")
+    order, changed = sampler.permutation(7, 1, 12), 0
+    at = np.repeat([[0, 1], [2, 3], [4, 5]], 2, axis=0).ravel()  # two images in each step of four
+    images, _, index = collect(loaded(data), 1)
+    assert index.tolist() == order[at].tolist()
+    plan = sampler.plan(data, manifest.sizes, 7, 1, np.arange(12), index=order[at])
+    plan = replace(plan, changes=changes(data, 7, 1, np.arange(12)))
+    for i, crop in enumerate(by_hand(manifest, plan, 45).permute(0, 2, 3, 1).numpy()):
+        wanted = crop.copy()
+        finish(plan, i, wanted)
+        changed += (wanted != crop).any()
+        assert np.array_equal(images[i].permute(1, 2, 0), wanted)
+    assert changed > 6
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_what_follows_the_crop_leaves_evaluation_alone(few, name):
+    plain = folder(few, loader=name)
+    more = Data.model_validate(plain.model_dump() | AFTER)
+    assert same(collect(loaded(plain, "val")), collect(loaded(more, "val")))
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_what_follows_the_crop_knows_no_threads_start_or_processes(few, name):
+    data = Data.model_validate(folder(few, loader=name).model_dump() | AFTER)
+    whole = collect(loaded(data), 2)
+    for start in (1, 5):
+        assert same(collect(loaded(data), 2, start), tuple(part[start * 4 :] for part in whole))
+    busy = data.model_copy(update={"workers": 4, "prefetch": 5})
+    assert same(whole, collect(loaded(busy), 2))
+    ranks = [collect(loaded(data, batch=2, rank=rank, world=2), 2) for rank in (0, 1)]
+    for part, one, other in zip(whole, *ranks, strict=True):
+        pairs = torch.stack([one.unflatten(0, (-1, 2)), other.unflatten(0, (-1, 2))], 1)
+        assert torch.equal(part, pairs.flatten(0, 2))
+
+
+def test_resident_refuses_what_follows_the_crop(few):
+    for settings, keys in (
+        ({"randaugment": {}}, "data.randaugment"),
+        ({"erase": 0.1}, "data.erase"),
+        ({"randaugment": {}, "erase": 0.1}, "data.randaugment and data.erase"),
+    ):
+        data = folder(few, augment="none", **settings).model_copy(update={"loader": "resident"})
+        with pytest.raises(ValueError, match=f"data.loader=resident cannot do {keys}; use auto"):
+            loaded(data)
+        loaded(data, "val").close()
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_repeats_are_every_loaders(few, name):
+    data = folder(few, augment="pad_crop", size=40, loader=name, repeats=3)
+    _, _, index = collect(loaded(data, batch=6))
+    order = sampler.permutation(7, 0, 24)
+    assert index.view(4, 3, 2).tolist() == [[pair] * 3 for pair in order[:8].reshape(4, 2).tolist()]
 
 
 @pytest.mark.parametrize("name", READERS)

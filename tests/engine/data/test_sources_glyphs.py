@@ -135,6 +135,16 @@ def test_auto_is_the_resident_loader(tmp_path):
         loader.close()
 
 
+def test_auto_crops_on_the_cpu_where_more_follows(tmp_path):
+    for settings in ({"erase": 0.5}, {"randaugment": {}}):
+        options = data(tmp_path, **settings)
+        for split, name in (("train", "torchvision"), ("val", "resident")):
+            train = split == "train"
+            loader = make_loader(open_source(options, split), options, 50, seed=0, train=train)
+            assert loader.name == name
+            loader.close()
+
+
 def test_classes_can_be_told_apart_but_not_by_templates():
     """The mean of each class's distance to the colour of the paper, blurred."""
 

@@ -6,7 +6,7 @@ import pytest
 
 from kdfuse.engine.methods import METHODS
 from kdfuse.engine.recipe import yamlfile
-from kdfuse.engine.recipe.data import Data
+from kdfuse.engine.recipe.data import Data, RandAugment
 from kdfuse.engine.recipe.load import Recipe, recipes
 from kdfuse.engine.recipe.schema import Optim, RecipeError
 
@@ -63,6 +63,10 @@ def test_published_settings() -> None:
     kd = Recipe.load("imagenet/kd:resnet34-resnet18-batch256")
     assert (kd.optim.lr, kd.run.batch, kd.run.epochs) == (0.1, 256, 100)
     assert kd.student.name == "torchvision:resnet18" and kd.optim.milestones == (30, 60, 90)
+    for row in ("nkd:deit3_small-deit_tiny", "nkd:deit3_large-deit_base", "uskd:deit_tiny"):
+        deit = Recipe.load(f"imagenet/{row}").data
+        assert deit.randaugment == RandAugment(magnitude=9, std=0.5, ops=2)
+        assert (deit.erase, deit.repeats, deit.mixup, deit.cutmix) == (0.25, 1, 0.8, 1)
 
 
 def test_a_file_with_one_row_needs_no_row() -> None:
@@ -217,6 +221,21 @@ def test_yaml_scalars() -> None:
         ({"source": "digits", "root": "x", "scale": [0.5, 0.1]}, "data.scale: need 0 < low"),
         ({"source": "digits", "root": "x", "scale": [0.5, 2]}, "data.scale: a share"),
         ({"source": "digits", "root": "x", "padding": 2}, "data.padding: 2 has no effect"),
+        (
+            {
+                "source": "digits",
+                "root": "x",
+                "loader": "resident",
+                "erase": 0.25,
+                "randaugment": {},
+            },
+            "data.loader: resident crops on the device, where it cannot do data.randaugment and ",
+        ),
+        ({"source": "digits", "root": "x", "erase": 1.5}, "less than or equal to 1"),
+        ({"source": "digits", "root": "x", "repeats": 0}, "greater than or equal to 1"),
+        ({"source": "digits", "root": "x", "randaugment": {"magnitude": 11}}, "or equal to 10"),
+        ({"source": "digits", "root": "x", "randaugment": {"ops": 0}}, "or equal to 1"),
+        ({"source": "digits", "root": "x", "randaugment": {"std": -1}}, "or equal to 0"),
     ],
 )
 def test_data_that_cannot_work(settings: dict, words: str) -> None:
@@ -276,6 +295,25 @@ def test_a_scaled_recipe_shows_the_rate_that_was_given() -> None:
 def test_another_method_over_a_recipe_names_the_cause():
     with pytest.raises(RecipeError, match="is written for kd, and its other options stay"):
         Recipe.load("cifar100/kd:resnet32x4-resnet8x4", ["method.name=dkd"])
+
+
+def test_a_part_of_randaugment_switches_it_on() -> None:
+    assert Recipe.load(KD).data.randaugment is None
+    found = Recipe.load(KD, ["data.randaugment.magnitude=7"]).data.randaugment
+    assert found is not None and (found.magnitude, found.std, found.ops) == (7, 0.5, 2)
+    assert Recipe.load(KD, ["data.randaugment={}"]).data.randaugment is not None
+    [line] = problems_of(KD, ["data.randaugment.level=7"])
+    assert line.startswith("data.randaugment.level: unknown key")
+
+
+def test_a_memory_of_images_takes_no_repeats() -> None:
+    crd = "digits/crd"
+    [line] = problems_of(crd, ["data.repeats=3"])
+    assert line == (
+        "method: crd remembers one row for each image, which data.repeats=3 would write several "
+        "times a step; set data.repeats to 1"
+    )
+    assert Recipe.load(KD, ["data.repeats=3"]).data.repeats == 3
 
 
 def test_a_classifiers_published_number_is_top1() -> None:
