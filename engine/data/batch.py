@@ -15,7 +15,7 @@ class Batch:
     rows at `valid` and beyond do not count. `valid` may be 0 on the last ranks of the last step.
     """
 
-    images: Tensor  # (B, 3, H, W) uint8, stored channels last; on the CPU unless resident
+    images: Tensor  # (B, 3, H, W) uint8, stored channels last; on the CPU or the run's GPU
     target: Tensor  # (B,) int64
     index: Tensor  # (B,) int64, row of the manifest
     valid: int

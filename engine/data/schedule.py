@@ -71,6 +71,12 @@ class Schedule:
             raise ValueError(f"start={start} is outside an epoch of {self.steps} steps")
         return range(start, self.steps)
 
+    def after(self, epoch: int, step: int) -> tuple[int, int]:
+        """The epoch and step that follow: over the end of an epoch; evaluation begins anew."""
+        if step + 1 < self.steps:
+            return epoch, step + 1
+        return (epoch + 1 if self.train else epoch), 0
+
     def task(self, epoch: int, step: int) -> Task:
         """The plan of one step; rows now known as unreadable are replaced."""
         first = (step * self.world + self.rank) * self.batch

@@ -74,6 +74,18 @@ class Data(Strict):
     prefetch: int = Field(2, ge=1, description="batches prepared ahead")
     normalize: Normalize = IMAGENET
     bad_images: int = Field(16, ge=0, description="more unreadable files than this stop the run")
+    decode: Literal["auto", "cpu", "hybrid", "gpu"] = Field(
+        "auto",
+        description="where loader dali works. cpu: decodes and resizes there; hybrid: decodes on "
+        "the CPU, resizes on the GPU; gpu: both there; auto: cpu, and why is printed",
+    )
+    hw_decoder_load: float = Field(
+        0.65,
+        ge=0,
+        le=1,
+        description="decode gpu: share of the JPEGs for the GPU's own JPEG decoders, where it has "
+        "any; CUDA decodes the rest",
+    )
     images: int | None = Field(
         None,
         ge=1,
@@ -82,7 +94,7 @@ class Data(Strict):
 
     @model_validator(mode="after")
     def _works(self) -> Data:
-        found = self._source_problems() + self._crop_problems()
+        found = self._source_problems() + self._crop_problems() + self._decode_problems()
         if found:
             raise ValueError("\n".join(found))
         return self
@@ -141,4 +153,27 @@ class Data(Strict):
             found += self.unused(f"augment {self.augment}", "data", "scale", "ratio")
         if self.augment != "pad_crop":
             found += self.unused(f"augment {self.augment}", "data", "padding")
+        return found
+
+    def _decode_problems(self) -> list[str]:
+        found = []
+        if self.decode != "gpu":
+            found += self.unused(f"decode {self.decode}", "data", "hw_decoder_load")
+        if self.decode in ("auto", "cpu"):
+            return found
+        if self.loader not in ("auto", "dali"):
+            found.append(
+                f"data.decode: {self.decode} is done by loader dali, got loader {self.loader}; set "
+                "data.loader=dali or data.decode=auto"
+            )
+        if self.after_crop:
+            found.append(
+                f"data.decode: {self.decode} leaves no crop on the CPU, where "
+                f"{' and '.join(self.after_crop)} are done; use data.decode=cpu"
+            )
+        if self.source in IN_MEMORY:
+            found.append(
+                f"data.decode: {self.decode} decodes files and source {self.source} has none; "
+                "use auto"
+            )
         return found

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..data.batch import Batch
-from ..data.loaders import make_loader
+from ..data.loaders import Loader, make_loader
 from ..data.loaders.ondevice import Mixing
 from ..data.manifest import Manifest
 from ..data.sources import open_source
@@ -48,20 +48,24 @@ class Classification:
             if group.first:
                 print(
                     f"{len(train_set.target)} training and {len(val_set.target)} validation images "
-                    f"of {len(train_set.classes)} classes, loader {self.loader.name}",
+                    f"of {len(train_set.classes)} classes, "
+                    f"loader {self.loader.name}: {self.loader.decode}",
                     flush=True,
                 )
             sources = {
                 "training images": train_set.digest,
                 "validation images": val_set.digest,
-                "loader": self.loader.name,  # what "auto" stands for may change
+                "loader": _pixels_of(self.loader),  # what "auto" stands for may change
             }
             self.networks, self.state = begin(
                 recipe, group, len(train_set.classes), torch.from_numpy(train_set.target), sources
             )
             self._opened = opened.pop_all()
         self.steps = self.loader.steps
-        self.facts: dict[str, Any] = {"loader": self.loader.name}
+        self.facts: dict[str, Any] = {
+            "loader": self.loader.name,
+            "decode": self.loader.decode,
+        }
         self.mixing = Mixing(data, self.state.classes, batch, run.seed)
         self._step = step_of(self.networks, self.state, self.mixing)
 
@@ -114,6 +118,11 @@ class Classification:
         """Percent: top1 and top5 of the student; slt0_top1, ema_top1 and so on of the others."""
         self.state.average_batchnorm()
         return measure(self.networks, self.val.epoch(0), self.group)
+
+
+def _pixels_of(loader: Loader) -> str:
+    """What decides the pixels of a batch, beside the plan; for the CPU the loader's name alone."""
+    return loader.name if loader.mode == "cpu" else f"{loader.name}, decode {loader.mode}"
 
 
 def begin(

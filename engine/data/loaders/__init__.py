@@ -11,6 +11,7 @@ from ..contents import Encoded, Pixels
 from ..manifest import Manifest
 from ..schedule import Schedule
 from .dali import DaliLoader
+from .decoding import check_loader
 from .resident import ResidentLoader
 from .vision import VisionLoader
 
@@ -38,12 +39,15 @@ def make_loader(
 
     "auto" is, for images that a source holds in memory, resident where the crop is of one size and
     nothing is done after it; dali where it is installed and the images are files or in tars; else
-    torchvision. The loader's `name` says which. `device` is where the run computes: batches for a
-    GPU lie in pinned memory, or with resident on the GPU itself. ValueError where the training set
-    does not fill a step, or where the images or this machine are not what `data.loader` needs;
-    BadImagesError, a RuntimeError, for too many unreadable images.
+    torchvision. The loader's `name` says which, its `decode` where and how it decodes, its `mode`
+    in one word. `device` is where the run computes: batches for a GPU lie in pinned memory, or on
+    the GPU itself where they are made there (resident, dali with mode hybrid or gpu). ValueError
+    where the training set does not fill a step, or where the images or this machine are not what
+    `data.loader` or `data.decode` needs; BadImagesError, a RuntimeError, for too many unreadable
+    images.
     """
     kind = _best(manifest, data, train) if data.loader == "auto" else data.loader
+    check_loader(data, kind)
     schedule = Schedule(manifest, data, batch, seed=seed, rank=rank, world=world, train=train)
     return LOADERS[kind](schedule, device)
 

@@ -1,8 +1,8 @@
-"""The loader on NVIDIA DALI's CPU decoders: reads files and decodes the part that the plan names.
+"""The loader on NVIDIA DALI: reads files and decodes the part that the plan names.
 
 DALI's own reader, shuffling and random crops stay unused, so its prefetching carries no state that
-a restart would have to restore. PyTorch resizes, in threads of the loader: its kernel for bytes
-takes a third of the time of DALI's, and rounds and treats borders as PIL does.
+a restart would have to restore. On a CPU PyTorch resizes, in threads of the loader: its kernel for
+bytes takes a third of the time of DALI's, and rounds and treats borders as PIL does.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from ...recipe.data import Data
 from ..batch import Batch
 from ..contents import Encoded
 from ..images import UnreadableError
 from ..plan import Plan
-from ..quarantine import BadImagesError
 from ..schedule import Schedule, Task
-from .dali_feed import Feed, Reader, fetch
+from .dali_feed import Feed, Reader, fetch, inputs
+from .dali_graph import DEVICES, graph, import_dali, mixed_options
+from .decoding import decoding
 from .finish import finish
 
 Pending = tuple[Task, Tensor, "list[Future[None]]"]
@@ -36,12 +36,12 @@ Pending = tuple[Task, Tensor, "list[Future[None]]"]
 class DaliLoader:
     """The batches of a schedule, exactly as planned.
 
-    DALI decodes in `workers` threads and keeps `prefetch` batches under way; as many threads resize
-    one batch more. With a GPU as `device`, batches lie in pinned memory.
+    DALI decodes in `workers` threads and keeps `prefetch` batches under way, over the ends of
+    epochs. In mode cpu as many threads resize one batch more; with a GPU as `device` it lies in
+    pinned memory. In the other modes batches are made on `device` and stay there.
     """
 
     name = "dali"
-    decode = "DALI on the CPU, the crop alone"
 
     def __init__(self, schedule: Schedule, device: torch.device) -> None:
         manifest, data = schedule.manifest, schedule.data
@@ -49,17 +49,31 @@ class DaliLoader:
             raise ValueError(
                 f"data.loader=dali reads files and data.source={data.source} has none; use auto"
             )
-        _import()
+        import_dali()
+        self.mode, self.decode = decoding(data, device)
         self._schedule, self._manifest, self._data = schedule, manifest, data
         self._reader = Reader(manifest, data.workers)
         self._pool = ThreadPoolExecutor(data.workers, thread_name_prefix="kdfuse-resize")
+        self._device, self._mixed = device, {}
+        self._gpu = gpu_of(device) if self.mode != "cpu" else None
+        if self.mode == "gpu":
+            self._mixed = mixed_options(manifest.sizes, data.hw_decoder_load)
         self._pin = device.type == "cuda"
+        # Made when first asked for, and again after a decoding error or a jump.
+        self._pipe: Any = None
+        self._feed: Feed | None = None
         self._running: weakref.WeakSet[Generator[Batch, None, None]] = weakref.WeakSet()
         self.steps, self.bad = schedule.steps, schedule.quarantine.bad
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        """The batches of an epoch from step `start`; nothing before it is read."""
-        batches = self._batches(epoch, self._schedule.tasks_from(start))
+        """The batches of an epoch from step `start`; nothing before it is read.
+
+        Quickest for the epoch that follows the last one at its end: it is under way by then. Any
+        other place is a jump, at which the decoding starts anew.
+        """
+        steps = self._schedule.tasks_from(start)
+        make = self._resized if self.mode == "cpu" else self._made_by_dali
+        batches = make(epoch, steps)
         self._running.add(batches)
         return batches
 
@@ -67,32 +81,53 @@ class DaliLoader:
         """Ends DALI's threads; an epoch in progress ends."""
         for batches in list(self._running):
             batches.close()
+        self._stop()
         self._reader.close()
         self._pool.shutdown()
 
-    def _batches(self, epoch: int, steps: range) -> Generator[Batch, None, None]:
-        """One pipeline an epoch. After a decoding error it is invalid, batches under way included,
-        so a new one starts at the step that failed.
-        """
-        feed = Feed(self._schedule, epoch, steps, self._reader)
-        pipe = self._pipeline(self._schedule.batch, feed)
+    def _resized(self, epoch: int, steps: range) -> Generator[Batch, None, None]:
         pending: deque[Pending] = deque()
         for step in steps:
-            while True:
-                try:
-                    crops = pipe.run()[0]
-                    break
-                except BadImagesError:
-                    raise
-                except RuntimeError as error:
-                    self._blame(feed.ahead[0], error)
-                feed = Feed(self._schedule, epoch, range(step, self.steps), self._reader)
-                pipe = self._pipeline(self._schedule.batch, feed)
-            pending.append(self._resize(feed.ahead.popleft(), crops))
+            pending.append(self._resize(*self._next(epoch, step)))
             if len(pending) > 1:  # one is resized while the next is decoded
                 yield self._finish(*pending.popleft())
         while pending:
             yield self._finish(*pending.popleft())
+
+    def _made_by_dali(self, epoch: int, steps: range) -> Generator[Batch, None, None]:
+        stream = torch.cuda.Stream(self._device)
+        for step in steps:
+            task, images = self._next(epoch, step)
+            yield self._schedule.pack(task, taken(images, stream))
+
+    def _next(self, epoch: int, step: int) -> tuple[Task, Any]:
+        """What DALI makes of a step. After a decoding error its pipeline is invalid, batches under
+        way included, so a new one starts at the step that failed.
+        """
+        while True:
+            if self._feed is None or self._feed.due != (epoch, step):
+                self._start(epoch, step)
+            feed = self._feed
+            assert feed is not None
+            try:
+                made = self._pipe.run()[0]
+            except StopIteration:
+                self._stop()
+                assert feed.failure is not None
+                raise feed.failure from None
+            except RuntimeError as error:
+                self._stop()
+                self._blame(feed.ahead[0], error)
+                continue
+            return feed.ahead.popleft(), made
+
+    def _start(self, epoch: int, step: int) -> None:
+        self._stop()  # first: two pipelines would take twice the memory
+        self._feed = Feed(self._schedule, epoch, step, self._reader, resizes=self.mode != "cpu")
+        self._pipe = self._pipeline(self._schedule.batch, self._feed)
+
+    def _stop(self) -> None:
+        self._pipe = self._feed = None
 
     def _resize(self, task: Task, crops: Any) -> Pending:
         """Begins to make a batch of DALI's crops, which are of many sizes."""
@@ -136,48 +171,51 @@ class DaliLoader:
                 self._schedule.quarantine.add(row, fetched)
                 continue
             try:
-                self._pipeline(1, [([fetched], one.box)]).run()
+                alone = inputs([fetched], one, resizes=self.mode != "cpu")
+                self._pipeline(1, [alone]).run()
             except RuntimeError:  # its text does not name the file
                 self._schedule.quarantine.add(row, "DALI cannot decode it, though PIL can")
 
     def _pipeline(self, batch: int, feed: Any) -> Any:
-        return _pipeline(self._data, self._schedule.view, batch, feed, packed=self._reader.packed)
-
-
-def _import() -> Any:
-    """nvidia.dali, imported when first used: it takes a second and may be absent."""
-    try:
-        import nvidia.dali as dali
-    except ImportError as error:
-        raise ValueError(
-            "data.loader=dali needs NVIDIA DALI, which cannot be imported "
-            f"({error}): pip install nvidia-dali-cuda130, or set data.loader=torchvision"
-        ) from error
-    return dali
-
-
-def _pipeline(data: Data, view: str, batch: int, feed: Any, *, packed: bool) -> Any:
-    """A built pipeline whose only output is the planned boxes, uint8 (h, w, 3) each.
-
-    It is fed the files' paths, or with `packed` their bytes. EXIF is ignored.
-    """
-    dali = _import()
-    fn, types = dali.fn, dali.types
-    pipe = dali.Pipeline(batch, data.workers, None, prefetch_queue_depth=data.prefetch)
-    decode = {"device": "cpu", "output_type": types.RGB, "adjust_orientation": False}
-    with pipe:
-        source, box = fn.external_source(
-            feed, num_outputs=2, ndim=1, dtype=[types.UINT8, types.INT32]
+        """A built pipeline whose only output is what `mode` leaves to DALI."""
+        data = self._data
+        pipe = import_dali().Pipeline(
+            batch, data.workers, self._gpu, prefetch_queue_depth=data.prefetch
         )
-        file = source if packed else fn.io.file.read(source)
-        place = {"start": box[0:2], "shape": box[2:4], "axes": (0, 1)}
-        if view == "pad_crop":
-            image = fn.slice(fn.decoders.image(file, **decode), out_of_bounds_policy="pad", **place)
-        else:
-            image = fn.decoders.image_slice(file, **place, **decode)
-        pipe.set_outputs(image)
-    pipe.build()
-    return pipe
+        with pipe:
+            made = graph(
+                feed,
+                DEVICES[self.mode],
+                data.size,
+                pads=self._schedule.view == "pad_crop",
+                packed=self._reader.packed,
+                mixed=self._mixed,
+            )
+            pipe.set_outputs(made)
+        pipe.build()
+        return pipe
+
+
+def gpu_of(device: torch.device) -> int:
+    """The number of a CUDA device."""
+    return torch.cuda.current_device() if device.index is None else device.index
+
+
+def taken(images: Any, stream: torch.cuda.Stream) -> Tensor:
+    """A batch of DALI's as a tensor of its own, (B, H, W, 3) uint8, on the GPU of `stream`.
+
+    DALI takes its memory back when the last view of it is let go of, and knows nothing of what
+    PyTorch's streams still have to read there: later images would stand in an earlier batch. So it
+    is copied, on a stream of our own that this waits for. On the current stream the copy would wait
+    for all steps queued there, and so would this.
+    """
+    reader = torch.cuda.current_stream(stream.device)
+    with torch.cuda.stream(stream):
+        view = torch.from_dlpack(images.as_tensor())  # whole already: `run` waited for it
+        copy = view.clone()
+    stream.synchronize()
+    copy.record_stream(reader)  # or its memory is used anew while the step still reads
+    return copy
 
 
 def _fill(plan: Plan, i: int, crop: Tensor, out: NDArray[np.uint8]) -> None:

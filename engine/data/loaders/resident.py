@@ -14,6 +14,7 @@ from ..batch import Batch
 from ..images import UnreadableError
 from ..plan import eval_plan
 from ..schedule import Schedule
+from .decoding import Mode, without_dali
 from .ondevice import crop, resized_crop
 from .vision import render
 
@@ -26,7 +27,7 @@ class ResidentLoader:
     """
 
     name = "resident"
-    decode = "PIL once, whole image"
+    mode: Mode = "cpu"
 
     def __init__(self, schedule: Schedule, device: torch.device) -> None:
         self._schedule = schedule
@@ -35,6 +36,7 @@ class ResidentLoader:
             raise ValueError(
                 f"data.loader=resident cannot do {' and '.join(self._data.after_crop)}; use auto"
             )
+        self.decode = f"PIL once, whole image {without_dali(self._data, self.name)}"
         self._border = self._data.padding if schedule.view == "pad_crop" else 0
         self._images = self._decode_all().to(device)  # (n, H, W, 3) uint8
         self.steps, self.bad = schedule.steps, schedule.quarantine.bad

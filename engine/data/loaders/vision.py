@@ -18,6 +18,7 @@ from ..batch import Batch
 from ..images import UnreadableError
 from ..plan import Plan
 from ..schedule import Schedule, Task
+from .decoding import Mode, without_dali
 from .finish import finish
 
 Pending = tuple[Task, Tensor, "list[Future[str | None]]"]
@@ -45,11 +46,12 @@ class VisionLoader:
     """
 
     name = "torchvision"
-    decode = "PIL, whole image"
+    mode: Mode = "cpu"
 
     def __init__(self, schedule: Schedule, device: torch.device) -> None:
         self._schedule = schedule
         self._manifest, self._data = schedule.manifest, schedule.data
+        self.decode = f"PIL, whole image {without_dali(self._data, self.name)}"
         self._pin = device.type == "cuda"
         self._pool = ThreadPoolExecutor(self._data.workers, thread_name_prefix="kdfuse-decode")
         self.steps, self.bad = schedule.steps, schedule.quarantine.bad

@@ -5,6 +5,8 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
+from typing import get_args
 
 import pytest
 import torch
@@ -13,13 +15,14 @@ from tiny import tiny
 
 import kdfuse.engine
 from kdfuse.engine.data.loaders import make_loader
+from kdfuse.engine.data.loaders.decoding import Mode
 from kdfuse.engine.data.sources import open_source
 from kdfuse.engine.run import environment
 from kdfuse.engine.run.checkpoint import load, save
 from kdfuse.engine.run.folder import held
 from kdfuse.engine.run.log import read
 from kdfuse.engine.training.build import build
-from kdfuse.engine.training.classification import begin
+from kdfuse.engine.training.classification import _pixels_of, begin
 from kdfuse.engine.training.evaluate import evaluate, hits, measure
 from kdfuse.engine.training.meters import Diverged
 from kdfuse.engine.training.process import settings
@@ -54,6 +57,20 @@ def test_a_run_learns_and_leaves_its_files(teacher):
     assert facts["torch"] == torch.__version__ and facts["processes"] == 1
     again = kdfuse.engine.Recipe.load(teacher / "recipe.yaml")
     assert again.optim.lr == 0.1 and again.method.name == "ce"
+
+
+def test_a_run_says_how_its_images_are_decoded(digits, tmp_path, capsys):
+    run = train(tiny(digits, "ce", run={"epochs": 1}), tmp_path / "run")
+    decode = "PIL, whole image (data.decode=auto: loader torchvision is on the CPU)"
+    assert f"10 classes, loader torchvision: {decode}\n" in capsys.readouterr().out
+    start = last(run, "start")
+    assert (start["loader"], start["decode"]) == ("torchvision", decode)
+
+
+def test_another_way_to_decode_is_other_data_to_a_checkpoint():
+    """On a CPU it is the loader's name alone, as in checkpoints of before there was a choice."""
+    found = {mode: _pixels_of(SimpleNamespace(name="dali", mode=mode)) for mode in get_args(Mode)}
+    assert found == {"cpu": "dali", "hybrid": "dali, decode hybrid", "gpu": "dali, decode gpu"}
 
 
 def test_evaluate_repeats_the_log(teacher, capsys):
