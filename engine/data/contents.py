@@ -102,4 +102,9 @@ def _changed(path: str, length: int) -> str | None:
         found = os.stat(path).st_size
     except OSError as error:
         return error.strerror or str(error)
-    return None if found == length else f"{found} bytes, was {length} when indexed"
+    return None if found == length else other_length(found, length)
+
+
+def other_length(found: int, length: int) -> str:
+    """Why a file of `found` bytes is not the indexed one."""
+    return f"{found} bytes, was {length} when indexed"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import struct
 from collections.abc import Callable
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 from PIL import Image, UnidentifiedImageError
 
@@ -31,6 +31,29 @@ def decode(opener: Opener) -> Image.Image:
     try:
         with opener() as file:
             return _open(file).convert("RGB")
+    except FAULTS as error:
+        raise UnreadableError(_reason(error)) from error
+
+
+class Facts(NamedTuple):
+    """What a file says of its pixels."""
+
+    format: str  # as PIL names it; a JPEG with further images in it is an MPO
+    mode: str
+    width: int
+    height: int
+    adobe_transform: int | None  # of a JPEG with Adobe's marker: 0 none, 1 YCbCr, 2 YCCK
+
+
+def examine(opener: Opener) -> Facts:
+    """What the image is, after decoding it whole as `decode` does; raises UnreadableError."""
+    try:
+        with opener() as file:
+            image = _open(file)
+            transform = image.info.get("adobe_transform")
+            facts = Facts(str(image.format), image.mode, *image.size, transform)
+            image.convert("RGB")
+            return facts
     except FAULTS as error:
         raise UnreadableError(_reason(error)) from error
 

@@ -21,11 +21,12 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from ..batch import Batch
-from ..contents import Encoded
+from ..contents import Encoded, other_length
 from ..images import UnreadableError
 from ..plan import Plan
 from ..schedule import Schedule, Task
 from .dali_feed import Feed, Reader, fetch, inputs
+from .dali_gpu import gpu_of, taken
 from .dali_graph import DEVICES, graph, import_dali, mixed_options
 from .decoding import decoding
 from .finish import finish
@@ -102,7 +103,8 @@ class DaliLoader:
 
     def _next(self, epoch: int, step: int) -> tuple[Task, Any]:
         """What DALI makes of a step. After a decoding error its pipeline is invalid, batches under
-        way included, so a new one starts at the step that failed.
+        way included, so a new one starts at the step that failed, as after a file of another
+        length.
         """
         while True:
             if self._feed is None or self._feed.due != (epoch, step):
@@ -110,7 +112,7 @@ class DaliLoader:
             feed = self._feed
             assert feed is not None
             try:
-                made = self._pipe.run()[0]
+                made, lengths = self._pipe.run()
             except StopIteration:
                 self._stop()
                 assert feed.failure is not None
@@ -119,7 +121,9 @@ class DaliLoader:
                 self._stop()
                 self._blame(feed.ahead[0], error)
                 continue
-            return feed.ahead.popleft(), made
+            if not self._changed(feed.ahead[0], lengths):
+                return feed.ahead.popleft(), made
+            self._stop()
 
     def _start(self, epoch: int, step: int) -> None:
         self._stop()  # first: two pipelines would take twice the memory
@@ -143,6 +147,21 @@ class DaliLoader:
         for job in jobs:
             job.result()
         return self._schedule.pack(task, images)
+
+    def _changed(self, task: Task, lengths: Any) -> bool:
+        """Whether a file is of another length than the indexed one; quarantines those that are.
+
+        A crop may miss the damage of a cut file, so DALI's errors alone would depend on the crop.
+        """
+        content = self._manifest.content
+        assert isinstance(content, Encoded)
+        index = task.plan.index
+        found, indexed = lengths.as_array()[:, 0], content.lengths[index]
+        wrong = np.flatnonzero(found != indexed)
+        for i in wrong:
+            why = other_length(int(found[i]), int(indexed[i]))
+            self._schedule.quarantine.add(int(index[i]), why)
+        return bool(len(wrong))
 
     def _blame(self, task: Task, error: RuntimeError) -> None:
         """Quarantines the files of a failed batch that are bad; raises where none is.
@@ -177,7 +196,7 @@ class DaliLoader:
                 self._schedule.quarantine.add(row, "DALI cannot decode it, though PIL can")
 
     def _pipeline(self, batch: int, feed: Any) -> Any:
-        """A built pipeline whose only output is what `mode` leaves to DALI."""
+        """A built pipeline that gives what `mode` leaves to DALI, and the files' lengths."""
         data = self._data
         pipe = import_dali().Pipeline(
             batch, data.workers, self._gpu, prefetch_queue_depth=data.prefetch
@@ -191,31 +210,9 @@ class DaliLoader:
                 packed=self._reader.packed,
                 mixed=self._mixed,
             )
-            pipe.set_outputs(made)
+            pipe.set_outputs(*made)
         pipe.build()
         return pipe
-
-
-def gpu_of(device: torch.device) -> int:
-    """The number of a CUDA device."""
-    return torch.cuda.current_device() if device.index is None else device.index
-
-
-def taken(images: Any, stream: torch.cuda.Stream) -> Tensor:
-    """A batch of DALI's as a tensor of its own, (B, H, W, 3) uint8, on the GPU of `stream`.
-
-    DALI takes its memory back when the last view of it is let go of, and knows nothing of what
-    PyTorch's streams still have to read there: later images would stand in an earlier batch. So it
-    is copied, on a stream of our own that this waits for. On the current stream the copy would wait
-    for all steps queued there, and so would this.
-    """
-    reader = torch.cuda.current_stream(stream.device)
-    with torch.cuda.stream(stream):
-        view = torch.from_dlpack(images.as_tensor())  # whole already: `run` waited for it
-        copy = view.clone()
-    stream.synchronize()
-    copy.record_stream(reader)  # or its memory is used anew while the step still reads
-    return copy
 
 
 def _fill(plan: Plan, i: int, crop: Tensor, out: NDArray[np.uint8]) -> None:

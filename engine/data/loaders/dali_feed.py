@@ -79,7 +79,6 @@ class Feed:
         return inputs(files, task.plan, resizes=self.resizes)
 
     def _planned(self, epoch: int, step: int) -> tuple[Task, list[Fetched]]:
-        # A crop may miss the damage of a cut file, so DALI's errors alone would depend on the crop.
         while True:
             task = self.schedule.task(epoch, step)
             rows = task.plan.index.tolist()
@@ -99,14 +98,18 @@ def inputs(files: list[Fetched], plan: Plan, *, resizes: bool) -> Inputs:
 
 
 def fetch(manifest: Manifest, row: int) -> Fetched:
-    """The path of a row's file or the bytes of its tar's member; a text: why it has none."""
+    """The path of a row's file or the bytes of its tar's member; a text: why it has none.
+
+    Whether a file is the indexed one is asked of its bytes once they are read: a stat each here
+    would hold up the training loop.
+    """
     content = manifest.content
     assert isinstance(content, Encoded)
+    if isinstance(content, Files):
+        return np.frombuffer(os.fsencode(content.paths[row]), np.uint8)
     changed = content.changed(row)
     if changed is not None:
         return changed
-    if isinstance(content, Files):
-        return np.frombuffer(os.fsencode(content.paths[row]), np.uint8)
     try:
         with content.open(row) as file:
             return np.frombuffer(file.read(), np.uint8)

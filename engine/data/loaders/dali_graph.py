@@ -49,8 +49,9 @@ def graph(
     pads: bool,
     packed: bool,
     mixed: dict[str, Any],
-) -> Any:
-    """The output of a pipeline, made inside `with` of it: uint8, (h, w, 3) an image.
+) -> tuple[Any, Any]:
+    """The outputs of a pipeline, made inside `with` of it: uint8, (h, w, 3) an image, and the
+    lengths of the files in bytes, (1,) each.
 
     `feed` gives each step the files and the boxes, and where DALI resizes also `scaled`, `window`
     and `flip` of the plan (see Feed); the images then are size x size, else the boxes as they are.
@@ -80,7 +81,7 @@ def graph(
     else:
         image = fn.decoders.image_slice(file, **place, **decode)
     if devices.resize is None:
-        return image
+        return image, file.shape()
     scaled, window, flip = rest
     on = {"device": devices.resize}
     if devices.resize == "gpu" and devices.decode == "cpu":
@@ -89,7 +90,7 @@ def graph(
     # repeats the last pixel, where PIL and PyTorch leave out what lies outside.
     image = fn.resize(image, size=scaled, interp_type=types.INTERP_LINEAR, antialias=True, **on)
     image = fn.slice(image, start=window, shape=(size, size), axes=(0, 1), **on)
-    return fn.flip(image, horizontal=flip, **on)
+    return fn.flip(image, horizontal=flip, **on), file.shape()
 
 
 def mixed_options(sizes: NDArray[np.int32], hw_decoder_load: float) -> dict[str, Any]:

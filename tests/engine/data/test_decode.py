@@ -90,7 +90,7 @@ def made(manifest, plan, size, *, pads=False, devices=ON_CPU):
     pipe = import_dali().Pipeline(len(files), 2, None, prefetch_queue_depth=1)
     with pipe:
         feed = [inputs(files, plan, resizes=True)]
-        pipe.set_outputs(graph(feed, devices, size, pads=pads, packed=False, mixed={}))
+        pipe.set_outputs(*graph(feed, devices, size, pads=pads, packed=False, mixed={}))
     pipe.build()
     return np.array(pipe.run()[0].as_tensor())
 
@@ -182,7 +182,7 @@ def traced(mode, *, pads=False):
     pipe = import_dali().Pipeline(BATCH, 2, None if mode == "cpu" else 0)
     with pipe:
         options = mixed_options(np.array([[300, 500]]), 0.5)
-        out = graph(lambda: None, DEVICES[mode], 64, pads=pads, packed=False, mixed=options)
+        out, _ = graph(lambda: None, DEVICES[mode], 64, pads=pads, packed=False, mixed=options)
     found, node = [], out
     while node.source.inputs:  # along the images, from operator to operator
         text = str(node.source.spec)

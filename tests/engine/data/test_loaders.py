@@ -450,6 +450,33 @@ def test_bad_files_are_named_counted_and_replaced(few, name, later):
     assert torch.cat(of_two).tolist() == index.tolist()
 
 
+@pytest.mark.parametrize("name", EVERY)
+def test_a_file_of_another_length_is_found_whatever_its_crop(few, name):
+    """It decodes as it did, and is no longer the file that was indexed."""
+    data = folder(few, loader=name, **({"augment": "pad_crop"} if name == "resident" else {}))
+    manifest = open_source(data, "train")
+    path = few / "train" / "dog" / "05.jpg"
+    length = path.stat().st_size
+    with open(path, "ab") as file:
+        file.write(b"12345")
+    with pytest.warns(UserWarning, match=f"05.jpg .{length + 5} bytes, was {length} when indexed"):
+        loader = make_loader(manifest, data, 4, seed=7, train=True)
+        index = torch.cat([batch.index for batch in loader.epoch(0)]).tolist()
+    loader.close()
+    wanted = sampler.permutation(7, 0, 24).tolist()
+    assert list(loader.bad) == [17] and index == [18 if row == 17 else row for row in wanted]
+
+
+@pytest.mark.skipif(find_spec("nvidia.dali") is None, reason="needs NVIDIA DALI")
+def test_dali_is_fed_without_a_look_at_the_files(few, monkeypatch):
+    """One stat an image on the training loop's thread is slow on a network's disk."""
+    data = folder(few, loader="dali")
+    loader = loaded(data)
+    monkeypatch.setattr("kdfuse.engine.data.contents._changed", None)
+    assert len(list(loader.epoch(0))) == 6
+    loader.close()
+
+
 @pytest.mark.skipif(find_spec("nvidia.dali") is None, reason="needs NVIDIA DALI")
 def test_a_file_that_only_dali_refuses_is_found(few):
     """A bitmap of 16 bits a pixel: its batch decodes without fault in PIL."""

@@ -268,13 +268,13 @@ def test_check_folder_lists_bad_files(root):
     whole = (root / "train" / "cat" / "0.jpg").read_bytes()
     (root / "train" / "cat" / "0.jpg").write_bytes(whole[:-40])
     (root / "val" / "ant" / "1.jpg").write_bytes(b"<html>")
-    found = check_folder(root)
+    found = check_folder(root).faults
     assert [path.relative_to(root).as_posix() for path, _ in found] == [
         "train/cat/0.jpg",
         "val/ant/1.jpg",
     ]
     assert "truncated" in found[0][1].lower() and "not a readable JPEG" in found[1][1]
-    assert check_folder(root / "train" / "ant") == []
+    assert check_folder(root / "train" / "ant").faults == []
     with pytest.raises(FileNotFoundError, match="nowhere is not a folder"):
         check_folder(root / "nowhere")
     (root / "empty").mkdir()

@@ -356,13 +356,14 @@ def test_layouts_that_contradict_themselves_are_named(root, tmp_path):
 
 def test_check_looks_into_tars(root, tmp_path):
     one_a_class(root, tmp_path / "good")
-    assert check_folder(tmp_path / "good") == []
+    good = check_folder(tmp_path / "good")
+    assert good.faults == good.warnings == [] and good.classes == 3 and len(good.images) == 24
     broken(root)
     class_folders(root, tmp_path / "tars")
     os.truncate(tmp_path / "tars" / "val" / "0001.tar", 700)
     found = {
         path.relative_to(tmp_path / "tars").as_posix(): why
-        for path, why in check_folder(tmp_path / "tars")
+        for path, why in check_folder(tmp_path / "tars").faults
     }
     assert sorted(found) == [
         "train/0000.tar/ant/ant_2.JPEG",
