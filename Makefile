@@ -66,7 +66,7 @@ bench: install
 	    --out docs/results/cpu/losses.jsonl --plot docs/results/cpu/losses.svg
 
 # On a machine with a GPU, with the Python that has PyTorch there: build, test, check, measure, in one
-# call of at most 8 minutes. Writes docs/results/<gpu>/; with OUT=folder, copies of all records and logs.
+# call of at most 10 minutes. Writes docs/results/<gpu>/; with OUT=folder, copies of all records and logs.
 GPU_PYTHON ?= python3
 gpu:
 	$(GPU_PYTHON) tests/gpu/run.py

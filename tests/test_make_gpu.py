@@ -99,12 +99,52 @@ def test_counts_of_a_test_run(script, tmp_path):
 
 def test_stages_and_their_files(script, tmp_path):
     stages = script.stages(tmp_path)
-    names = ["build", "tests", "memcheck", "racecheck", "bench", "compiled"]
-    assert [s.name for s in stages] == names
-    assert len(stages) + 2 <= 8  # a log for each, and two files of records
+    losses = ["build", "tests", "memcheck", "racecheck", "bench"]
+    assert [s.name for s in stages] == [*losses, "step", "data", "e2e", "compiled"]
     tests = next(s for s in stages if s.name == "tests")
     assert all((script.ROOT / word).is_file() for word in tests.command if word.endswith(".py"))
     assert sum(word.endswith(".py") for word in tests.command) >= 4
+
+
+def test_a_missing_package_skips_the_engines_benchmarks(script, tmp_path):
+    path = tmp_path / "step.jsonl"
+    read = script.of_engine(path)
+    lacks = read("Traceback ...\nModuleNotFoundError: No module named 'pydantic'\n")
+    assert lacks == {"status": "skipped", "why": "this Python has no pydantic"}
+    ours = read("ModuleNotFoundError: No module named 'kdfuse.engine.nothing'\n")
+    assert ours["status"] == "failed" and read("oops\n")["status"] == "failed"
+    path.write_text("{}\n{}\n")
+    assert read("No module named 'sklearn'") == {"records": 2}
+
+
+def test_the_engines_benchmarks_know_their_options(script, tmp_path):
+    from kdfuse.engine.bench.data import run as data
+    from kdfuse.engine.bench.e2e import run as e2e
+    from kdfuse.engine.bench.step import run as step
+
+    verbs = {"step": step, "data": data, "e2e": e2e}
+    for stage in script.stages(tmp_path):
+        if stage.name in verbs:
+            words = stage.command[stage.command.index("bench") + 1 :]
+            assert words[0] == stage.name
+            chosen = verbs[stage.name].arguments(words[1:])
+            assert chosen.out == tmp_path / f"{stage.name}.jsonl"
+
+
+def test_a_copy_has_the_records_and_one_file_of_output(script, tmp_path, monkeypatch):
+    logs, results, out = (tmp_path / name for name in ("logs", "results", "out"))
+    for folder in (logs, results):
+        folder.mkdir()
+    for name in ("build", "tests"):
+        (logs / f"{name}.log").write_text(f"of {name}\n")
+    for name in ("run", "losses", "step", "data", "e2e"):
+        (results / f"{name}.jsonl").write_text("{}\n")
+    monkeypatch.setattr(script, "LOGS", logs)
+    monkeypatch.setenv("OUT", str(out))
+    script.copy_out(results)
+    text = (out / "stages.log").read_text()
+    assert "==== build\nof build\n" in text and "==== tests\nof tests\n" in text
+    assert len(list(out.iterdir())) == 6
 
 
 def test_the_table(script):

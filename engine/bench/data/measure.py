@@ -18,10 +18,12 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import numpy as np
+import torch
 from PIL import features
 
 from ....kernels.bench.report import Record, facts, version
 from ...data.contents import Encoded
+from ...data.loaders import CPU
 from ...data.manifest import Manifest
 from ...data.plan import Ints
 from ...data.sources import open_source
@@ -100,15 +102,17 @@ def measure(
     loaders: Sequence[str],
     seconds: float,
     keep: Callable[[Record], None],
+    device: torch.device = CPU,
 ) -> None:
     """Measures each mode, about `seconds` for each loader, and hands each record to `keep`.
 
+    Batches are as a run on `device` gets them, before any copy to it that the step asks for.
     ValueError where none of the loaders can read the images.
     """
     for mode in modes:
         manifest = open_source(data, SPLITS[mode])
         rows = readable_rows(manifest)
-        sides, lost = sides_of(manifest, rows, data, batch, mode, loaders)
+        sides, lost = sides_of(manifest, rows, data, batch, mode, loaders, device)
         for name, why in lost.items():
             keep({"kind": "absent", "mode": mode, "loader": name, "why_not": why})
         if all(name in lost for name in loaders):

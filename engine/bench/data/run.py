@@ -18,6 +18,7 @@ from ....kernels.bench.report import Record, append
 from ...data.loaders import LOADERS
 from ...recipe.data import Data
 from ...recipe.load import load
+from ...training.ranks import choose_device
 from .. import options
 from ..options import Parser, duration, words_of
 from ..records import read
@@ -59,6 +60,7 @@ def run(chosen: Any) -> list[Record]:
     data = recipe.data
     if not isinstance(data, Data):
         raise ValueError(f"{name}: its images are for detection; name a recipe of classification")
+    device = choose_device(recipe.run.device)
     found: list[Record] = []
 
     def keep(record: Record) -> None:
@@ -72,7 +74,7 @@ def run(chosen: Any) -> list[Record]:
         if chosen.images is not None:
             print(f"making {chosen.images} images", file=sys.stderr)
             data = made(data, Path(folder), chosen.images)
-        keep(opening(data, chosen.images))
+        keep(opening(data, chosen.images, device.type))
         try:
             measure(
                 data,
@@ -81,6 +83,7 @@ def run(chosen: Any) -> list[Record]:
                 chosen.loaders or list(LOADERS),
                 SECONDS if chosen.seconds is None else chosen.seconds,
                 keep,
+                device,
             )
         except FileNotFoundError as error:
             raise FileNotFoundError(f"{error}; without a set, --images 500 makes one") from error

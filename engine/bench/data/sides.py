@@ -111,7 +111,13 @@ def repeated(manifest: Manifest, rows: Ints, batch: int) -> Manifest:
 
 
 def sides_of(
-    manifest: Manifest, rows: Ints, data: Data, batch: int, mode: Mode, loaders: Sequence[str]
+    manifest: Manifest,
+    rows: Ints,
+    data: Data,
+    batch: int,
+    mode: Mode,
+    loaders: Sequence[str],
+    device: torch.device = CPU,
 ) -> tuple[list[Side], dict[str, str]]:
     """Those that can read the images, the peer first, and why the others cannot."""
     sides: list[Side] = []
@@ -119,7 +125,8 @@ def sides_of(
     if mode == "train" and data.after_crop:
         lost[PEER] = f"its transforms have no {', no '.join(data.after_crop)}"
     elif isinstance(manifest.content, Files):
-        sides.append(Peer(peer_loader(manifest, rows, data, batch, mode), data.workers))
+        pin = device.type == "cuda"
+        sides.append(Peer(peer_loader(manifest, rows, data, batch, mode, pin), data.workers))
     else:
         lost[PEER] = f"it reads a folder of images, data.source={data.source} is none"
     once = long = manifest
@@ -129,7 +136,8 @@ def sides_of(
         # Resident holds every image, so a repeated one would be held again.
         images = once if name == "resident" else long
         try:
-            sides.append(Ours(images, data.model_copy(update={"loader": name}), batch, mode))
+            named = data.model_copy(update={"loader": name})
+            sides.append(Ours(images, named, batch, mode, device))
         except ValueError as error:
             lost[name] = str(error)
     return sides, lost
