@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..data.batch import Batch
 from ..data.loaders import Loader, make_loader
+from ..data.loaders.feed import on_device
 from ..data.loaders.ondevice import Mixing
 from ..data.manifest import Manifest
 from ..data.sources import open_source
@@ -99,7 +100,7 @@ class Classification:
     def epoch(self, epoch: int, start: int) -> Iterator[Batch]:
         """The batches of an epoch from step `start`; the networks are in training mode."""
         self.networks.train()
-        return self.loader.epoch(epoch, start)
+        return on_device(self.loader.epoch(epoch, start), self.group.device)
 
     def schedule(self, epoch: int, number: int) -> dict[str, float]:
         """The numbers of step `number` of `epoch`, both 0-based, beside its learning rate."""
@@ -108,11 +109,7 @@ class Classification:
 
     def step(self, batch: Batch) -> Terms:
         """Train on a batch with the numbers in the state: its detached 0-dim terms."""
-        images, target, index = (
-            part.to(self.group.device, non_blocking=True)
-            for part in (batch.images, batch.target, batch.index)
-        )
-        return self._step(self.state.now, images, target, index)
+        return self._step(self.state.now, batch.images, batch.target, batch.index)
 
     def evaluate(self) -> dict[str, float]:
         """Percent: top1 and top5 of the student; slt0_top1, ema_top1 and so on of the others."""

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..data.batch import Batch
 from ..data.loaders import make_loader
+from ..data.loaders.feed import on_device
 from ..data.sources import open_source
 from ..run.past import checkpoints_of, recipe_of
 from .build import build
@@ -47,11 +48,11 @@ def accuracy(
     counts = torch.zeros(len(networks), 4, dtype=torch.float64, device=group.device)
     for network, _ in networks.values():
         network.eval()
-    for batch in batches:
-        images = batch.images.to(group.device, non_blocking=True)
-        target = batch.target.to(group.device, non_blocking=True)[: batch.valid]
+    for batch in on_device(iter(batches), group.device):
+        target = batch.target[: batch.valid]
         for count, (network, inputs) in zip(counts, networks.values(), strict=True):
-            count += hits(distiller.predict(network, inputs, images)[: batch.valid], target)
+            logits = distiller.predict(network, inputs, batch.images)[: batch.valid]
+            count += hits(logits, target)
     found = {}
     for name, row in zip(networks, group.sum(counts).tolist(), strict=True):
         top1, top5, rows, broken = row

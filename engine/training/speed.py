@@ -37,7 +37,7 @@ def settled(recipe: Which, device: torch.device, begun: Run | None = None) -> Wh
 
 def fast(device: torch.device, compiles: bool = True) -> dict[str, Any]:
     """The fast settings of a device. A CPU computes the same bytes every time all the same, and
-    compiles nothing: there it takes minutes that only long runs win back."""
+    compiles nothing unless it is told to: whether that pays there hangs on the network."""
     if device.type == "cpu":
         return EXACT | {"amp": "bf16" if cpu_has_bf16() else "off"}
     there = torch.cuda.is_available()

@@ -4,13 +4,12 @@ the plain loop over ImageFolder."""
 from __future__ import annotations
 
 import itertools
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 from contextlib import closing
-from dataclasses import replace
 
 import torch
 
-from ...data.batch import Batch
+from ...data.loaders.feed import on_device
 from ...training.meters import Clock
 from ...training.process import settings
 from ..data.sides import Ours
@@ -49,7 +48,7 @@ class Both:
     def batches(self) -> Generator[int, None, None]:
         run, clock = self.step.recipe.run, Clock()
         with settings(run), closing(self.loader.taken()) as taken:
-            self.step.batches = clock.count(self._moved(taken))
+            self.step.batches = clock.count(on_device(taken, self.device))
             try:
                 for number in itertools.count(1):
                     self.step()
@@ -58,14 +57,6 @@ class Both:
                     yield run.batch
             finally:
                 self.waits.append(clock.read()[1])
-
-    def _moved(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        for batch in batches:
-            images, target, index = (
-                part.to(self.device, non_blocking=True)
-                for part in (batch.images, batch.target, batch.index)
-            )
-            yield replace(batch, images=images, target=target, index=index)
 
 
 class Plain:
