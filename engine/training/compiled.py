@@ -54,7 +54,7 @@ class Compilations:
             elif count > 1:
                 note(
                     f"{name} compiles badly: {phase} takes {count} graphs of it and not one; "
-                    "TORCH_LOGS=graph_breaks says where, run.compile can leave it out"
+                    "TORCH_LOGS=graph_breaks says where, run.compile_only can leave it out"
                 )
         self._phases.add(phase)
 

@@ -34,7 +34,13 @@ class EMA:
     def update(self, model: nn.Module, share: Tensor) -> None:
         """Take in `share` (0-dim) of the weights of `model`, of the structure at the start."""
         average: list[Tensor] = list(self.module.parameters())
-        torch._foreach_lerp_(average, list(model.parameters()), [share] * len(average))
+        current: list[Tensor] = list(model.parameters())
+        if share.is_cuda:  # where a lerp with a share for each would be a launch for each
+            change = torch._foreach_sub(current, average)
+            torch._foreach_mul_(change, share)
+            torch._foreach_add_(average, change)
+        else:
+            torch._foreach_lerp_(average, current, [share] * len(average))
         buffers = list(self.module.buffers())
         if buffers:
             torch._foreach_copy_(buffers, list(model.buffers()))

@@ -27,14 +27,16 @@ class Scalars(Mapping[str, Tensor]):
         if not self._at:
             self._at = {name: i for i, name in enumerate(values)}
             self._exact = self._exact.new_zeros(len(values))
-            self._single = self._single.new_zeros(len(values))
+            alike = self._exact_type == torch.float32
+            self._single = self._exact if alike else self._single.new_zeros(len(values))
         if list(values) != list(self._at):
             raise ValueError(f"a step's numbers are {list(self._at)}, got {list(values)}")
         # From pageable memory the driver has its copy before this returns: nothing waits, and the
         # host's may be freed.
         made = torch.tensor(list(values.values()), dtype=self._exact_type)
         self._exact.copy_(made, non_blocking=True)
-        self._single.copy_(self._exact)
+        if self._single is not self._exact:
+            self._single.copy_(self._exact)
 
     def rate(self, name: str) -> Tensor:
         """The number as an optimiser takes its learning rate."""
