@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 from .data.photos import CLASSES
 
 PEERS = ("fp32", "bf16", "none")
-SHOWING = ("read", "markdown")  # goes with --from
+SHOWING = ("read", "markdown", "plot")  # goes with --from
 
 
 class Parser(argparse.ArgumentParser):
@@ -45,6 +45,13 @@ def duration(text: str) -> float:
     if not 0 <= found < math.inf:
         raise argparse.ArgumentTypeError(f"got {text}, wants a time in seconds, 0 or more")
     return found
+
+
+def picture(text: str) -> Path:
+    path = Path(text)
+    if path.suffix not in (".svg", ".png"):
+        raise argparse.ArgumentTypeError(f"got {text}, wants a name that ends in .svg or .png")
+    return path
 
 
 def of_recipes(parser: Parser, default: str) -> None:
@@ -87,6 +94,9 @@ def of_records(parser: Parser) -> None:
         help="show the records of these files instead of measuring",
     )  # fmt: skip
     parser.add_argument("--markdown", action="store_true", help="print Markdown tables")
+    parser.add_argument(
+        "--plot", type=picture, metavar="FILE", help="draw images/s into this .svg or .png"
+    )
 
 
 def parsed(parser: Parser, words: Sequence[str]) -> Any:
@@ -102,8 +112,10 @@ def parsed(parser: Parser, words: Sequence[str]) -> Any:
     for path in chosen.read or []:
         if not path.is_file():
             raise ValueError(f"--from {path}: there is no such file; --out FILE makes one")
-    if chosen.out and not chosen.out.absolute().parent.is_dir():
-        raise ValueError(f"--out {chosen.out}: its folder is not there; make it first")
+    for option in ("out", "plot"):
+        path = getattr(chosen, option)
+        if path and not path.absolute().parent.is_dir():
+            raise ValueError(f"--{option} {path}: its folder is not there; make it first")
     return chosen
 
 

@@ -21,12 +21,13 @@ from ...recipe.load import load
 from ...training.ranks import choose_device
 from .. import options
 from ..options import Parser, duration, words_of
+from ..plots import plot
 from ..records import read
 from ..tables import drawn
 from .measure import measure, opening
 from .photos import made
 from .sides import SPLITS
-from .table import about, as_line, grid, of_loaders
+from .table import about, as_line, grid, of_loaders, panels
 
 RECIPE = "imagenet/kd:resnet34-resnet18"
 SECONDS = 20.0
@@ -49,6 +50,8 @@ def main(words: Sequence[str]) -> list[str | Table]:
     """The benchmark's command line: what is to be printed, text and a table."""
     chosen = arguments(words)
     records = of_loaders(read(chosen.read, "loader", "data")) if chosen.read else run(chosen)
+    if chosen.plot:
+        plot(panels(records), chosen.plot)
     return ["", *about(records), "", drawn(grid(records), chosen.markdown, left=3)]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ....kernels.bench.report import Record, number
+from ..plots import Panel
 
 HEADS = [
     "mode", "loader", "decode", "workers", "batch", "size", "images/s", "p20-p80", "per core",
@@ -42,6 +43,22 @@ def about(records: Sequence[Record]) -> list[str]:
 def grid(records: Sequence[Record]) -> list[list[str]]:
     """The heads and a row for each measurement."""
     return [HEADS, *(_row(record) for record in records if record["kind"] == "loader")]
+
+
+def panels(records: Sequence[Record]) -> list[Panel]:
+    """A panel for each mode and set of images."""
+    groups: dict[tuple, list[Record]] = {}
+    for r in records:
+        if r["kind"] == "loader":
+            groups.setdefault((r["mode"], *about([r]), r["workers"]), []).append(r)
+    return [
+        Panel(
+            f"{mode}: {images}, {workers} workers",
+            [r["loader"] for r in group],
+            {"images/s": [r["images_per_s"] for r in group]},
+        )
+        for (mode, images, workers), group in groups.items()
+    ]
 
 
 def _row(record: Record) -> list[str]:

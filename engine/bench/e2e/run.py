@@ -21,6 +21,7 @@ from ...recipe.data import Data
 from .. import options
 from ..data.photos import made
 from ..options import Parser, duration, words_of
+from ..plots import plot
 from ..records import read
 from ..step.cases import chosen as chosen_cases
 
@@ -99,4 +100,6 @@ def main(words: Sequence[str]) -> list[str | Table]:
 
     chosen = arguments(words)
     records = read(chosen.read, "e2e", "e2e") if chosen.read else run(chosen)
+    if chosen.plot:
+        plot(table.panels(records), chosen.plot)
     return table.shown(records, chosen.markdown)

@@ -8,6 +8,7 @@ from rich.table import Table
 
 from ....kernels.bench.report import Record, number
 from .. import tables
+from ..plots import Panel
 from ..step.table import way
 
 # What a table's cases share.
@@ -46,6 +47,24 @@ def title(group: Sequence[Record]) -> str:
     read = f"loader {record['loader']} ({record['decode']}), {record['workers']} workers, "
     read += f"{record['cores']} cores"
     return f"{record['recipe']}: {', '.join(way(record))}; {images}; {read}"
+
+
+def panels(records: Sequence[Record]) -> list[Panel]:
+    """The same tables as bars."""
+    sides = {
+        "step alone": "step_images_per_s",
+        "input alone": "input_images_per_s",
+        "both": "images_per_s",
+        "plain loop": "peer_images_per_s",
+    }
+    return [
+        Panel(
+            title(group),
+            [r["case"] for r in group],
+            {name: [r.get(field) for r in group] for name, field in sides.items()},
+        )
+        for group, _ in tables.grids(records, "e2e", SHARED, cells)
+    ]
 
 
 def shown(records: Sequence[Record], markdown: bool) -> list[str | Table]:

@@ -16,6 +16,7 @@ from rich.table import Table
 
 from .. import options
 from ..options import Parser, count, duration, words_of
+from ..plots import plot
 from ..records import read
 
 SECONDS = 3.0
@@ -74,4 +75,6 @@ def main(words: Sequence[str]) -> list[str | Table]:
 
     chosen = arguments(words)
     records = read(chosen.read, "step", "step") if chosen.read else run(chosen)
+    if chosen.plot:
+        plot(table.panels(records), chosen.plot)
     return table.shown(records, chosen.markdown)

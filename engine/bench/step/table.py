@@ -8,6 +8,7 @@ from rich.table import Table
 
 from ....kernels.bench.report import Record, number
 from .. import tables
+from ..plots import Panel
 
 # What a table's cases share.
 SHARED = ("recipe", "device", "batch", "size", "amp", "compile", "channels_last")
@@ -54,6 +55,17 @@ def way(record: Record) -> list[str]:
     only = ", ".join(record.get("compile_only", []))
     found.append(f"compiled {only}".strip() if record["compile"] else "eager")
     return [*found, "channels last"] if record["channels_last"] else found
+
+
+def panels(records: Sequence[Record]) -> list[Panel]:
+    """The same tables as bars."""
+    found = []
+    for group, _ in tables.grids(records, "step", SHARED, cells):
+        peers = {f"plain loop, {r['peer']}": None for r in group if "peer" in r}
+        sides = {"kdfuse": [r["images_per_s"] for r in group]}
+        sides |= {name: [r.get("peer_images_per_s") for r in group] for name in peers}
+        found.append(Panel(title(group), [r["case"] for r in group], sides))
+    return found
 
 
 def shown(records: Sequence[Record], markdown: bool) -> list[str | Table]:
