@@ -47,6 +47,10 @@ def check(
 
     if out is not None and not out.parent.is_dir():
         raise FileNotFoundError(f"--out {out}: {out.parent} is not a folder; make it first")
+    if out is not None and out.is_dir():
+        raise ValueError(f"--out {out}: is a folder; name a file")
+    if against is not None and not against.is_file():
+        raise ValueError(f"--against {against}: there is no such file; --out FILE writes one")
     before = None if against is None else read_listing(against)
     with bar() as told:
         report = check_folder(root, told)

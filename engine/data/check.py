@@ -108,7 +108,9 @@ def check_folder(root: Path, told: Told = lambda done, total: None) -> Report:
                 except UnreadableError as error:
                     faults.append((Path(path), str(error)))
     if not found and not faults:
-        raise ValueError(f"{root} holds no image ({', '.join(EXTENSIONS)}, or such in a .tar)")
+        begun = "".join(f"; {path}: {why}" for path, why in warnings)
+        kinds = ", ".join(EXTENSIONS)
+        raise ValueError(f"{root} holds no image ({kinds}, or such in a .tar){begun}")
     found.sort(key=lambda one: one.path)
     images = []
     for image, fault, odd in _see_all(found, told):

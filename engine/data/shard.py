@@ -76,6 +76,8 @@ def shard_folder(
     """
     if target.resolve().is_relative_to(source.resolve()):
         raise ValueError(f"{target} lies in the source {source}; name a folder outside of it")
+    if target.exists() and not target.is_dir():
+        raise ValueError(f"{target} is a file; name a new folder")
     works = [_work(source, target, packing, split) for split in splits]
     for work in works:
         _there(work, packing)

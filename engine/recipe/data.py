@@ -161,6 +161,12 @@ class Data(Strict):
             found += self.unused(f"decode {self.decode}", "data", "hw_decoder_load")
         if self.decode in ("auto", "cpu"):
             return found
+        if self.source in IN_MEMORY:
+            return [
+                *found,
+                f"data.decode: {self.decode} decodes files and source {self.source} has none; "
+                "use auto",
+            ]
         if self.loader not in ("auto", "dali"):
             found.append(
                 f"data.decode: {self.decode} is done by loader dali, got loader {self.loader}; set "
@@ -168,12 +174,7 @@ class Data(Strict):
             )
         if self.after_crop:
             found.append(
-                f"data.decode: {self.decode} leaves no crop on the CPU, where "
-                f"{' and '.join(self.after_crop)} are done; use data.decode=cpu"
-            )
-        if self.source in IN_MEMORY:
-            found.append(
-                f"data.decode: {self.decode} decodes files and source {self.source} has none; "
-                "use auto"
+                f"data.decode: {self.decode} leaves no crop on the CPU for "
+                f"{' and '.join(self.after_crop)}; use data.decode=cpu"
             )
         return found

@@ -37,9 +37,23 @@ def _shared(recipe: Recipe, methods: list[Method]) -> Iterator[str]:
         )
     if recipe.expect is not None and recipe.expect.ap is not None:
         yield "expect.ap: classification is measured as top-1; use expect.top1"
+    optim, run = recipe.optim, recipe.run
+    if optim.schedule == "cosine" and optim.warmup_epochs >= run.epochs:
+        yield (
+            f"optim.warmup_epochs: {optim.warmup_epochs} leaves none of run.epochs={run.epochs} "
+            "for the cosine; lower it"
+        )
+    for name, learner in recipe.learners("").items():
+        student = learner.student.name
+        if optim.layer_decay is not None and not student.startswith(("timm:", "run:")):
+            where = f"also.{name}.student" if name else "student"
+            yield (
+                f"optim.layer_decay: {optim.layer_decay} needs students that number their layers, "
+                f"as timm:NAME do, and {where} is {student}; set optim.layer_decay=null"
+            )
     there = {"student": True, "teacher": recipe.teacher is not None}
     there["slts"] = any(method.slt_count > 0 for method in methods)
-    for role in recipe.run.compile_only or ():
+    for role in run.compile_only or ():
         if not there[role]:
             yield f"run.compile_only: {role} is not among this recipe's networks; leave it out"
     if recipe.assistants and not any(method.uses_assistants for method in methods):

@@ -173,7 +173,7 @@ def test_the_peak_is_of_the_type_that_a_step_computes_in() -> None:
         (["data.mixup=0.2"], "data.mixup"),
         (["optim.clip=1.0"], "optim.clip=1.0"),
         (["optim={name: adamw, lr: 0.1}"], "optim.name=adamw"),
-        (["optim.layer_decay=0.7"], "optim.layer_decay=0.7"),
+        (["optim.layer_decay=0.7", "student.name=timm:test_vit"], "optim.layer_decay=0.7"),
     ],
 )
 def test_what_the_plain_loop_has_not_is_named(words, wanted) -> None:

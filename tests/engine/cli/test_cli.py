@@ -182,6 +182,10 @@ def test_recipes_show_prints_what_load_reads(kd, tmp_path: Path) -> None:
         (["train", "none.yaml"], "recipe file none.yaml does not exist"),
         (["recipes", "show", "cifar100/kd"], "several rows"),
         (["data", "check", "nowhere"], "nowhere"),
+        (["data", "check", ".", "--out", "."], "--out .: is a folder; name a file"),
+        (["data", "check", ".", "--against", "no.jsonl"], "--against no.jsonl: there is no such"),
+        (["train", CE, "optim.warmup_epochs=1000"], "optim.warmup_epochs: 1000.0 leaves none of"),
+        (["train", CE, "optim.layer_decay=0.5"], "student is resnet8; set optim.layer_decay=null"),
         (["eval", "nowhere"], "nowhere"),
     ],
 )

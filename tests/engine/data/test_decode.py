@@ -275,7 +275,7 @@ def test_a_gpu_decodes_with_dali_alone(photos, monkeypatch):
         ({"hw_decoder_load": 0.9}, "data.hw_decoder_load: 0.9 has no effect with decode auto"),
         (
             {"decode": "gpu", "erase": 0.5, "randaugment": {}},
-            "leaves no crop on the CPU, where data.randaugment and data.erase are done; use data.d",
+            "gpu leaves no crop on the CPU for data.randaugment and data.erase; use data",
         ),
         ({"decode": "hybrid", "hw_decoder_load": 0.9}, "no effect with decode hybrid"),
         ({"decode": "gpu", "hw_decoder_load": 1.1}, "less than or equal to 1"),

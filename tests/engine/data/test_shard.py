@@ -335,6 +335,9 @@ def test_settings_that_contradict_themselves_are_refused(root, out):
     with pytest.raises(FileNotFoundError, match="nowhere is not a folder; expected ROOT/train/"):
         shard_folder(root / "nowhere", out, Packing())
     assert not out.exists() and sorted(os.listdir(root)) == ["train", "val"]
+    out.write_text("")
+    with pytest.raises(ValueError, match="is a file; name a new folder"):
+        shard_folder(root, out, Packing())
 
 
 def test_two_at_a_time_are_refused(root, out):
@@ -575,3 +578,9 @@ def test_long_names_and_those_beyond_ascii_stay(root, out):
     folder, tars = open_source(data(root, "folder"), "train"), open_source(data(out), "train")
     assert tars.classes == folder.classes and tars.digest == folder.digest
     assert check_folder(out).faults == []
+
+
+def test_what_a_killed_run_left_is_named_where_nothing_else_is(tmp_path):
+    (tmp_path / ".train.part").mkdir()
+    with pytest.raises(ValueError, match=r"holds no image.*\.train\.part: left by a `kdfuse data"):
+        check_folder(tmp_path)

@@ -97,13 +97,9 @@ def test_a_network_without_layers_is_refused():
     message = r"optim.layer_decay: 0.75 needs a student .*\(group_matcher\).*; CifarResNet does not"
     with pytest.raises(ValueError, match=message):
         build_optimizers(Optim(lr=0.1, layer_decay=0.75), {"student": [network]}, [network])
-    recipe = tiny(
-        None,
-        data={"source": "synthetic", "classes": 10, "subset": None},
-        optim={"layer_decay": 0.75},
-    )
-    with pytest.raises(ValueError, match="set optim.layer_decay=null"):
-        begin(recipe, join("cpu"), 10, torch.arange(8), {})
+    data = {"source": "synthetic", "classes": 10, "subset": None}
+    with pytest.raises(ValueError, match="and student is resnet8; set optim.layer_decay=null"):
+        tiny(None, data=data, optim={"layer_decay": 0.75})
 
 
 def test_each_layer_moves_by_its_share_of_the_rate():
