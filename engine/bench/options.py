@@ -122,7 +122,8 @@ def parsed(parser: Parser, words: Sequence[str]) -> Any:
 def words_of(chosen: Any, **keys: str) -> tuple[str | None, list[str]]:
     """The recipe that is named, and the settings; `keys`: of the options that are settings.
 
-    Raises ValueError for several recipes, and for a setting that is given twice.
+    Raises ValueError for several recipes, for a setting that is given twice, and for a folder of
+    images beside images that are to be made.
     """
     words = [word for word in chosen.given if "=" in word]
     recipes = [word for word in chosen.given if "=" not in word]
@@ -134,4 +135,10 @@ def words_of(chosen: Any, **keys: str) -> tuple[str | None, list[str]]:
             if word.startswith(f"{key}="):
                 raise ValueError(f"--{option} {value} and {word}: give one of them")
         words += [f"{key}={value}"] if value is not None else []
+    images = getattr(chosen, "images", None)  # of the benchmarks that read some
+    for word in words if images is not None else ():
+        if word.startswith("data.root=") and word != "data.root=null":
+            raise ValueError(
+                f"--images {images} and {word}: images are made or read; give one of them"
+            )
     return next(iter(recipes), None), words

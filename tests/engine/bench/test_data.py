@@ -194,6 +194,7 @@ def test_images_in_memory_have_no_peer():
     "words, message",
     [
         (["--images", "3"], "--images: got 3, wants a whole number, 4 or more"),
+        (["data.root=x", "--images", "9"], "--images 9 and data.root=x: images are made or read"),
         (["--images", "many"], "--images: got many, wants a whole number"),
         (["--batch", "0"], "--batch: got 0, wants a whole number, 1 or more"),
         (["--workers", "-1"], "--workers: got -1, wants a whole number, 1 or more"),

@@ -161,6 +161,7 @@ def test_waiting_is_what_a_slow_loader_takes(sides, monkeypatch):
         (["--images", "3"], "got 3, wants a whole number, 4 or more"),
         (["run.batch=8", "--batch", "4"], "--batch 4 and run.batch=8: give one of them"),
         (["data.root=nowhere"], "--images 500 makes one"),
+        (["data.root=x", "--images", "9"], "--images 9 and data.root=x: images are made or read"),
         (["--out", "nowhere/x.jsonl"], "nowhere/x.jsonl: its folder is not there"),
         (["--from", "empty.jsonl"], "holds no record of kdfuse bench e2e"),
         (["--from", "empty.jsonl", "--images", "9"], "--images 9: goes with measuring"),
@@ -178,6 +179,6 @@ def test_a_mistake_is_one_message(tmp_path, monkeypatch, kd, words, message):
 
 
 def test_images_of_more_classes_than_the_networks_have_are_refused():
-    words = ["data.source=folder", "data.root=nowhere", "data.classes=2"]
+    words = ["data.source=synthetic", "data.root=null", "data.classes=2"]
     with pytest.raises(ValueError, match="data.classes=2 of kd: its images are of 4 classes"):
         e2e.main([*SMALL, *words, "--device", "cpu", "--images", "8", *SHORT])
