@@ -46,7 +46,7 @@ class Data(Strict):
     mixup: float = Field(
         0.0, ge=0, description="alpha of lambda's Beta(alpha, alpha); 0: off; both: one a step"
     )
-    cutmix: float = Field(0.0, ge=0, description="as mixup; partners are of a process's own batch")
+    cutmix: float = Field(0.0, ge=0, description="as mixup; both mix neighbours of the epoch")
     smoothing: float = Field(
         0.0, ge=0, lt=1, description="share of a label that all classes get in equal parts"
     )

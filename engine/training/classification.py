@@ -58,6 +58,8 @@ class Classification:
                 "validation images": val_set.digest,
                 "loader": _pixels_of(self.loader),  # what "auto" stands for may change
             }
+            if data.mixup or data.cutmix:
+                sources["mixed images"] = "pairs"  # as ondevice.partners; it was another way once
             self.networks, self.state = begin(
                 recipe, group, len(train_set.classes), torch.from_numpy(train_set.target), sources
             )

@@ -1,8 +1,9 @@
 """What is done to a batch on the device: crop, resize, flip, mix, normalise.
 
 Loaders that hold whole images crop, resize and flip here; the others do so while they decode. What
-is mixed in a step is a hash of (seed, epoch, step), so that a run can stop and go on anywhere, and
-every process draws the same. The partners are within each process's own batch.
+is mixed in a step is a hash of (seed, epoch, step), so that a run can stop and go on anywhere. The
+images at positions 2k and 2k + 1 of an epoch are mixed with each other: their order is random, so
+the pairs are, and any number of processes, each with whole pairs, mixes the same.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from ...recipe.schema import Normalize
 from ..plan import MIX, Plan, key, uniforms
 
 BOX = ("top", "left", "bottom", "right")
-DRAWS = 6  # which of the two, lambda (2), shift, the box's centre (2)
+DRAWS = 5  # which of the two, lambda (2), the box's centre (2)
 
 
 def crop(images: Tensor, plan: Plan, border: int, size: int) -> Tensor:
@@ -49,10 +50,9 @@ def resized_crop(images: Tensor, plan: Plan, size: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Mix:
-    """How the B images of a batch are mixed: the partner of row i is row (i + shift) % B."""
+    """How the images of a step are mixed with their partners'."""
 
     own: float  # lambda: the share of a row's own image and label
-    shift: int  # 1 to B - 1
     box: tuple[int, int, int, int] | None  # CutMix: top, left, bottom, right; mixup: None
 
 
@@ -60,20 +60,20 @@ class Mixing:
     """Mixes the batches of a run as its recipe says; with all of it off they stay as they are."""
 
     def __init__(self, data: Data, classes: int, batch: int, seed: int) -> None:
-        """`batch`: images of a process. Raises ValueError for one, which has no partner."""
-        self.data, self.classes, self.batch, self.seed = data, classes, batch, seed
+        """`batch`: images of a process. Raises ValueError for an odd number to be mixed."""
+        self.data, self.classes, self.seed = data, classes, seed
         self.mixes = data.mixup > 0 or data.cutmix > 0
-        if self.mixes and batch < 2:
+        if self.mixes and batch % 2:
             raise ValueError(
-                f"data.mixup={data.mixup}, data.cutmix={data.cutmix}: run.batch leaves a "
-                "process a single image, which has no partner; raise it or set both to 0"
+                f"data.mixup={data.mixup}, data.cutmix={data.cutmix}: images are mixed in pairs, "
+                f"and run.batch gives each process {batch} of them; make that even or set both to 0"
             )
 
     def schedule(self, epoch: int, step: int) -> dict[str, float]:
         """The numbers of a step of an epoch, both 0-based: lambda, and what CutMix pastes."""
         if not self.mixes:
             return {}
-        return numbers(draw(self.data, self.batch, self.seed, epoch, step), self.data)
+        return numbers(draw(self.data, self.seed, epoch, step), self.data)
 
     def __call__(
         self, now: Mapping[str, Tensor], images: Tensor, target: Tensor
@@ -92,7 +92,7 @@ class Mixing:
 
 def numbers(mix: Mix, data: Data) -> dict[str, float]:
     """A mix as the numbers of a step, of the same names in all steps of a run."""
-    found = {"own": mix.own, "others": 1 - mix.own, "shift": mix.shift}
+    found = {"own": mix.own, "others": 1 - mix.own}
     if data.cutmix:
         found |= dict(zip(BOX, mix.box or (0, 0, data.size, data.size), strict=True))
     if data.cutmix and data.mixup:  # in the box, which mixup has all over the image
@@ -101,7 +101,7 @@ def numbers(mix: Mix, data: Data) -> dict[str, float]:
     return found
 
 
-def draw(data: Data, batch: int, seed: int, epoch: int, step: int) -> Mix:
+def draw(data: Data, seed: int, epoch: int, step: int) -> Mix:
     """The mix of a step, one for all its rows: a pure function of (seed, epoch, step).
 
     Lambda is a Beta(alpha, alpha) draw. CutMix (Yun et al., ICCV 2019, "CutMix") pastes a square
@@ -110,15 +110,14 @@ def draw(data: Data, batch: int, seed: int, epoch: int, step: int) -> Mix:
     u = uniforms(key(seed, epoch, MIX), step * DRAWS + np.arange(DRAWS)).tolist()
     cut = data.cutmix > 0 and (data.mixup == 0 or u[0] < 0.5)
     own = symmetric_beta(data.cutmix if cut else data.mixup, u[1], u[2])
-    shift = 1 + int(u[3] * (batch - 1))
     if not cut:
-        return Mix(own, shift, None)
+        return Mix(own, None)
     size = data.size
     side = int(size * math.sqrt(1 - own))
-    top, left = (int(centre * size) - side // 2 for centre in u[4:])
+    top, left = (int(centre * size) - side // 2 for centre in u[3:])
     bottom, right = min(top + side, size), min(left + side, size)
     top, left = max(top, 0), max(left, 0)
-    return Mix(1 - (bottom - top) * (right - left) / size**2, shift, (top, left, bottom, right))
+    return Mix(1 - (bottom - top) * (right - left) / size**2, (top, left, bottom, right))
 
 
 def symmetric_beta(alpha: float, u: float, v: float) -> float:
@@ -134,9 +133,9 @@ def symmetric_beta(alpha: float, u: float, v: float) -> float:
     return min(max(found, 0.0), 1.0)  # rounding may lead past the ends
 
 
-def partners(rows: int, now: Mapping[str, Tensor]) -> Tensor:
-    """(B,) int64: whom each row of a batch of so many is mixed with."""
-    return (torch.arange(rows, device=now["shift"].device) + now["shift"]).long() % rows
+def partners(rows: Tensor) -> Tensor:
+    """The rows (B, ...), B even, with those of each pair in each other's place."""
+    return rows.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
 
 
 def mean(own: Tensor, share: Tensor, others: Tensor, rest: Tensor) -> Tensor:
@@ -151,7 +150,7 @@ def mix_images(images: Tensor, now: Mapping[str, Tensor]) -> Tensor:
     equals the mean of the normalised images.
     """
     last = images.permute(0, 2, 3, 1)  # what is stored so is moved so
-    others = last[partners(len(images), now)]
+    others = partners(last)
     if "top" not in now:
         return mean(last, now["own"], others, now["others"]).permute(0, 3, 1, 2)
     y, x = (torch.arange(side, device=images.device) for side in images.shape[2:])
@@ -172,7 +171,7 @@ def soft_labels(
     """
     soft = (target[:, None] == torch.arange(classes, device=target.device)).to(torch.float32)
     if now is not None:
-        soft = mean(soft, now["own"], soft[partners(len(soft), now)], now["others"])
+        soft = mean(soft, now["own"], partners(soft), now["others"])
     return soft.mul_(1 - smoothing).add_(smoothing / classes)
 
 

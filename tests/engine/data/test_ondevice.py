@@ -24,7 +24,7 @@ from kdfuse.engine.data.loaders.ondevice import (
     soft_labels,
     symmetric_beta,
 )
-from kdfuse.engine.data.plan import Plan
+from kdfuse.engine.data.plan import Plan, places
 from kdfuse.engine.data.sources.digits import write_digits
 from kdfuse.engine.methods import METHODS, Outputs
 from kdfuse.engine.methods.ce import labelled
@@ -154,24 +154,23 @@ def test_lambda_has_the_moments(alpha):
 
 def test_a_step_is_a_pure_function_of_seed_epoch_and_step():
     def steps(seed, epoch):
-        return [draw(data(mixup=0.8, cutmix=1.0), 64, seed, epoch, step) for step in range(400)]
+        return [draw(data(mixup=0.8, cutmix=1.0), seed, epoch, step) for step in range(400)]
 
     first = steps(3, 5)
     assert steps(3, 5) == first
-    assert draw(data(mixup=0.8, cutmix=1.0), 64, 3, 5, 77) == first[77]
+    assert draw(data(mixup=0.8, cutmix=1.0), 3, 5, 77) == first[77]
     everything = first + steps(3, 6) + steps(4, 5)
     shares = [mix.own for mix in everything if mix.box is None]
     assert 500 < len(shares) == len(set(shares)) < 700
-    assert {mix.shift for mix in first} == set(range(1, 64))
 
 
 def test_one_of_them_alone():
-    assert all(draw(data(mixup=0.2), 8, 0, 0, step).box is None for step in range(50))
-    assert all(draw(data(cutmix=1.0), 8, 0, 0, step).box is not None for step in range(50))
+    assert all(draw(data(mixup=0.2), 0, 0, step).box is None for step in range(50))
+    assert all(draw(data(cutmix=1.0), 0, 0, step).box is not None for step in range(50))
 
 
 def test_a_box_is_a_square_cut_off_by_the_image_and_lambda_is_what_it_leaves():
-    mixes = [draw(data(cutmix=1.0), 8, 0, 0, step) for step in range(2000)]
+    mixes = [draw(data(cutmix=1.0), 0, 0, step) for step in range(2000)]
     whole = 0
     for mix in mixes:
         top, left, bottom, right = mix.box
@@ -198,7 +197,7 @@ def numbered(mix, both=False):
 
 
 @pytest.mark.parametrize("both", [False, True])
-@pytest.mark.parametrize("mix", [Mix(0.3, 2, None), Mix(1 - 12 / 256, 5, (3, 10, 7, 13))])
+@pytest.mark.parametrize("mix", [Mix(0.3, None), Mix(1 - 12 / 256, (3, 10, 7, 13))])
 def test_images_and_labels_by_loops(mix, both):
     images, target = pictures(), torch.tensor([0, 3, 0, 2, 4, 2])
     kept = images.clone()
@@ -209,7 +208,7 @@ def test_images_and_labels_by_loops(mix, both):
     assert made.dtype == (torch.float32 if both or mix.box is None else torch.uint8)
     wanted, labels = images.double(), torch.full((B, C), 0.2 / C, dtype=torch.float64)
     for i in range(B):
-        partner = (i + mix.shift) % B
+        partner = i + 1 if i % 2 == 0 else i - 1
         if mix.box is None:
             wanted[i] = mix.own * kept[i].double() + (1 - mix.own) * kept[partner].double()
         else:
@@ -225,7 +224,7 @@ def test_images_and_labels_by_loops(mix, both):
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
-@pytest.mark.parametrize("mix", [Mix(0.3, 1, None), Mix(0.75, 3, (0, 0, 8, 8))])
+@pytest.mark.parametrize("mix", [Mix(0.3, None), Mix(0.75, (0, 0, 8, 8))])
 def test_mixing_and_normalising_commute(mix, channels_last):
     images = pictures()
     for statistics in (IMAGENET, Normalize(mean=(0.1, 0.9, 0.5), std=(0.5, 0.1, 1.0))):
@@ -266,9 +265,31 @@ def test_images_and_labels_of_a_step_have_the_same_partners():
         torch.testing.assert_close(made.float().mean((1, 2, 3)), expected)
 
 
-def test_one_image_has_no_partner():
-    with pytest.raises(ValueError, match=r"data.mixup=0.8.*single image.*raise it"):
-        Mixing(data(mixup=0.8), C, 1, seed=0)
+@pytest.mark.parametrize("batch", [1, 7])
+def test_of_an_odd_number_one_has_no_partner(batch):
+    with pytest.raises(ValueError, match=rf"data.mixup=0.8.*in pairs.*each process {batch} of"):
+        Mixing(data(mixup=0.8), C, batch, seed=0)
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_any_number_of_processes_mixes_the_same(world):
+    mixing = Mixing(data(cutmix=1.0, mixup=1.0), C, 4, seed=0)
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (4 * world, 3, SIZE, SIZE), generator=generator).byte()
+    target = torch.arange(4 * world) % C
+    for step in range(8):
+        now = tensors(mixing.schedule(2, step))
+        whole = mixing(now, images, target)
+        shares = zip(images.split(4), target.split(4), strict=True)
+        made = zip(*(mixing(now, *share) for share in shares), strict=True)
+        for one, parts in zip(whole, made, strict=True):
+            assert torch.equal(one, torch.cat(parts))
+
+
+def test_copies_of_an_image_are_not_mixed_with_each_other():
+    for batch, repeats in ((12, 3), (10, 5), (8, 2), (512, 3)):
+        found = places(np.arange(4 * batch), batch, repeats).reshape(-1, 2)
+        assert (found[:, 0] != found[:, 1]).all()
 
 
 # --- What the methods make of it -----------------------------------------------------------------
@@ -279,8 +300,8 @@ def logits(seed):
     return (2 * torch.randn(B, C, generator=generator, dtype=torch.float64)).requires_grad_()
 
 
-TARGET = torch.tensor([0, 3, 0, 2, 4, 2])
-OTHER = TARGET.roll(-1)  # the partners' of shift 1; the last but two row has the same class twice
+TARGET = torch.tensor([0, 3, 2, 2, 4, 2])
+OTHER = torch.tensor([3, 0, 2, 2, 2, 4])  # the partners'; two are of one class
 SHARE = 0.7  # lambda
 SMOOTH = 0.1
 
@@ -370,7 +391,7 @@ def uskd(z, weak):
 def test_losses_of_mixed_and_smoothed_labels(options, formula):
     out = Outputs(student=logits(0), teacher=logits(1).detach(), head={"weak": logits(2)})
     method = METHODS[options["name"]].model_validate(options)
-    target = soft_labels(TARGET, C, numbered(Mix(SHARE, 1, None)), SMOOTH)
+    target = soft_labels(TARGET, C, numbered(Mix(SHARE, None)), SMOOTH)
     torch.testing.assert_close(target.double(), labels(), rtol=1e-6, atol=1e-7)
     loss, terms = loss_of(method, out, target)
     expected = formula(out)
@@ -405,7 +426,7 @@ def test_probabilities_of_one_class_are_that_label(name, dtype):
 
 
 def test_smoothing_is_found_in_the_labels_and_taken_out():
-    mix = numbered(Mix(0.7, 1, None))
+    mix = numbered(Mix(0.7, None))
     plain = soft_labels(TARGET, C, mix, 0.0)
     assert torch.equal(unsmoothed(plain), plain)
     found = unsmoothed(soft_labels(TARGET, C, mix, 0.3))
