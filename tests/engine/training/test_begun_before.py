@@ -1,6 +1,6 @@
 """A run that an earlier version began, `begun/`, goes on as it would have there.
 
-Written at commit a0f01c2 from begun/recipe.yaml, whole, and cut off at its checkpoint of step 7 of
+Written at commit d791b9a from begun/recipe.yaml, whole, and cut off at its checkpoint of step 7 of
 10 (checkpoint_every=7), with the log of the whole run; begun/end.json is what `ends` below gives
 for the checkpoint of step 10 there, and `machine` on the machine that wrote it. A student, a peer,
 an average, mixup, CutMix, a warm-up and clipping are in it.
