@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from itertools import pairwise
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +30,7 @@ class KDSVD(MapMethod):
     """
 
     name: Literal["kdsvd"] = "kdsvd"
+    waits: ClassVar[bool] = True
 
     rank: int = Field(1, ge=1, description="how many of the teacher's vectors are compared")
 

@@ -59,6 +59,7 @@ class Method(Strict):
     uses_teacher: ClassVar[bool] = False
     uses_assistants: ClassVar[bool] = False  # further frozen teachers
     deploys_head: ClassVar[bool] = False  # whether the head is part of the network that is kept
+    waits: ClassVar[bool] = False  # for the device, in each step
     reads_student: ClassVar[Literal["logits", "taps"]] = "logits"  # taps: not what is behind them
 
     @property

@@ -51,6 +51,11 @@ def _shared(recipe: Recipe, methods: list[Method]) -> Iterator[str]:
                 f"optim.layer_decay: {optim.layer_decay} needs students that number their layers, "
                 f"as timm:NAME do, and {where} is {student}; set optim.layer_decay=null"
             )
+    if run.capture and optim.name in ("lamb", "lars"):
+        yield (
+            f"run.capture: optim.name {optim.name} takes its rate from the host in each step; set "
+            "run.capture=false"
+        )
     there = {"student": True, "teacher": recipe.teacher is not None}
     there["slts"] = any(method.slt_count > 0 for method in methods)
     for role in run.compile_only or ():
@@ -85,6 +90,13 @@ def _of_method(key: str, method: Method, recipe: Recipe) -> Iterator[str]:
         yield (
             f"{key}: {method.name} remembers one row for each image, which data.repeats="
             f"{recipe.data.repeats} would write several times a step; set data.repeats to 1"
+        )
+    if recipe.run.capture and method.waits:
+        yield f"run.capture: method {method.name} waits for the device; set run.capture=false"
+    if recipe.run.accumulate > 1 and getattr(method, "gather", False):
+        yield (
+            f"{key}.gather: the images of a step, of which run.accumulate="
+            f"{recipe.run.accumulate} shows the loss a part at a time; set one of them back"
         )
     if method.uses_average and recipe.optim.ema is None:
         yield (f"optim.ema: method {method.name} reads the student's average; add optim.ema=0.999")

@@ -41,6 +41,12 @@ class Run(Strict):
     compile_only: Annotated[tuple[Compiled, ...], Field(strict=False)] | None = Field(
         None, description="which of student, teacher and slts compile; null: all that are there"
     )
+    capture: bool = Field(
+        False, description="the step of one process as a CUDA graph; not measured yet"
+    )
+    accumulate: int = Field(
+        1, ge=1, description="parts of a process's batch whose gradients make one step"
+    )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where present")
     threads: int | None = Field(None, ge=1, description="CPU threads of torch; null: its default")
     log_every: int = Field(50, ge=1, description="steps between two log records")

@@ -36,6 +36,7 @@ FREE = {
 # reached. A resumed run keeps them, since its bytes may depend on them.
 CARRIED_OUT = {
     "run.device",
+    "run.capture",
     "run.threads",
     "run.eval_batch",
     "run.log_every",

@@ -20,6 +20,7 @@ from ..methods import Now, Terms
 from ..recipe.load import Recipe
 from . import process
 from .build import build
+from .captured import Captured, CudaGraph
 from .evaluate import accuracy, measure
 from .networks import Distiller
 from .optim import build_optimizers
@@ -144,20 +145,36 @@ def begin(
 def step_of(networks: Distiller, state: State, mixing: Mixing) -> Callable[..., Terms]:
     """The step that trains a state's networks, with those of all processes.
 
-    Takes the step's numbers, and images, labels and row numbers as a loader gives them.
+    Takes the step's numbers, and images, labels and row numbers as a loader gives them. Raises
+    ValueError where run.accumulate or run.capture cannot be done.
     """
+    run, group, optimizers = state.recipe.run, state.group, list(state.optimizers.values())
+    if (share := group.share(run.batch, "run.batch")) % run.accumulate:
+        raise ValueError(
+            f"run.accumulate={run.accumulate}: the {share} images that run.batch gives each "
+            "process do not divide into so many parts; change one of them"
+        )
     step = Step(
-        state.group.wrap(networks),
-        list(state.optimizers.values()),
+        group.wrap(networks),
+        optimizers,
         state.meters,
         networks.update_averages,
         state.recipe.optim.clip,
+        run.accumulate,
     )
 
     def mixed(now: Now, images: Tensor, target: Tensor, index: Tensor) -> Terms:
         return step(now, *mixing(now, images, target), index)
 
-    return mixed
+    if not run.capture:
+        return mixed
+    if group.device.type != "cuda" or group.world > 1:
+        where = "on the CPU" if group.device.type != "cuda" else f"of {group.world} processes"
+        raise ValueError(
+            "run.capture=true records the step of one process on a CUDA device, and this run is "
+            f"{where}; set run.capture=false"
+        )
+    return Captured(mixed, optimizers, CudaGraph())
 
 
 def open_splits(recipe: Recipe, group: Group) -> tuple[Manifest, Manifest]:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from ..methods import Now, Terms
-from .meters import Meters
+from .meters import COUNTS, Meters
 from .optim import clip_gradients
 
 
@@ -26,27 +29,56 @@ class Step:
         meters: Meters,
         averages: Callable[[Now], None] | None = None,  # called after the optimisers
         clip: float | None = None,  # largest norm of each optimiser's gradients
+        parts: int = 1,  # of a batch, each with its own forward and backward pass
     ) -> None:
         self.model = model
         self.optimizers = optimizers
         self.meters = meters
         self.averages = averages
         self.clip = clip
+        self.parts = parts
 
     def __call__(self, now: Now, *batch: Any) -> Terms:
         """Train on a batch, as the model takes it beside `now`, whose "step" is counted from 1.
 
-        The model's terms.
+        The model's terms. To be taken in several parts, a batch is of tensors with a row for each
+        image; the gradients are then the mean of the parts'.
         """
-        loss, terms = self.model(now, *batch)
-        for optimizer in self.optimizers:
-            optimizer.zero_grad()  # to None; FusedLAMB of apex takes no argument
-        loss.backward()
+        split = (
+            [batch] if self.parts == 1 else zip(*(x.chunk(self.parts) for x in batch), strict=True)
+        )
+        found: list[Terms] = []
+        for part in split:
+            with self._alone(len(found) + 1 < self.parts):
+                loss, terms = self.model(now, *part)
+                if not found:
+                    for optimizer in self.optimizers:
+                        optimizer.zero_grad()  # to None; FusedLAMB of apex takes no argument
+                (loss if self.parts == 1 else loss / self.parts).backward()
+            found.append(terms)
         for optimizer in self.optimizers:
             if self.clip is not None:
                 clip_gradients(optimizer, self.clip)
             optimizer.step()
         if self.averages is not None:
             self.averages(now)
+        terms = joined(found)
         self.meters.add(now["step"], terms)
         return terms
+
+    def _alone(self, alone: bool) -> AbstractContextManager[Any]:
+        """Within, gradients stay with this process until a later backward pass."""
+        if alone and isinstance(self.model, DistributedDataParallel):
+            return self.model.no_sync()
+        return nullcontext()
+
+
+def joined(parts: Sequence[Terms]) -> Terms:
+    """The terms of a batch from those of its equal parts: sums of counts, means of the rest."""
+    if len(parts) == 1:
+        return parts[0]
+    stacked = {name: torch.stack([part[name] for part in parts]) for name in parts[0]}
+    return {
+        name: values.sum(0) if name.endswith((*COUNTS, "rows")) else values.mean(0)
+        for name, values in stacked.items()
+    }

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.slow(35)
 CLOCK = ("time", "images_per_s", "data_wait")
 
 
-def one_step(group):
+def one_step(group, parts=1):
     """A step on this process's share of a fixed batch of eight, and what came of it."""
     recipe = tiny(None, "slkd", data={"source": "synthetic", "classes": 10, "subset": None})
     torch.manual_seed(0)
@@ -40,7 +40,7 @@ def one_step(group):
     share = slice(group.rank * 8 // group.world, (group.rank + 1) * 8 // group.world)
     optimizer = torch.optim.SGD(distiller.parameters(), lr=0.1)
     meters, labels = Meters(group), torch.arange(8)
-    step = Step(group.wrap(distiller), [optimizer], meters)
+    step = Step(group.wrap(distiller), [optimizer], meters, parts=parts)
     now = tensors(distiller.schedule(0.0) | {"step": 1})
     step(now, images[share], labels[share], labels[share])
     norm = distiller.main.student.bn1
@@ -63,6 +63,7 @@ def main(folder):
     """What each of the two processes does."""
     group = join("cpu")
     torch.save(one_step(group), folder / f"step-{group.rank}.pt")
+    torch.save(one_step(group, parts=2), folder / f"parts-{group.rank}.pt")
     train(recipe_of(folder), folder / "whole")
     group = join("cpu")
     if group.first:
@@ -93,10 +94,11 @@ def folder(tmp_path_factory):
     return folder
 
 
-def test_gradients_are_those_of_one_process(folder):
+@pytest.mark.parametrize("kind", ["step", "parts"])
+def test_gradients_are_those_of_one_process(folder, kind):
     group = join("cpu")
     alone = one_step(group)
-    both = [torch.load(folder / f"step-{rank}.pt", weights_only=True) for rank in (0, 1)]
+    both = [torch.load(folder / f"{kind}-{rank}.pt", weights_only=True) for rank in (0, 1)]
     for name, expected in alone["gradients"].items():
         assert torch.equal(both[0]["gradients"][name], both[1]["gradients"][name])
         torch.testing.assert_close(both[0]["gradients"][name], expected, rtol=1e-4, atol=1e-6)
