@@ -15,10 +15,11 @@ CHILDREN = multiprocessing.get_context("forkserver")
 CHILDREN.set_forkserver_preload(["kdfuse.engine.training.start", "torch._dynamo"])
 
 
-def together(world: int, run: Callable[..., Any], *arguments: Any) -> None:
+def together(world: int, run: Callable[..., Any], *arguments: Any, lost: int | None = None) -> None:
     """Calls run(*arguments), a function of a module, in `world` processes with a thread each.
 
-    Ends all of them as soon as one fails, and raises what it said.
+    Ends all of them as soon as one fails, and raises what it said; but the one of rank `lost` is
+    to fail, and the others go on without it.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -32,6 +33,8 @@ def together(world: int, run: Callable[..., Any], *arguments: Any) -> None:
         child = CHILDREN.Process(target=_child, args=(failures, environment, run, arguments))
         child.start()
         started.append(child)
+    if lost is not None:
+        del started[lost]
     running = list(started)
     while running:
         multiprocessing.connection.wait([child.sentinel for child in running])

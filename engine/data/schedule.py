@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -115,3 +116,20 @@ class Schedule:
                 f"data.padding={data.padding} at least; {self.manifest.name(row)} has "
                 f"{height} x {width} pixels: lower data.size or use random_resized_crop"
             )
+
+
+def plan_digest(manifest: Manifest, data: Data, batch: int, seed: int) -> str:
+    """sha256 of what decides the training batches: the images' sizes and labels, their order in the
+    first epoch, and what is done in its first step of `batch` images."""
+    positions = np.arange(min(batch, len(manifest.target)))
+    order = permutation(seed, 0, len(manifest.target))
+    index = order[places(positions, batch, data.repeats)]
+    made = plan(data, manifest.sizes, seed, 0, positions, index=index)
+    after = changes(data, seed, 0, positions)
+    found = hashlib.sha256()
+    parts = [manifest.sizes, manifest.target, order, index, made.box, made.flip, made.scaled]
+    if after is not None:
+        parts += [after.ops, after.levels, after.box, after.noise]
+    for part in parts:
+        found.update(np.ascontiguousarray(part).tobytes())
+    return found.hexdigest()

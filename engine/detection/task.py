@@ -78,6 +78,10 @@ class Detection:
         """Ends the loaders."""
         self._opened.close()
 
+    def identity(self) -> dict[str, Any]:
+        """Nothing beside the images, which the state has."""
+        return {}
+
     def check_teachers(self) -> dict[str, float]:
         """Nothing: that a teacher has weights is checked, what it knows shows in its own run."""
         return {}

@@ -48,6 +48,9 @@ class Run(Strict):
         1, ge=1, description="parts of a process's batch whose gradients make one step"
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where present")
+    timeout: float = Field(
+        600.0, gt=0, description="seconds a process waits for the others before it calls them lost"
+    )
     threads: int | None = Field(None, ge=1, description="CPU threads of torch; null: its default")
     log_every: int = Field(50, ge=1, description="steps between two log records")
     checkpoint_every: int | None = Field(

@@ -28,6 +28,7 @@ FREE = {
     "run.keep",
     "run.speed",  # what it comes to is compared
     "run.teacher_at_chance",
+    "run.timeout",
     "student.backbone",
     "expect",
 }

@@ -15,6 +15,7 @@ from ..data.loaders import Loader, make_loader
 from ..data.loaders.feed import on_device
 from ..data.loaders.ondevice import Mixing
 from ..data.manifest import Manifest
+from ..data.schedule import plan_digest
 from ..data.sources import open_source
 from ..methods import Now, Terms
 from ..recipe.load import Recipe
@@ -24,6 +25,7 @@ from .captured import Captured, CudaGraph
 from .evaluate import accuracy, measure
 from .networks import Distiller
 from .optim import build_optimizers
+from .peers import together
 from .ranks import Group
 from .state import State
 from .step import Step
@@ -37,45 +39,57 @@ class Classification:
     def __init__(self, recipe: Recipe, group: Group) -> None:
         """Raises ValueError and FileNotFoundError for data and networks that do not fit."""
         self.recipe, self.group = recipe, group
-        run, data = recipe.run, recipe.data
-        train_set, val_set = open_splits(recipe, group)
-        batch = group.share(run.batch, "run.batch")
-        eval_batch = group.share(run.eval_batch, "run.eval_batch")
-        make = partial(
-            make_loader, seed=run.seed, rank=group.rank, world=group.world, device=group.device
-        )
         with ExitStack() as opened:
-            self.loader = opened.enter_context(closing(make(train_set, data, batch, train=True)))
-            self.val = opened.enter_context(closing(make(val_set, data, eval_batch, train=False)))
-            if group.first:
-                print(
-                    f"{len(train_set.target)} training and {len(val_set.target)} validation images "
-                    f"of {len(train_set.classes)} classes, "
-                    f"loader {self.loader.name}: {self.loader.decode}",
-                    flush=True,
-                )
-            sources = {
-                "training images": train_set.digest,
-                "validation images": val_set.digest,
-                "loader": _pixels_of(self.loader),  # what "auto" stands for may change
-            }
-            if data.mixup or data.cutmix:
-                sources["mixed images"] = "pairs"  # as ondevice.partners; it was another way once
-            self.networks, self.state = begin(
-                recipe, group, len(train_set.classes), torch.from_numpy(train_set.target), sources
-            )
+            sets = open_splits(recipe, group)
+            doing = "making loaders and networks"
+            self.networks, self.state = together(group, doing, lambda: self._make(opened, *sets))
+            self._images = sets[0]
             self._opened = opened.pop_all()
         self.steps = self.loader.steps
         self.facts: dict[str, Any] = {
             "loader": self.loader.name,
             "decode": self.loader.decode,
         }
-        self.mixing = Mixing(data, self.state.classes, batch, run.seed)
         self._step = step_of(self.networks, self.state, self.mixing)
+
+    def _make(
+        self, opened: ExitStack, train_set: Manifest, val_set: Manifest
+    ) -> tuple[Distiller, State]:
+        """What needs no other process: the loaders, the networks and their state."""
+        recipe, group, run, data = self.recipe, self.group, self.recipe.run, self.recipe.data
+        batch = group.share(run.batch, "run.batch")
+        eval_batch = group.share(run.eval_batch, "run.eval_batch")
+        make = partial(
+            make_loader, seed=run.seed, rank=group.rank, world=group.world, device=group.device
+        )
+        self.loader = opened.enter_context(closing(make(train_set, data, batch, train=True)))
+        self.val = opened.enter_context(closing(make(val_set, data, eval_batch, train=False)))
+        if group.first:
+            print(
+                f"{len(train_set.target)} training and {len(val_set.target)} validation images "
+                f"of {len(train_set.classes)} classes, "
+                f"loader {self.loader.name}: {self.loader.decode}",
+                flush=True,
+            )
+        sources = {
+            "training images": train_set.digest,
+            "validation images": val_set.digest,
+            "loader": _pixels_of(self.loader),  # what "auto" stands for may change
+        }
+        if data.mixup or data.cutmix:
+            sources["mixed images"] = "pairs"  # as ondevice.partners; it was another way once
+        classes = len(train_set.classes)
+        self.mixing = Mixing(data, classes, batch, run.seed)
+        return begin(recipe, group, classes, torch.from_numpy(train_set.target), sources)
 
     def close(self) -> None:
         """Ends the loaders."""
         self._opened.close()
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the run's batches, of JSON's types; the same in all processes."""
+        run = self.recipe.run
+        return {"plan": plan_digest(self._images, self.recipe.data, run.batch, run.seed)}
 
     def check_teachers(self) -> dict[str, float]:
         """Evaluate the frozen teachers and print how good they are; ValueError at chance level."""
@@ -178,10 +192,13 @@ def step_of(networks: Distiller, state: State, mixing: Mixing) -> Callable[..., 
 
 
 def open_splits(recipe: Recipe, group: Group) -> tuple[Manifest, Manifest]:
-    """The training and the validation set; the first process goes first, it may write files."""
-    if not group.first:
-        group.wait()
-    found = open_source(recipe.data, "train"), open_source(recipe.data, "val")
-    if group.first:
-        group.wait()
-    return found
+    """The training and the validation set; on each machine one process goes first, it may write
+    files that the others read."""
+
+    def work() -> tuple[Manifest, Manifest]:
+        return open_source(recipe.data, "train"), open_source(recipe.data, "val")
+
+    leads = group.local_rank == 0
+    doing = "reading the list of images"
+    found = together(group, doing, lambda: work() if leads else None)
+    return together(group, doing, lambda: found or work())

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 from ..recipe.load import AnyRecipe
 from ..report.page import report
@@ -14,6 +15,7 @@ from ..run.resume import starts_again
 from .compiled import Compilations
 from .meters import Clock
 from .optim import class_of
+from .peers import agree, together
 from .ranks import Group
 from .rate import lr_at
 from .task import Task
@@ -35,6 +37,7 @@ class Loop:
         self.state, self.epoch_steps = task.state, task.steps
         self.checkpoints = folder / "checkpoints"
         self.epochs = recipe.run.stop_epoch or recipe.run.epochs
+        self.doing = "making ready"  # for what is said where a process fails
 
     def run(self, resume: bool) -> None:
         """From wherever the run stands to its end."""
@@ -43,22 +46,20 @@ class Loop:
             self.compilations.say = lambda text: None
         notes = state.restore(self.checkpoints) if resume else []
         if resume and state.done == 0:
-            notes += starts_again(self.folder)
+            notes += together(
+                self.group,
+                "looking at the run's folder",
+                lambda: starts_again(self.folder) if first else [],
+            )
         facts = self.task.facts | {"optimizer": class_of(state.optimizers)}
+        agree(self.group, "where they begin", lambda: state.identity() | self.task.identity())
         facts |= self.task.check_teachers() if state.done == 0 else {}
-        if first:
-            create_folder(self.folder, self.recipe, self.group.world)
-        with (
-            held(self.folder) if first else nullcontext(),
-            RunLog(
-                self.folder,
-                self.epochs * self.epoch_steps,
-                self.epochs,
-                resume_step=state.done if resume else None,
-                rank=self.group.rank,
-                facts=facts,
-            ) as log,
-        ):
+        with ExitStack() as opened:
+            log = together(
+                self.group,
+                "opening the run's folder",
+                lambda: self.open(opened, state.done if resume else None, facts),
+            )
             for note in notes:
                 log.note(note)
             self.compilations.say = log.say
@@ -70,6 +71,21 @@ class Loop:
         if first:
             report([self.folder], self.folder / "report.html")
 
+    def open(self, opened: ExitStack, resume_step: int | None, facts: dict[str, Any]) -> RunLog:
+        """The run's log, with the folder held by the first process as long as `opened` is."""
+        if self.group.first:
+            create_folder(self.folder, self.recipe, self.group.world)
+            opened.enter_context(held(self.folder))
+        log = RunLog(
+            self.folder,
+            self.epochs * self.epoch_steps,
+            self.epochs,
+            resume_step=resume_step,
+            rank=self.group.rank,
+            facts=facts,
+        )
+        return opened.enter_context(log)
+
     def train_epoch(self, epoch: int, log: RunLog) -> None:
         """The steps of an epoch that are not done yet, with their log records and checkpoints."""
         state, run = self.state, self.recipe.run
@@ -77,6 +93,7 @@ class Loop:
         start = state.done % self.epoch_steps
         for batch in clock.count(self.task.epoch(epoch, start)):
             number = state.done % self.epoch_steps
+            self.doing = f"step {state.done + 1}"
             state.begin(self.lr(state.done), self.task.schedule(epoch, number))
             self.task.step(batch)
             state.done += 1
@@ -96,6 +113,7 @@ class Loop:
         values = {f"train_{name}": value for name, value in state.meters.read_epoch().items()}
         values["lr"] = self.lr(state.done - 1)
         improved = False
+        self.doing = f"the end of epoch {epoch}"
         if end or epoch % run.eval_every == 0:
             with self.compilations.phase("evaluation", log.note):
                 found = self.task.evaluate()

@@ -5,6 +5,7 @@ import inspect
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ class Group:
     rank: int
     world: int
     device: torch.device
+    local_rank: int = 0  # among those of this machine
 
     @property
     def first(self) -> bool:
@@ -96,22 +98,25 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
     return torch.device("cuda", local_rank) if there and name != "cpu" else torch.device("cpu")
 
 
-def join(device: str) -> Group:
+def join(device: str, timeout: float | None = None) -> Group:
     """Join the processes that torchrun started, or be the only one; see `choose_device`.
 
-    A process group that is there already is used. One made here stays until the process ends:
-    a second rendezvous of the same processes would meet the addresses of the first.
+    `timeout`: seconds that one may wait for the others in a collective; None: as PyTorch has it.
+    A process group that is there already is used as it is. One made here stays until the process
+    ends: a second rendezvous of the same processes would meet the addresses of the first.
     """
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    chosen = choose_device(device, int(os.environ.get("LOCAL_RANK", "0")))
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    chosen = choose_device(device, local_rank)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     if dist.is_initialized():
-        return Group(dist.get_rank(), dist.get_world_size(), chosen)
+        return Group(dist.get_rank(), dist.get_world_size(), chosen, local_rank)
     if world > 1:
+        limit = None if timeout is None else timedelta(seconds=timeout)
         if chosen.type == "cuda":
-            dist.init_process_group("nccl", device_id=chosen)
+            dist.init_process_group("nccl", device_id=chosen, timeout=limit)
         else:
-            dist.init_process_group("gloo")
+            dist.init_process_group("gloo", timeout=limit)
         atexit.register(dist.destroy_process_group)
-    return Group(rank, world, chosen)
+    return Group(rank, world, chosen, local_rank)

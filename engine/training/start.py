@@ -13,6 +13,7 @@ from ..run.past import read_run
 from .classification import Classification
 from .compiled import compiling
 from .loop import Loop
+from .peers import agree, named_failures, together
 from .process import settings
 from .ranks import Group, join
 from .speed import settled
@@ -26,23 +27,33 @@ def train(recipe: AnyRecipe, out: str | Path | None = None, resume: bool = False
     newest good checkpoint and ends as if it had not been killed. Raises ValueError for a folder
     with something in it and no `resume`; for a recipe, data or teacher other than those that the
     run was started with; for a teacher at chance level; for run.device=cuda without CUDA.
-    Raises Diverged, a RuntimeError, when a loss is not finite.
+    Raises Diverged, a RuntimeError, when a loss is not finite; PeerError, another one, in all
+    processes where one of them fails, is gone or differs from the first.
 
     Networks that have `trained_by` and no checkpoint are trained first, beside the run's folder.
     What of the numerics the recipe leaves open is as `run.speed` says; the folder's recipe has it.
     """
     folder = Path(out) if out is not None else default_folder(recipe)
-    group = join(recipe.run.device)
+    group = join(recipe.run.device, recipe.run.timeout)
     recipe = settled(recipe, group.device, _begun(folder) if resume else None)
+    agree(group, "the recipe", lambda: plain(recipe))
     if isinstance(recipe, Recipe):
         recipe = trained(recipe, folder.parent, _train_once)
-    with settings(recipe.run), compiling(bool(recipe.run.compile)) as compilations:
+
+    def look() -> None:
         if group.first:
             check_folder(folder, recipe, resume)
-        group.wait()
-        with closing(open_task(recipe, group)) as task:
-            Loop(recipe, folder, group, task, compilations).run(resume)
-        group.wait()
+
+    together(group, "looking at the run's folder", look)
+    with settings(recipe.run), compiling(bool(recipe.run.compile)) as compilations:
+        loop: Loop | None = None
+        with (
+            named_failures(group, lambda: loop.doing if loop else "making ready"),
+            closing(open_task(recipe, group)) as task,
+        ):
+            loop = Loop(recipe, folder, group, task, compilations)
+            loop.run(resume)
+            group.wait()
     return folder
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -9,6 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 from torch.optim import Optimizer
+from torch.utils._pytree import keystr, tree_flatten_with_path
 
 from ..recipe.load import AnyRecipe
 from ..run import checkpoint, resume
@@ -16,6 +18,7 @@ from . import process
 from .ema import AVERAGED, EMA
 from .meters import Diverged, Meters
 from .optim import class_of, rates, saved, set_lr
+from .peers import from_first, together
 from .ranks import Group
 from .scalars import Scalars
 
@@ -111,15 +114,18 @@ class State:
             checkpoint.save(folder, name, state, facts, keep=self.recipe.run.keep)
 
     def restore(self, folder: Path) -> list[str]:
-        """Go on from the newest good checkpoint, if there is one; notes for the log.
+        """Go on from the newest checkpoint that is good to the first process, if there is one;
+        notes for the log.
 
         Raises ValueError when recipe, data or teacher are not those of the checkpoint.
         """
-        found = checkpoint.latest(folder)
-        if found is None:
+        group, doing = self.group, "reading a checkpoint"
+        own = together(group, doing, lambda: checkpoint.latest(folder) if group.first else None)
+        chosen = from_first(group, own and [own.path.name, *own.skipped], doing)
+        if chosen is None:
             return []
+        found = together(group, doing, lambda: self._read(folder, *chosen, found=own))
         state, facts = found.state, found.facts
-        resume.check_same_run(found, self.sources, self.recipe)
         self.networks.load(state)
         # Detectors' runs had the one of their student alone.
         optimizers = state.get("optimizers") or {"student": state["optimizer"]}
@@ -131,6 +137,21 @@ class State:
         self.done, self.results = facts["step"], facts["results"]
         return resume.notes(found, self.machine)
 
+    def _read(
+        self, folder: Path, name: str, *skipped: str, found: checkpoint.Latest | None
+    ) -> checkpoint.Latest:
+        """The checkpoint that the first process chose; `found` if this is that one."""
+        if found is None:
+            state, facts = checkpoint.load(folder / name)
+            found = checkpoint.Latest(folder / name, state, facts, list(skipped))
+        resume.check_same_run(found, self.sources, self.recipe)
+        return found
+
+    def identity(self) -> dict[str, Any]:
+        """What all processes of a run have alike before they take a step, of JSON's types."""
+        weights = digest(self.networks.weights(whole=True))
+        return {"step": self.done, "weights": weights, **self.sources}
+
     def _check_finite(self) -> None:
         weights = [parameter.isfinite().all() for parameter in self.networks.parameters()]
         if not torch.stack(weights).all():
@@ -138,3 +159,14 @@ class State:
                 f"the weights after step {self.done} are not finite: stopped, checkpoints before "
                 "it are kept; lower optim.lr, add optim.warmup_epochs or look at the data"
             )
+
+
+def digest(held: Any) -> str:
+    """sha256 of all tensors in nested dicts and lists, with their places."""
+    found = hashlib.sha256()
+    for where, value in tree_flatten_with_path(held)[0]:
+        found.update(keystr(where).encode())
+        if isinstance(value, torch.Tensor):
+            value = value.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        found.update(value if isinstance(value, bytes) else repr(value).encode())
+    return found.hexdigest()

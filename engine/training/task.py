@@ -17,6 +17,9 @@ class Task(Protocol):
     facts: dict[str, Any]  # for the first record of the log
     results: tuple[str, ...]  # kept of the last and of the best evaluation; the first decides
 
+    def identity(self) -> dict[str, Any]:
+        """What decides the run's batches, of JSON's types; the same in all processes."""
+
     def check_teachers(self) -> dict[str, float]:
         """Before the first step: measure the frozen teachers, for the log; ValueError for one
         that has nothing to teach."""

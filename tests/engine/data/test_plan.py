@@ -1,11 +1,16 @@
 """The plan: a pure function of (seed, epoch, position) that follows torchvision's algorithms."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from torchvision.transforms import v2
 
 from kdfuse.engine.data import plan as sampler
+from kdfuse.engine.data.contents import Pixels
+from kdfuse.engine.data.manifest import Manifest
+from kdfuse.engine.data.schedule import plan_digest
 from kdfuse.engine.recipe.data import Data
 
 SIZES = np.stack([np.arange(40, 140), np.arange(160, 60, -1)], axis=1).astype(np.int32)  # (100, 2)
@@ -174,3 +179,27 @@ def test_no_augmentation_is_the_evaluation_view_with_flips():
     fixed = sampler.eval_plan(options, SIZES, plan.index)
     assert (plan.box == fixed.box).all() and (plan.scaled == 32).all() and not plan.window.any()
     assert 20 < plan.flip.sum() < 80
+
+
+def test_the_plan_digest_is_that_of_the_batches():
+    sizes = np.full((60, 2), 40, np.int32)
+    target = np.arange(60) % 3
+    images = Manifest(
+        content=Pixels("made", np.zeros((60, 40, 40, 3), np.uint8)),
+        target=target,
+        sizes=sizes,
+        classes=["a", "b", "c"],
+        digest="",
+        bad={},
+    )
+    found = plan_digest(images, data(), 16, 1)
+    assert found == plan_digest(images, data(), 16, 1)
+    for other in (
+        plan_digest(images, data(), 16, 2),
+        plan_digest(images, data(flip=False), 16, 1),
+        plan_digest(images, data(repeats=2), 16, 1),
+        plan_digest(images, data(erase=0.5), 16, 1),
+        plan_digest(replace(images, sizes=sizes + 1), data(), 16, 1),
+        plan_digest(replace(images, target=target[::-1].copy()), data(), 16, 1),
+    ):
+        assert other != found

@@ -1,0 +1,172 @@
+"""Processes that agree, wait for each other, and say who failed: each fault is a real one."""
+
+import os
+import shutil
+import signal
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+from processes import together as processes
+from tiny import tiny
+
+from kdfuse.engine.data.sources.digits import write_digits
+from kdfuse.engine.training.classification import Classification
+from kdfuse.engine.training.peers import (
+    PeerError,
+    agree,
+    from_first,
+    named_failures,
+    together,
+    told,
+)
+from kdfuse.engine.training.ranks import join
+from kdfuse.engine.training.start import train
+
+pytestmark = pytest.mark.slow(30)
+
+
+def recipe_of(folder, **run):
+    """Ten steps of two epochs, a checkpoint each third."""
+    return tiny(folder / "digits", "kd", run={"checkpoint_every": 3, "keep": 9, **run})
+
+
+def caught(kind, work, *arguments):
+    with pytest.raises(kind) as failure:
+        work(*arguments)
+    return str(failure.value)
+
+
+def fails(rank, error):
+    def work():
+        if dist.get_rank() == rank:
+            raise error
+        return dist.get_rank()
+
+    return work
+
+
+def talk(folder):
+    """What three processes say in turn, each kept for the test."""
+    group = join("cpu")
+    rank, found = group.rank, {}
+    time.sleep(0.2 * rank)
+    found["told"] = told(group, {"rank": rank, "text": "é"}, "counting")
+    found["first"] = from_first(group, rank + 7, "counting")
+    found["together"] = together(group, "working", lambda: rank * 2)
+    missing = FileNotFoundError(2, "No such file", "/data/train")
+    found["missing"] = caught(PeerError, together, group, "opening", fails(1, missing))
+    bug = KeyError("x")
+    found["bug"] = caught(
+        KeyError if rank == 2 else PeerError, together, group, "opening", fails(2, bug)
+    )
+    agree(group, "the weather", lambda: {"sun": 1, "run.keep": rank})  # which may differ
+    wind = {"sun": 1, "wind": "west" if rank < 2 else "east"}
+    found["wind"] = caught(PeerError, agree, group, "the weather", lambda: wind)
+    torch.save(found, folder / f"{rank}.pt")
+
+
+def test_words(tmp_path):
+    processes(3, talk, tmp_path)
+    said = [torch.load(tmp_path / f"{rank}.pt") for rank in range(3)]
+    for rank, found in enumerate(said):
+        assert found["told"] == [{"rank": r, "text": "é"} for r in range(3)]
+        assert found["first"] == 7 and found["together"] == 2 * rank
+        assert found["missing"] == "opening: process 1: [Errno 2] No such file: '/data/train'"
+        assert found["bug"] == ("'x'" if rank == 2 else "opening: process 2: KeyError: 'x'")
+        assert (
+            "the weather (process 0 -> another):\n  process 2: wind: west -> east" in found["wind"]
+        )
+
+
+def test_one_process_says_nothing():
+    group = join("cpu")
+    assert told(group, 1, "x") == [1] and together(group, "x", lambda: 5) == 5
+    agree(group, "x", lambda: 1 / 0)
+    with pytest.raises(RuntimeError, match="^gloo$"), named_failures(group, lambda: "x"):
+        raise RuntimeError("gloo")
+
+
+def disks(folder):
+    """Runs whose processes do not see the same: what all of them say."""
+    rank = join("cpu").rank
+    found = {}
+    own = folder / f"disk{rank}"
+    if rank == 1:  # has the checkpoint before, as a disk of its own may
+        shutil.copytree(folder / "run", own)
+        shutil.rmtree(own / "checkpoints" / "step-00000006")
+    else:
+        shutil.copytree(folder / "run", own)
+    found["missing"] = caught(PeerError, train, recipe_of(folder), own, True)
+    other = recipe_of(folder, epochs=2 + rank, stop_epoch=2)
+    found["recipe"] = caught(PeerError, train, other, folder / "new")
+    moved = tiny(folder / f"digits{'' if rank == 0 else '-other'}", "kd")
+    found["data"] = caught(PeerError, train, moved, folder / "new")
+    torch.save(found, folder / f"{rank}.pt")
+
+
+def test_processes_that_differ_end_before_the_first_step(tmp_path):
+    write_digits(tmp_path / "digits")
+    other = shutil.copytree(tmp_path / "digits", tmp_path / "digits-other")
+    min((other / "train" / "3").iterdir()).unlink()
+    train(recipe_of(tmp_path), tmp_path / "run")
+    for name in ("step-00000009", "step-00000010"):
+        shutil.rmtree(tmp_path / "run" / "checkpoints" / name)
+    processes(2, disks, tmp_path)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    assert first == second
+    assert "process 1: checkpoint" in first["missing"]
+    assert "step-00000006: no such folder" in first["missing"]
+    assert "process 1: run.epochs: 2 -> 3" in first["recipe"]
+    assert "process 1: training images:" in first["data"]
+    assert not (tmp_path / "new").exists()
+
+
+def at_step(number, rank, fault):
+    """A process in whose step so many something happens."""
+    steps, usual = [0], Classification.step
+
+    def step(self, batch):
+        steps[0] += 1
+        if steps[0] == number and self.group.rank == rank:
+            fault()
+        return usual(self, batch)
+
+    Classification.step = step
+
+
+def broken():
+    raise ValueError("the fourth batch is broken")
+
+
+FAULTS = {
+    "dead": lambda: os._exit(9),
+    "stopped": lambda: os.kill(os.getpid(), signal.SIGSTOP),
+    "failed": broken,
+}
+
+
+def faulty(folder, kind):
+    """A run of which one process fails in step 4; the other keeps what it says, and ends both."""
+    group = join("cpu", 4.0)
+    at_step(4, 1, FAULTS[kind])
+    pids = group.all(os.getpid())
+    try:
+        train(recipe_of(folder), folder / kind)
+    except Exception as error:
+        (folder / f"{kind}-{group.rank}").write_text(f"{type(error).__name__}: {error}")
+    if group.rank == 0 and kind == "stopped":
+        os.kill(pids[1], signal.SIGKILL)
+
+
+@pytest.mark.parametrize("kind", FAULTS)
+def test_a_process_that_fails_is_named(tmp_path, kind):
+    write_digits(tmp_path / "digits")
+    processes(2, faulty, tmp_path, kind, lost=None if kind == "failed" else 1)
+    if kind == "failed":
+        assert (tmp_path / "failed-1").read_text() == "ValueError: the fourth batch is broken"
+        why = "process 1 failed in step 4: the fourth batch is broken"
+    else:
+        why = "process 1 has ended or hangs: process 0 waited for it in step 4, for at most"
+    assert (tmp_path / f"{kind}-0").read_text().startswith(f"PeerError: {why}")
