@@ -67,7 +67,7 @@ class Detection:
         # Which RoIs are sampled differs between processes.
         process.seed_training(run.seed, group.rank)
         self._step = Step(
-            group.wrap(self.networks),
+            group.wrap(self.networks, run),
             list(optimizers.values()),
             self.state.meters,
             self.networks.update_averages,

@@ -48,6 +48,12 @@ class Run(Strict):
         1, ge=1, description="parts of a process's batch whose gradients make one step"
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where present")
+    reduce: Literal["float32", "bf16"] = Field(
+        "float32", description="type in which processes send each other their gradients"
+    )
+    sync_batchnorm: bool = Field(
+        False, description="BatchNorm over the images of all processes, on GPUs; slow with NHWC"
+    )
     timeout: float = Field(
         600.0, gt=0, description="seconds a process waits for the others before it calls them lost"
     )

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..data.batch import Batch
 from ..data.loaders import Loader, make_loader
@@ -148,6 +148,13 @@ def begin(
     """
     process.seed_weights(recipe.run.seed)
     networks = build(recipe, classes, group.device, labels)
+    if recipe.run.sync_batchnorm:
+        if group.device.type == "cpu":
+            raise ValueError(
+                "run.sync_batchnorm=true: PyTorch's SyncBatchNorm works on GPUs alone; set "
+                "run.sync_batchnorm=false"
+            )
+        nn.SyncBatchNorm.convert_sync_batchnorm(networks)
     networks.prepare(recipe.run.compiled)
     students = [learner.student for learner in networks.learners.values()]
     optimizers = build_optimizers(recipe.optim, networks.trained(), students)
@@ -169,7 +176,7 @@ def step_of(networks: Distiller, state: State, mixing: Mixing) -> Callable[..., 
             "process do not divide into so many parts; change one of them"
         )
     step = Step(
-        group.wrap(networks),
+        group.wrap(networks, run),
         optimizers,
         state.meters,
         networks.update_averages,

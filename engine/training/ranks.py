@@ -11,8 +11,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
+
+from ..recipe.run import Run
 
 # The option's name changed: newer releases warn about the old one, older ones lack the new.
 _OPTIONS = inspect.signature(DistributedDataParallel).parameters
@@ -65,7 +68,7 @@ class Group:
         """Return when every process has come here."""
         self.sum(torch.zeros((), device=self.device)).item()  # a GPU's sum alone holds no one up
 
-    def wrap(self, module: nn.Module) -> nn.Module:
+    def wrap(self, module: nn.Module, run: Run) -> nn.Module:
         """The module whose gradients are averaged over the processes; itself for one process."""
         if self.world == 1:
             return module
@@ -73,7 +76,13 @@ class Group:
         # Every process keeps its own BatchNorm statistics in training: no broadcast in each step.
         # average_batchnorm joins them before anything reads them.
         options: dict[str, Any] = {SYNC_BUFFERS: False, "gradient_as_bucket_view": True}
-        return DistributedDataParallel(module, device_ids=ids, **options)
+        # Each step uses the same parameters, so that those without a gradient are looked for once.
+        # Steps in several parts have passes without a reduction, which it does not take.
+        options["static_graph"] = run.accumulate == 1
+        wrapped = DistributedDataParallel(module, device_ids=ids, **options)
+        if run.reduce == "bf16":
+            wrapped.register_comm_hook(None, bf16_compress_hook)
+        return wrapped
 
     def average_batchnorm(self, modules: Iterable[nn.Module]) -> None:
         """Replace running statistics among `modules` by their mean over the processes."""

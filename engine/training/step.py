@@ -56,6 +56,8 @@ class Step:
                         optimizer.zero_grad()  # to None; FusedLAMB of apex takes no argument
                 (loss if self.parts == 1 else loss / self.parts).backward()
             found.append(terms)
+        if self.parts > 1:
+            self._check_reached()
         for optimizer in self.optimizers:
             if self.clip is not None:
                 clip_gradients(optimizer, self.clip)
@@ -65,6 +67,18 @@ class Step:
         terms = joined(found)
         self.meters.add(now["step"], terms)
         return terms
+
+    def _check_reached(self) -> None:
+        """Of several processes, else their next step would wait for gradients that never come."""
+        if not isinstance(self.model, DistributedDataParallel):
+            return
+        trained = self.model.module.named_parameters()
+        if unreached := [name for name, p in trained if p.requires_grad and p.grad is None]:
+            raise ValueError(
+                f"run.accumulate={self.parts}: with several processes every parameter needs a "
+                f"gradient, and the loss reaches none of {', '.join(unreached)}; set "
+                "run.accumulate=1 or another student"
+            )
 
     def _alone(self, alone: bool) -> AbstractContextManager[Any]:
         """Within, gradients stay with this process until a later backward pass."""

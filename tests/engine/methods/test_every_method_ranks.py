@@ -1,17 +1,35 @@
-"""Every method in two processes: nothing hangs or is left without a gradient, and both agree."""
+"""Every method in several processes: nothing hangs or is left without a gradient, all agree, and
+where a method says so, the gradients are those of one process with all of the batch."""
 
 import pytest
 import torch
 from processes import together
 from steps import begun_step
-from test_every_method import NARROW, images, recipe_for
+from test_every_method import NARROW, images, narrow_plain_networks, recipe_for  # noqa: F401
 
 from kdfuse.engine.methods import METHODS
 from kdfuse.engine.models import plain
+from kdfuse.engine.recipe.load import Recipe
 from kdfuse.engine.training.classification import begin
 from kdfuse.engine.training.ranks import join
 
-pytestmark = pytest.mark.slow(25)
+pytestmark = pytest.mark.slow(45)
+
+BATCH = 12
+# Whose loss of a batch is no mean over its rows, and why.
+OF_A_BATCH = {
+    "tf_nkd": "weights of rows are over their mean in the batch",
+    "uskd": "weights of rows are over their mean in the batch",
+    "dgkd": "each process draws which of the teachers it leaves out",
+    "crd": "negatives are drawn by each process",
+}
+# Options under which it is; `gather` is one of relations.
+WHOLE = {
+    "rkd": {"gather": True},
+    "sp": {"gather": True},
+    "pkt": {"gather": True},
+    "dist": {"gather": True},
+}
 
 
 def two_steps(name, group, folder):
@@ -42,3 +60,46 @@ def test_two_processes_of_every_method_have_the_same_weights(tmp_path):
     together(2, of_every_method, tmp_path)
     for rank in (0, 1):
         assert torch.load(tmp_path / f"{rank}.pt") == dict.fromkeys(METHODS, 0.0)
+
+
+def gradients(name, group, folder, **run):
+    """Of a process's share of a batch, with the running statistics of BatchNorm."""
+    recipe = recipe_for(name, folder)
+    method = {**recipe.method.model_dump(), **WHOLE.get(name, {})}
+    raw = recipe.model_dump() | {"method": method}
+    raw["run"] |= {"batch": BATCH, **run}
+    recipe = Recipe.model_validate(raw)
+    labels = torch.arange(BATCH) % 10
+    distiller, state = begin(recipe, group, 10, labels, {})
+    step = begun_step(distiller.eval(), state, 1.0, lr=1e-12)
+    share = BATCH // group.world
+    own = slice(group.rank * share, (group.rank + 1) * share)
+    step(images(recipe, BATCH)[own], labels[own], torch.arange(BATCH)[own])
+    return {n: p.grad.clone() for n, p in distiller.named_parameters() if p.requires_grad}
+
+
+def of_shares(folder):
+    """What each process does."""
+    group = join("cpu")
+    plain._WIDTHS = NARROW
+    found = {name: gradients(name, group, folder) for name in METHODS if name not in OF_A_BATCH}
+    found["bf16"] = gradients("slkd", group, folder, reduce="bf16")
+    if group.first:
+        torch.save(found, folder / "shares.pt")
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_the_gradients_are_those_of_one_process_with_all_images(world, tmp_path):
+    together(world, of_shares, tmp_path)
+    found = torch.load(tmp_path / "shares.pt")
+    bf16 = found.pop("bf16")
+    wrong = {}
+    for name, shares in found.items():
+        alone = gradients(name, join("cpu"), tmp_path)
+        apart = {k: (shares[k] - v).norm() / (v.norm() + 1e-6) for k, v in alone.items()}
+        if (most := max(apart.values())) > 2e-3:
+            wrong[name] = most.item()
+    assert wrong == {}
+    for key, value in found["slkd"].items():  # an eps of bfloat16 for each process, and the sum
+        torch.testing.assert_close(bf16[key], value, rtol=0.02, atol=0.01 * value.abs().max())
+    assert any(not torch.equal(bf16[key], value) for key, value in found["slkd"].items())

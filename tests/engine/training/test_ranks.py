@@ -40,7 +40,7 @@ def one_step(group, parts=1):
     share = slice(group.rank * 8 // group.world, (group.rank + 1) * 8 // group.world)
     optimizer = torch.optim.SGD(distiller.parameters(), lr=0.1)
     meters, labels = Meters(group), torch.arange(8)
-    step = Step(group.wrap(distiller), [optimizer], meters, parts=parts)
+    step = Step(group.wrap(distiller, recipe.run), [optimizer], meters, parts=parts)
     now = tensors(distiller.schedule(0.0) | {"step": 1})
     step(now, images[share], labels[share], labels[share])
     norm = distiller.main.student.bn1
