@@ -50,12 +50,29 @@ def examine(opener: Opener) -> Facts:
     try:
         with opener() as file:
             image = _open(file)
-            transform = image.info.get("adobe_transform")
-            facts = Facts(str(image.format), image.mode, *image.size, transform)
+            facts = _facts(image)
             image.convert("RGB")
             return facts
     except FAULTS as error:
         raise UnreadableError(_reason(error)) from error
+
+
+def jpeg_bytes(opener: Opener) -> tuple[bytes, Facts] | None:
+    """A whole JPEG of one or three channels, grey or YCbCr, undecoded, with its header's facts.
+
+    None for any other file, one that ends otherwise or cannot be read among them.
+    """
+    try:
+        with opener() as file:
+            image = _open(file)
+            facts = _facts(image)
+            stored = facts.mode == "L" or (facts.mode == "RGB" and facts.adobe_transform != 0)
+            if facts.format != "JPEG" or not stored or not _ends_well(file, facts.format):
+                return None
+            file.seek(0)
+            return file.read(), facts
+    except FAULTS:
+        return None
 
 
 def inspect(opener: Opener) -> tuple[int, int]:
@@ -82,6 +99,11 @@ def _open(file: BinaryIO) -> Image.Image:
     if image.mode not in MODES:
         raise ValueError(f"mode {image.mode} is not 8 bits a channel")
     return image
+
+
+def _facts(image: Image.Image) -> Facts:
+    transform = image.info.get("adobe_transform")
+    return Facts(str(image.format), image.mode, *image.size, transform)
 
 
 def _ends_well(file: BinaryIO, kind: str | None) -> bool:

@@ -10,6 +10,7 @@ from .schema import IMAGENET, FilePath, Normalize, Pair, Strict
 
 Source = Literal["folder", "tar", "digits", "cifar10", "cifar100", "glyphs", "synthetic"]
 CLASSES = {"digits": 10, "cifar10": 10, "cifar100": 100, "glyphs": 100}  # sources with a fixed set
+DECODED_BY = {"hybrid": ("dali",), "gpu": ("dali", "torchvision")}  # the CPU: by every loader
 IN_MEMORY = ("cifar10", "cifar100", "glyphs", "synthetic")  # sources without a file for each image
 
 
@@ -76,15 +77,16 @@ class Data(Strict):
     bad_images: int = Field(16, ge=0, description="more unreadable files than this stop the run")
     decode: Literal["auto", "cpu", "hybrid", "gpu"] = Field(
         "auto",
-        description="where loader dali works. cpu: decodes and resizes there; hybrid: decodes on "
-        "the CPU, resizes on the GPU; gpu: both there; auto: cpu, and why is printed",
+        description="where images are decoded. cpu: there, and resized there; hybrid, by loader "
+        "dali: on the CPU, resized on the GPU; gpu, by dali and torchvision: both there; auto: "
+        "cpu, and why is printed",
     )
     hw_decoder_load: float = Field(
         0.65,
         ge=0,
         le=1,
-        description="decode gpu: share of the JPEGs for the GPU's own JPEG decoders, where it has "
-        "any; CUDA decodes the rest",
+        description="decode gpu by loader dali: share of the JPEGs for the GPU's own JPEG "
+        "decoders, where it has any; CUDA decodes the rest",
     )
     images: int | None = Field(
         None,
@@ -159,6 +161,8 @@ class Data(Strict):
         found = []
         if self.decode != "gpu":
             found += self.unused(f"decode {self.decode}", "data", "hw_decoder_load")
+        elif self.loader == "torchvision":
+            found += self.unused("loader torchvision", "data", "hw_decoder_load")
         if self.decode in ("auto", "cpu"):
             return found
         if self.source in IN_MEMORY:
@@ -167,10 +171,11 @@ class Data(Strict):
                 f"data.decode: {self.decode} decodes files and source {self.source} has none; "
                 "use auto",
             ]
-        if self.loader not in ("auto", "dali"):
+        loaders = DECODED_BY[self.decode]
+        if self.loader not in ("auto", *loaders):
             found.append(
-                f"data.decode: {self.decode} is done by loader dali, got loader {self.loader}; set "
-                "data.loader=dali or data.decode=auto"
+                f"data.decode: {self.decode} is done by loader {' or '.join(loaders)}, got loader "
+                f"{self.loader}; set data.loader={loaders[0]} or data.decode=auto"
             )
         if self.after_crop:
             found.append(

@@ -12,10 +12,11 @@ from ..manifest import Manifest
 from ..schedule import Schedule
 from .dali import DaliLoader
 from .decoding import check_loader
+from .nvjpeg import NvjpegLoader
 from .resident import ResidentLoader
 from .vision import VisionLoader
 
-Loader = DaliLoader | VisionLoader | ResidentLoader
+Loader = DaliLoader | VisionLoader | NvjpegLoader | ResidentLoader
 LOADERS: dict[str, type[Loader]] = {
     "dali": DaliLoader,
     "torchvision": VisionLoader,
@@ -41,14 +42,16 @@ def make_loader(
     nothing is done after it; dali where it is installed and the images are files or in tars; else
     torchvision. The loader's `name` says which, its `decode` where and how it decodes, its `mode`
     in one word. `device` is where the run computes: batches for a GPU lie in pinned memory, or on
-    the GPU itself where they are made there (resident, dali with mode hybrid or gpu). ValueError
+    the GPU itself where they are made there (resident, and any with mode hybrid or gpu). ValueError
     where the training set does not fill a step, or where the images or this machine are not what
     `data.loader` or `data.decode` needs; BadImagesError, a RuntimeError, for too many unreadable
     images.
     """
     kind = _best(manifest, data, train) if data.loader == "auto" else data.loader
-    check_loader(data, kind)
+    check_loader(data, kind, device)
     schedule = Schedule(manifest, data, batch, seed=seed, rank=rank, world=world, train=train)
+    if kind == "torchvision" and data.decode == "gpu":
+        return NvjpegLoader(schedule, device)
     return LOADERS[kind](schedule, device)
 
 

@@ -51,7 +51,7 @@ class DaliLoader:
                 f"data.loader=dali reads files and data.source={data.source} has none; use auto"
             )
         import_dali()
-        self.mode, self.decode = decoding(data, device)
+        self.mode, self.decode = decoding(data, self.name, device)
         self._schedule, self._manifest, self._data = schedule, manifest, data
         self._reader = Reader(manifest, data.workers)
         self._pool = ThreadPoolExecutor(data.workers, thread_name_prefix="kdfuse-resize")

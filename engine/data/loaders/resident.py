@@ -14,7 +14,7 @@ from ..batch import Batch
 from ..images import UnreadableError
 from ..plan import eval_plan
 from ..schedule import Schedule
-from .decoding import Mode, without_dali
+from .decoding import Mode, decoding
 from .ondevice import crop, resized_crop
 from .vision import render
 
@@ -36,7 +36,7 @@ class ResidentLoader:
             raise ValueError(
                 f"data.loader=resident cannot do {' and '.join(self._data.after_crop)}; use auto"
             )
-        self.decode = f"PIL once, whole image {without_dali(self._data, self.name)}"
+        self.decode = decoding(self._data, self.name, device).text
         self._border = self._data.padding if schedule.view == "pad_crop" else 0
         self._images = self._decode_all().to(device)  # (n, H, W, 3) uint8
         self.steps, self.bad = schedule.steps, schedule.quarantine.bad
@@ -91,4 +91,4 @@ class ResidentLoader:
 
     def _whole(self, image: Image.Image, row: int) -> np.ndarray:
         plan = eval_plan(self._data, self._manifest.sizes, np.array([row]))
-        return render(image, plan, 0, self._data.size)
+        return np.asarray(render(image, plan, 0, self._data.size))

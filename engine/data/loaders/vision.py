@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from itertools import islice
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -18,14 +20,16 @@ from ..batch import Batch
 from ..images import UnreadableError
 from ..plan import Plan
 from ..schedule import Schedule, Task
-from .decoding import Mode, without_dali
+from .decoding import Mode, decoding
 from .finish import finish
 
-Pending = tuple[Task, Tensor, "list[Future[str | None]]"]
+Picture = TypeVar("Picture", Image.Image, Tensor)
+Begun = TypeVar("Begun")
+Pending = tuple[Task, Begun, "list[Future[Any]]"]
 
 
-def render(image: Image.Image, plan: Plan, i: int, size: int) -> NDArray[np.uint8]:
-    """The crop and flip of row i done to its decoded image: uint8 (size, size, 3)."""
+def render(image: Picture, plan: Plan, i: int, size: int) -> Picture:
+    """The crop and flip of row i done to its decoded image, RGB or (3, height, width) uint8."""
     top, left, height, width = plan.box[i].tolist()
     scaled, (y, x) = plan.scaled[i].tolist(), plan.window[i].tolist()
     image = F.crop(image, top, left, height, width)
@@ -35,7 +39,30 @@ def render(image: Image.Image, plan: Plan, i: int, size: int) -> NDArray[np.uint
         image = F.crop(image, y, x, size, size)
     if plan.flip[i]:
         image = F.horizontal_flip(image)
-    return np.asarray(image)
+    return image
+
+
+def in_order(
+    begin: Callable[[int], Pending[Begun]],
+    finish: Callable[[Task, Begun, list[Future[Any]]], Batch],
+    steps: range,
+    ahead: int,
+) -> Iterator[Batch]:
+    """The batches of these steps; so many are begun while one is in use, and their jobs are
+    cancelled where the rest is not asked for.
+    """
+    left, pending = iter(steps), deque[Pending[Begun]]()
+    try:
+        pending.extend(begin(step) for step in islice(left, ahead))
+        while pending:
+            batch = finish(*pending[0])
+            pending.popleft()
+            pending.extend(begin(step) for step in islice(left, 1))
+            yield batch
+    finally:
+        for _, _, jobs in pending:
+            for job in jobs:
+                job.cancel()
 
 
 class VisionLoader:
@@ -51,37 +78,22 @@ class VisionLoader:
     def __init__(self, schedule: Schedule, device: torch.device) -> None:
         self._schedule = schedule
         self._manifest, self._data = schedule.manifest, schedule.data
-        self.decode = f"PIL, whole image {without_dali(self._data, self.name)}"
+        self.decode = decoding(self._data, self.name, device).text
         self._pin = device.type == "cuda"
         self._pool = ThreadPoolExecutor(self._data.workers, thread_name_prefix="kdfuse-decode")
         self.steps, self.bad = schedule.steps, schedule.quarantine.bad
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """The batches of an epoch from step `start`; nothing before it is read."""
-        return self._batches(epoch, iter(self._schedule.tasks_from(start)))
+        steps = self._schedule.tasks_from(start)
+        return in_order(partial(self._begin, epoch), self._finish, steps, self._data.prefetch)
 
     def close(self) -> None:
         """Ends the threads; an epoch in progress cannot go on."""
         self._pool.shutdown(cancel_futures=True)
 
-    def _batches(self, epoch: int, steps: Iterator[int]) -> Iterator[Batch]:
-        ahead: deque[Pending] = deque()
-        try:
-            for step in islice(steps, self._data.prefetch):
-                ahead.append(self._submit(self._schedule.task(epoch, step)))
-            while ahead:
-                batch = self._finish(*ahead[0])
-                ahead.popleft()
-                for step in islice(steps, 1):
-                    ahead.append(self._submit(self._schedule.task(epoch, step)))
-                yield batch
-        finally:
-            for _, _, futures in ahead:
-                for future in futures:
-                    future.cancel()
-
-    def _submit(self, task: Task) -> Pending:
-        size = self._data.size
+    def _begin(self, epoch: int, step: int) -> Pending[Tensor]:
+        task, size = self._schedule.task(epoch, step), self._data.size
         shape = (len(task.plan.index), size, size, 3)
         images = torch.empty(shape, dtype=torch.uint8, pin_memory=self._pin)
         out = images.numpy()
@@ -108,6 +120,6 @@ class VisionLoader:
             image = self._manifest.read(int(plan.index[i]))
         except UnreadableError as error:
             return str(error)
-        out[i] = render(image, plan, i, self._data.size)
+        out[i] = np.asarray(render(image, plan, i, self._data.size))
         finish(plan, i, out[i])
         return None

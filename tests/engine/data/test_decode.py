@@ -27,7 +27,7 @@ from kdfuse.engine.data.loaders.dali_graph import (
 from kdfuse.engine.data.loaders.decoding import decoding
 from kdfuse.engine.data.quarantine import BadImagesError
 from kdfuse.engine.data.sources import open_source
-from kdfuse.engine.recipe.data import Data
+from kdfuse.engine.recipe.data import DECODED_BY, Data
 
 pytestmark = pytest.mark.slow(10)
 
@@ -231,16 +231,29 @@ def test_a_gpus_decoder_has_room_for_the_largest_image():
 
 
 def test_auto_is_cpu_and_says_why(photos):
-    found = {device.type: decoding(section(photos), device) for device in (CPU, GPU)}
-    assert [found[name].mode for name in ("cpu", "cuda")] == ["cpu", "cpu"]
-    assert "data.decode=auto: the run is on the CPU" in found["cpu"].text
-    assert "data.decode=auto: hybrid and gpu are not measured yet" in found["cuda"].text
-    assert decoding(section(photos, decode="cpu"), GPU).mode == "cpu"
-    for mode in ("hybrid", "gpu"):
-        data = section(photos, decode=mode)
-        assert decoding(data, GPU).mode == mode
-        with pytest.raises(ValueError, match=f"data.decode={mode} .*run is on the CPU; set data.d"):
-            decoding(data, CPU)
+    auto, missing = section(photos), {"dali": "hybrid and gpu are", "torchvision": "gpu is"}
+    for kind, others in missing.items():
+        on_cpu, on_gpu = (decoding(auto, kind, device) for device in (CPU, GPU))
+        assert on_cpu.mode == on_gpu.mode == "cpu"
+        assert on_cpu.text.endswith("(data.decode=auto: the run is on the CPU)")
+        assert on_gpu.text.endswith(f"(data.decode=auto: {others} not measured yet)")
+        assert decoding(section(photos, decode="cpu"), kind, GPU).mode == "cpu"
+    resident = decoding(auto, "resident", GPU)
+    assert resident == (
+        "cpu",
+        "PIL once, whole image (data.decode=auto: loader resident is on the CPU)",
+    )
+
+
+@pytest.mark.parametrize(
+    "kind, mode", [(kind, mode) for mode, kinds in DECODED_BY.items() for kind in kinds]
+)
+def test_a_gpus_ways_are_refused_on_a_cpu(photos, kind, mode):
+    data = section(photos, decode=mode, loader=kind)
+    found = decoding(data, kind, GPU)
+    assert found.mode == mode and found.text.endswith(f"(data.decode={mode})")
+    with pytest.raises(ValueError, match=f"data.decode={mode} .*run is on the CPU; set data.d"):
+        loaded(data)
 
 
 @needs_dali
@@ -253,21 +266,35 @@ def test_a_loader_says_where_it_decodes(photos):
     assert other.mode == "cpu" and other.decode == "PIL, whole image (data.decode=cpu)"
 
 
-def test_a_gpu_decodes_with_dali_alone(photos, monkeypatch):
-    data = section(photos, decode="gpu").model_copy(update={"loader": "torchvision"})
-    with pytest.raises(ValueError, match="data.decode=gpu is done by loader dali.*set data.decode"):
-        loaded(data, device=GPU)
+def test_what_each_loader_leaves_to_others(photos, monkeypatch):
+    for mode, name, others in (
+        ("hybrid", "torchvision", "dali"),
+        ("gpu", "resident", "dali or torchvision"),
+    ):
+        data = section(photos, decode=mode).model_copy(update={"loader": name})
+        with pytest.raises(ValueError, match=f"data.decode={mode} is done by loader {others}, and"):
+            loaded(data, device=GPU)
     monkeypatch.setitem(sys.modules, "nvidia.dali", None)  # as if it were not installed
     with pytest.raises(ValueError, match="data.loader=auto is torchvision here.*pip install"):
         loaded(section(photos, decode="hybrid"), device=GPU)
-    assert "auto: loader torchvision is on the CPU" in loaded(section(photos)).decode
+    with pytest.raises(ValueError, match="hw_decoder_load: 0.9 has no effect with loader torchv"):
+        loaded(section(photos, decode="gpu", hw_decoder_load=0.9), device=GPU)
+    assert "auto: the run is on the CPU" in loaded(section(photos)).decode
 
 
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"decode": "gpu", "loader": "torchvision"}, "data.decode: gpu is done by loader dali"),
-        ({"decode": "hybrid", "loader": "resident"}, "data.decode: hybrid is done by loader dali"),
+        ({"decode": "gpu", "loader": "resident"}, "gpu is done by loader dali or torchvision, got"),
+        ({"decode": "hybrid", "loader": "torchvision"}, "hybrid is done by loader dali, got"),
+        (
+            {"decode": "gpu", "loader": "torchvision", "hw_decoder_load": 0.9},
+            "data.hw_decoder_load: 0.9 has no effect with loader torchvision",
+        ),
+        (
+            {"decode": "gpu", "loader": "torchvision", "erase": 0.5},
+            "gpu leaves no crop on the CPU for data.erase; use data.decode=cpu",
+        ),
         (
             {"decode": "gpu", "source": "cifar10"},
             "decode: gpu decodes files and source cifar10 has",

@@ -18,19 +18,22 @@ from kdfuse.engine.data import plan as sampler
 from kdfuse.engine.data.augment import changes
 from kdfuse.engine.data.loaders import LOADERS, make_loader
 from kdfuse.engine.data.loaders.finish import finish
+from kdfuse.engine.data.loaders.nvjpeg import NvjpegLoader
 from kdfuse.engine.data.schedule import Schedule
 from kdfuse.engine.data.sources import open_source
 from kdfuse.engine.recipe.data import Data
 
-pytestmark = pytest.mark.slow(10)
+pytestmark = pytest.mark.slow(15)
 
 DALI = pytest.param(
     "dali", marks=pytest.mark.skipif(find_spec("nvidia.dali") is None, reason="needs NVIDIA DALI")
 )
-READERS = [DALI, "torchvision"]
-EVERY = [DALI, "torchvision", "resident"]
-PIXELS = {"dali": 0.25, "torchvision": 0.0, "resident": 0.25}  # mean difference to PIL, levels
-LARGEST = {"dali": 1, "torchvision": 0}
+CHANGERS = [DALI, "torchvision"]  # what follows the crop they do too
+READERS = [*CHANGERS, "nvjpeg"]
+EVERY = [*READERS, "resident"]
+# Mean difference to PIL, levels.
+PIXELS = {"dali": 0.25, "torchvision": 0.0, "nvjpeg": 0.25, "resident": 0.25}
+LARGEST = {"dali": 1, "torchvision": 0, "nvjpeg": 1}
 
 
 @pytest.fixture(autouse=True)
@@ -96,8 +99,11 @@ def few(tmp_path):
     return tmp_path / "few"
 
 
-def folder(root, **changes):
-    return Data(source="folder", root=root, **({"size": 32, "eval_resize": 40} | changes))
+def folder(root, loader="auto", **changes):
+    """ "nvjpeg" stands for loader torchvision with decode gpu."""
+    chosen = {"nvjpeg": {"loader": "torchvision", "decode": "gpu"}}.get(loader, {"loader": loader})
+    fixed = {"size": 32, "eval_resize": 40} | chosen
+    return Data(source="folder", root=root, **(fixed | changes))
 
 
 def synthetic(**changes):
@@ -105,9 +111,17 @@ def synthetic(**changes):
     return Data(source="synthetic", **(fixed | changes))
 
 
+def made(manifest, data, batch, **changes):
+    """A loader on the CPU; the one for a GPU too, which only asks for one by its recipe."""
+    if data.decode != "gpu":
+        return make_loader(manifest, data, batch, **changes)
+    schedule = Schedule(manifest, data, batch, **({"rank": 0, "world": 1} | changes))
+    return NvjpegLoader(schedule, torch.device("cpu"))
+
+
 def loaded(data, split="train", batch=4, **changes):
     fixed = {"seed": 7, "train": split == "train"}
-    return make_loader(open_source(data, split), data, batch, **(fixed | changes))
+    return made(open_source(data, split), data, batch, **(fixed | changes))
 
 
 def collect(loader, epoch=0, start=0):
@@ -163,22 +177,22 @@ def test_random_crops_of_every_kind_of_file_are_the_plans(photos, name, size):
         assert (moved > max(3 * PIXELS[name], 0.5)).all()
 
 
-@pytest.mark.skipif(find_spec("nvidia.dali") is None, reason="needs NVIDIA DALI")
-def test_dali_decodes_as_pil_does(photos):
+@pytest.mark.parametrize("name", [DALI, "nvjpeg"])
+def test_others_decode_as_pil_does(photos, name):
     """Without a resize the two differ nowhere, at the crop's borders neither."""
-    data = folder(photos, augment="pad_crop", size=45, padding=0, eval_resize=None)
+    view = {"augment": "pad_crop", "size": 45, "padding": 0, "eval_resize": None}
     for epoch in range(3):
-        ours = [
-            collect(loaded(data.model_copy(update={"loader": name})), epoch)
-            for name in ("dali", "torchvision")
-        ]
-        assert same(*ours)
+        ours, pils = (
+            collect(loaded(folder(photos, loader=loader, **view)), epoch)
+            for loader in (name, "torchvision")
+        )
+        assert same(ours, pils)
 
 
 AFTER = {"randaugment": {"ops": 3}, "erase": 0.5, "repeats": 2}
 
 
-@pytest.mark.parametrize("name", READERS)
+@pytest.mark.parametrize("name", CHANGERS)
 def test_what_follows_the_crop_is_the_plans(photos, name):
     """The same bytes of every loader where the crop has the same, as pad_crop's has."""
     data = folder(photos, augment="pad_crop", size=45, padding=0, eval_resize=None, loader=name)
@@ -198,14 +212,14 @@ def test_what_follows_the_crop_is_the_plans(photos, name):
     assert changed > 6
 
 
-@pytest.mark.parametrize("name", READERS)
+@pytest.mark.parametrize("name", CHANGERS)
 def test_what_follows_the_crop_leaves_evaluation_alone(few, name):
     plain = folder(few, loader=name)
     more = Data.model_validate(plain.model_dump() | AFTER)
     assert same(collect(loaded(plain, "val")), collect(loaded(more, "val")))
 
 
-@pytest.mark.parametrize("name", READERS)
+@pytest.mark.parametrize("name", CHANGERS)
 def test_what_follows_the_crop_knows_no_threads_start_or_processes(few, name):
     data = Data.model_validate(folder(few, loader=name).model_dump() | AFTER)
     whole = collect(loaded(data), 2)
@@ -271,7 +285,7 @@ def test_each_augmentation_is_the_plans(few, name, augment):
 
 
 def test_images_are_stored_channels_last(few):
-    for name in LOADERS:
+    for name in (*LOADERS, "nvjpeg"):
         batch = next(loaded(folder(few, loader=name)).epoch(0))
         assert batch.images.is_contiguous(memory_format=torch.channels_last)
 
@@ -419,7 +433,7 @@ def test_bad_files_are_named_counted_and_replaced(few, name, later):
     manifest = clean if later else open_source(data, "train")
 
     def epoch(start=0, **changes):
-        loader = make_loader(manifest, data, 4, seed=7, train=True, **changes)
+        loader = made(manifest, data, 4, seed=7, train=True, **changes)
         batches = list(loader.epoch(4, start))
         loader.close()
         bad.update(loader.bad)
@@ -460,7 +474,7 @@ def test_a_file_of_another_length_is_found_whatever_its_crop(few, name):
     with open(path, "ab") as file:
         file.write(b"12345")
     with pytest.warns(UserWarning, match=f"05.jpg .{length + 5} bytes, was {length} when indexed"):
-        loader = make_loader(manifest, data, 4, seed=7, train=True)
+        loader = made(manifest, data, 4, seed=7, train=True)
         index = torch.cat([batch.index for batch in loader.epoch(0)]).tolist()
     loader.close()
     wanted = sampler.permutation(7, 0, 24).tolist()
@@ -502,7 +516,7 @@ def test_too_many_bad_files_stop_the_run(few, name):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with pytest.raises(RuntimeError, match="4 unreadable images, data.bad_images=3"):
-            loader = make_loader(clean, data, 4, seed=7, train=True)  # resident reads all here
+            loader = made(clean, data, 4, seed=7, train=True)  # resident reads all here
             list(loader.epoch(0))
 
 

@@ -61,7 +61,7 @@ def test_a_run_learns_and_leaves_its_files(teacher):
 
 def test_a_run_says_how_its_images_are_decoded(digits, tmp_path, capsys):
     run = train(tiny(digits, "ce", run={"epochs": 1}), tmp_path / "run")
-    decode = "PIL, whole image (data.decode=auto: loader torchvision is on the CPU)"
+    decode = "PIL, whole image (data.decode=auto: the run is on the CPU)"
     assert f"10 classes, loader torchvision: {decode}\n" in capsys.readouterr().out
     start = last(run, "start")
     assert (start["loader"], start["decode"]) == ("torchvision", decode)
