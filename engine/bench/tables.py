@@ -20,17 +20,21 @@ def grids(
 ) -> list[tuple[list[Record], Grid]]:
     """The records of each table and its lines, the headings first.
 
+    A record with words of its own (`beside`) stands in the table of the one before it.
+
     Args:
         kind: of the records that are a line each.
         shared: what the cases of a table have in common.
         cells: a record's line, by its headings; a heading under which nothing stands is left out.
     """
     groups: dict[tuple, list[Record]] = {}
-    run = 0
+    run, key = 0, ()
     for record in records:
         run += record["kind"] == "facts"
         if record["kind"] == kind:
-            groups.setdefault((run, *(record[name] for name in shared)), []).append(record)
+            if "beside" not in record or key[:1] != (run,):
+                key = run, *(record[name] for name in shared)
+            groups.setdefault(key, []).append(record)
     found: list[tuple[list[Record], Grid]] = []
     for group in groups.values():
         lines = [cells(record) for record in group]
@@ -50,7 +54,7 @@ def shown(
     for group, grid in grids:
         found += [f"\n{title(group)}\n", drawn(grid, markdown)]
         notes = [f"{r['case']}: {r['peer_absent']}" for r in group if "peer_absent" in r]
-        found += notes and ["", *notes]
+        found += notes and ["", *dict.fromkeys(notes)]
     return found
 
 

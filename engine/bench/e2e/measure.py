@@ -19,8 +19,9 @@ from ..data.measure import Turns, about_images, play, readable_rows, speed, step
 from ..data.sides import Ours, Turn, chosen_rows, peer_loader, repeated
 from ..step import peer, plain
 from ..step.cases import Case
-from ..step.measure import configured, now
+from ..step.measure import configured
 from ..step.ours import Images, Step
+from ..step.player import now
 from .sides import Alone, Both, Plain
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from ...recipe.data import CLASSES
 from ...recipe.load import Recipe, load
+from ...recipe.run import Run
 from ...training.ranks import choose_device
 from ...training.speed import settled
 
@@ -25,6 +26,12 @@ class Case:
     recipe: Recipe
     written: str  # name of the recipe that it is derived from
     forward: bool = False
+    words: tuple[str, ...] = ()  # of --beside, which the recipe has on top
+    without: Case | None = None  # the same without them
+
+    @property
+    def label(self) -> str:
+        return labelled(self.name, self.words)
 
     @property
     def classes(self) -> int:
@@ -42,6 +49,11 @@ class Case:
         """Equal for what is the same work."""
         said = {"name", "description", "expect"}
         return self.forward, self.recipe.model_dump_json(exclude=said)
+
+
+def labelled(name: str, words: Sequence[str]) -> str:
+    """How a case is shown, with the words that it has on top."""
+    return f"{name} with {' '.join(words)}" if words else name
 
 
 def chosen(
@@ -90,7 +102,8 @@ def of_pair(name: str, base: Recipe) -> Case:
         )
     if name == "teacher":
         # Under KD every recipe's teacher is the same work, unless it is in training mode.
-        plain = changed(base, method={"name": "kd"}, slt=None, assistants=(), also={})
+        run = kept(base.run, "teacher")
+        plain = changed(base, method={"name": "kd"}, slt=None, assistants=(), also={}, run=run)
         own = base if base.method.teacher_mode == "train" else plain
         return Case(name, own, base.name, forward=True)
     kind = "slkd" if name.startswith("slkd") else name
@@ -101,8 +114,9 @@ def of_pair(name: str, base: Recipe) -> Case:
         method = {"name": kind, **shared}
     if kind == "slkd":
         method["slts"] = int(name.removeprefix("slkd"))
-    slt = base.slt if kind == "slkd" else None
-    made = changed(base, method=method, slt=slt, assistants=(), also={})
+    slt, slts = (base.slt, ("slts",)) if kind == "slkd" else (None, ())
+    run = kept(base.run, "student", "teacher", *slts)
+    made = changed(base, method=method, slt=slt, assistants=(), also={}, run=run)
     return Case(name, made, base.name)
 
 
@@ -113,7 +127,16 @@ def alone(base: Recipe, role: str) -> Recipe:
         assert base.teacher is not None
         network = base.slt or base.teacher.model_copy(update={"checkpoint": None})
     none: dict[str, Any] = {"teacher": None, "slt": None, "assistants": (), "also": {}}
-    return changed(base, method={"name": "ce"}, student=network.model_dump(), **none)
+    run = kept(base.run, "slts" if role == "slt" else role)
+    return changed(base, method={"name": "ce"}, student=network.model_dump(), run=run, **none)
+
+
+def kept(run: Run, *roles: str) -> dict[str, Any]:
+    """The section run where networks of these roles alone do the work: each of them compiles or
+    not as it did."""
+    only = [role for role in roles if role in run.compiled]
+    some = only if 0 < len(only) < len(roles) else None
+    return run.model_dump() | {"compile": bool(only), "compile_only": some}
 
 
 def changed(base: Recipe, **sections: Any) -> Recipe:

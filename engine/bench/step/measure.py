@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -14,64 +11,29 @@ import torch
 from ....kernels.bench.report import Record
 from ....kernels.bench.timing import quantile
 from ...recipe.run import Run
-from ...training.compiled import GRAPHS
+from ...training.compiled import GRAPHS, Compilations
 from ...training.process import settings
 from . import gauges, memory, peer, plain
 from .cases import Case, parts
 from .ours import Images, Step, loss_of, work_of
+from .player import BLOCKS, Player
 
-BLOCKS = 8  # timed in turn; a median of fewer does not outlive a stall of the machine
-LONG = 0.1  # seconds of a step that does not feel whose data the caches held before it
 LOSS_CALLS = 20  # of a loss, which is short, for one of a step
-
-
-@dataclass
-class Player:
-    """Something that takes its turn: a block of steps, timed as one."""
-
-    step: Callable[[], Any]
-    process: Callable[[], AbstractContextManager[Any]]
-    guarded: bool  # whether a wait for the device is an error
-    steps: int = 1  # of a block
-    alone: float = 0.0  # seconds of a step, about
-    seconds: list[float] = field(default_factory=list)  # of a step, one for each block
-
-    def warm_up(self, device: torch.device, seconds: float) -> None:
-        """Take the first steps, and choose a block's so that `BLOCKS` last that long."""
-        with self.process():
-            self.step()
-        self.block(device)
-        self.alone = self.seconds.pop()
-        self.steps = max(1, round(seconds / BLOCKS / self.alone))
-
-    def block(self, device: torch.device) -> None:
-        with self.process():
-            if self.alone < LONG:
-                self.step()
-            began = now(device)
-            with gauges.no_waiting(device) if self.guarded else nullcontext():
-                for _ in range(self.steps):
-                    self.step()
-            self.seconds.append((now(device) - began) / self.steps)
-
-    @property
-    def median(self) -> float:
-        return quantile(self.seconds, 0.5)
-
-
-def now(device: torch.device) -> float:
-    """Seconds, when the device has done all that it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
 
 
 class Bench:
     """All players of a run, by what they are of: case, peer, loss, matrix product."""
 
-    def __init__(self, device: torch.device, kind: str | None, workers: int | None) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        kind: str | None,
+        workers: int | None,
+        compilations: Compilations,
+    ) -> None:
         """`kind` of the peers: fp32, bf16 or None for no peers."""
         self.device, self.kind, self.workers = device, kind, workers
+        self.compilations = compilations
         self.images = Images(device)
         self.cases: dict[Any, Player] = {}
         self.losses: dict[Any, Player] = {}
@@ -91,7 +53,7 @@ class Bench:
             if kind not in self.peaks:
                 self.products[kind] = gauges.Matmul(kind, self.device)
                 self.peaks[kind] = self.player(self.products[kind], peer.usual, seconds)
-        if self.kind is None or peer.why_not(case):
+        if self.kind is None or case.without is not None or peer.why_not(case):
             return
         workers = case.recipe.data.workers if self.workers is None else self.workers
         loop = peer.peer_of(case, self.images, self.kind == "bf16", workers)
@@ -104,8 +66,10 @@ class Bench:
         before = gauges.held() if on_gpu else 0
         with settings(run):
             step = work_of(case, self.images)
+        compiled = self.compilations.seconds
         found = self.cases[case.key] = self.player(step, partial(settings, run), seconds)
-        counts: Record = {}
+        compiled = self.compilations.seconds - compiled
+        counts: Record = {"compile_s": compiled} if run.compile else {}
         with settings(run):
             if on_gpu:
                 counts["memory_mb"] = gauges.peak_memory(step, before) / 1e6
@@ -160,21 +124,39 @@ class Bench:
         found |= {"mfu": counts["flops"] / seconds / peak}
         if self.device.type == "cpu":
             found["host_ms"] = found["step_ms"]
-        if shares := [(self.cases[part.key].median, part, n) for part, n in parts(case)]:
-            found["parts_ms"] = {part.name: alone * 1e3 for alone, part, _ in shares}
-            found["share_of_parts"] = sum(alone * n for alone, _, n in shares) / seconds
+        if shares := [(self.cases[part.key], part, n) for part, n in parts(case)]:
+            for ending, q in (("", 0.5), ("_p20", 0.2), ("_p80", 0.8)):
+                times = {part.name: quantile(own.seconds, q) * 1e3 for own, part, _ in shares}
+                found[f"parts_ms{ending}"] = times
+            found["share_of_parts"] = sum(own.median * n for own, _, n in shares) / seconds
         if case.key in self.losses:
             alone = self.losses[case.key].median / LOSS_CALLS
             found |= {"loss_ms": alone * 1e3, "loss_share": alone / seconds}
-        return found | self.against(case, seconds)
+        if run.compile:
+            shared = {case.key, *(part.key for part, _ in parts(case))}
+            found["compile_s"] = sum(self.counts[key].get("compile_s", 0.0) for key in shared)
+        return found | self.beside(case) | self.against(case, seconds)
+
+    def beside(self, case: Case) -> Record:
+        """The words that a case has on top of another one, and its speed over that one's."""
+        if case.without is None:
+            return {}
+        rate, without = (
+            one.recipe.run.batch / self.cases[one.key].median for one in (case, case.without)
+        )
+        return {"beside": list(case.words), "times_without": rate / without}
 
     def against(self, case: Case, seconds: float) -> Record:
-        """What a case's peer came to, or why it has none."""
+        """What a case's peer came to, or why it has none; one that stands beside another case
+        shares its peer."""
         if self.kind is None:
             return {}
-        if case.key not in self.peers:
-            return {"peer_absent": peer.why_not(case)}
-        own, loop = self.peers[case.key], self.loops[case.key]
+        whose = case.without or case
+        if whose.key not in self.peers:
+            return {"peer_absent": peer.why_not(whose)}
+        if not peer.same(whose, case):
+            return {"peer_absent": f"no plain loop was measured with {' '.join(case.words)}"}
+        own, loop = self.peers[whose.key], self.loops[whose.key]
         return {
             "peer": self.kind,
             "peer_images_per_s": case.recipe.run.batch / own.median,
@@ -190,14 +172,15 @@ def measure(
     seconds: float,
     kind: str | None,
     workers: int | None,
+    compilations: Compilations,
     keep: Callable[[Record], None],
 ) -> None:
     """Hands a record of each case to `keep`; each is timed for about so many seconds."""
-    bench = Bench(device, kind, workers)
+    bench = Bench(device, kind, workers, compilations)
     if any(case.recipe.run.compile for case in cases):
         allow_graphs(cases)
     for case in cases:
-        print(f"preparing {case.name}", flush=True)
+        print(f"preparing {case.label}", flush=True)
         bench.enter(case, seconds, whole=True)
         for part, _ in parts(case):
             bench.enter(part, seconds, whole=False)

@@ -25,6 +25,15 @@ PLAIN: dict[str, tuple[str, ...]] = {
     "slkd": ("detach_slts", "teachers", "fusion"),
 }
 
+# What it does not read of a recipe: how the engine computes.
+OURS = {"amp", "channels_last", "compile", "compile_only", "deterministic", "speed", "tf32"}
+
+
+def same(one: Case, other: Case) -> bool:
+    """Whether the plain loop beside one case is that beside the other."""
+    first, second = (case.recipe.model_dump(exclude={"run": OURS}) for case in (one, other))
+    return first == second
+
 
 def why_not(case: Case) -> str | None:
     """Why the plain loop has no such step; None where it has."""

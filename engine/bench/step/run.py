@@ -3,7 +3,8 @@
 A RECIPE alone is measured as it stands. --cases names what is measured of its networks, or of the
 default pair: student (alone, cross-entropy), teacher (its forward pass alone), kd, slkd1 and slkd2
 (with one and two SL-Ts), and further recipes by name. Beside each case stands a plain loop as most
-repositories have it, with the same networks and images out of a DataLoader (see plain.py). Networks
+repositories have it, with the same networks and images out of a DataLoader (see plain.py); with
+--beside KEY=VALUE the case once more with that setting, so that it shows what pays here. Networks
 have random weights unless a checkpoint is given. docs/results/README.md describes every field.
 """
 
@@ -26,6 +27,10 @@ def arguments(words: Sequence[str]) -> Any:
     parser = Parser(prog="kdfuse bench step", description=__doc__)
     options.of_recipes(parser, "that of the pair")
     options.of_steps(parser, "all of the pair")
+    parser.add_argument(
+        "--beside", nargs="+", action="extend", metavar="KEY=VALUE",
+        help="measure each case once more, in turn with it, with these settings on top",
+    )  # fmt: skip
     parser.add_argument("--seconds", type=duration, help=f"timing of a case; default: {SECONDS}")
     parser.add_argument(
         "--workers", type=count, metavar="N",
@@ -44,11 +49,11 @@ def run(chosen: Any) -> list[dict[str, Any]]:
     from ...training.compiled import compiling
     from ...training.process import settings
     from ...training.ranks import choose_device
-    from .cases import chosen as chosen_cases
+    from .beside import with_words
     from .measure import measure
 
     recipe, words = words_of(chosen, batch="run.batch", device="run.device")
-    cases = chosen_cases(recipe, words, chosen.cases, chosen.device)
+    cases = with_words(recipe, words, chosen.cases, chosen.device, chosen.beside or [])
     first = cases[0].recipe.run
     device = choose_device(first.device)
     kind = chosen.peer or "fp32"
@@ -61,11 +66,13 @@ def run(chosen: Any) -> list[dict[str, Any]]:
             report.append(chosen.out, record)
 
     # What a process sets before its first matrix product holds for all cases.
-    with settings(first), compiling(any(case.recipe.run.compile for case in cases)):
+    compiles = any(case.recipe.run.compile for case in cases)
+    with settings(first), compiling(compiles) as compilations:
         facts = report.facts(device.type)
         del facts["byte_models"]  # of losses
         keep(facts | {"words": words})
-        measure(cases, device, seconds, None if kind == "none" else kind, chosen.workers, keep)
+        loop = None if kind == "none" else kind
+        measure(cases, device, seconds, loop, chosen.workers, compilations, keep)
     return found
 
 

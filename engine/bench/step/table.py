@@ -9,6 +9,8 @@ from rich.table import Table
 from ....kernels.bench.report import Record, number
 from .. import tables
 from ..plots import Panel
+from .cases import labelled
+from .worth import sentence
 
 # What a table's cases share.
 SHARED = ("recipe", "device", "batch", "size", "amp", "compile", "channels_last")
@@ -22,10 +24,12 @@ def cells(record: Record) -> dict[str, str]:
 
     low, high = get("images_per_s_p20", ".4g"), get("images_per_s_p80", ".4g")
     return {
-        "case": record["case"],
+        "case": labelled(record["case"], record.get("beside", ())),
         "images/s": get("images_per_s", ".4g"),
         "p20-p80": f"{low}-{high}",
+        "times without": get("times_without", ".2f"),
         "step, ms": get("step_ms", ".4g"),
+        "compiling, s": get("compile_s", ".3g"),
         "parts/step": get("share_of_parts", ".2f"),
         "loss": get("loss_share", ".1%"),
         "MFU": get("mfu", ".0%"),
@@ -63,11 +67,18 @@ def panels(records: Sequence[Record]) -> list[Panel]:
     for group, _ in tables.grids(records, "step", SHARED, cells):
         peers = {f"plain loop, {r['peer']}": None for r in group if "peer" in r}
         sides = {"kdfuse": [r["images_per_s"] for r in group]}
-        sides |= {name: [r.get("peer_images_per_s") for r in group] for name in peers}
-        found.append(Panel(title(group), [r["case"] for r in group], sides))
+        # A peer is drawn once, not again beside what shares it.
+        own = [None if "beside" in r else r.get("peer_images_per_s") for r in group]
+        sides |= {name: own for name in peers}
+        names = [f"{r['case']}\n{' '.join(r.get('beside', ()))}".strip() for r in group]
+        found.append(Panel(title(group), names, sides))
     return found
 
 
 def shown(records: Sequence[Record], markdown: bool) -> list[str | Table]:
     """What is printed of the records of steps."""
-    return tables.shown(tables.grids(records, "step", SHARED, cells), title, markdown)
+    found = []
+    for group, grid in tables.grids(records, "step", SHARED, cells):
+        found += tables.shown([(group, grid)], title, markdown)
+        found += [f"\n{said}" for said in (sentence(group),) if said]
+    return found

@@ -111,6 +111,25 @@ def test_parts_that_are_the_same_work_are_measured_once() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("only", "student", "teacher", "slt"),
+    [("student", 1, 0, 0), ("teacher", 0, 1, 0), ("slts", 0, 0, 1), ("student,slts", 1, 0, 1)],
+)
+def test_a_part_compiles_where_its_case_compiles_it(only, student, teacher, slt):
+    words = [*SMALL, "method.name=slkd", "run.compile=true", f"run.compile_only=[{only}]"]
+    (case,) = chosen(None, words, ["slkd2"], "cpu")
+    assert case.recipe.run.compiled == tuple(only.split(","))
+    found = {part.name: bool(part.recipe.run.compile) for part, _ in parts(case)}
+    assert found == {"student": student, "teacher": teacher, "slt": slt}
+    of_pair = chosen(None, words, ["student", "teacher", "kd"], "cpu")
+    kept = tuple(role for role in only.split(",") if role != "slts")
+    assert [one.recipe.run.compiled for one in of_pair] == [
+        ("student", "teacher", "slts") if student else (),
+        ("student", "teacher", "slts") if teacher else (),
+        kept,
+    ]
+
+
 @pytest.mark.parametrize("name", ["student", "kd", "slkd2"])
 def test_the_peer_computes_what_the_step_computes(name: str) -> None:
     """Its losses over three steps are the engine's: same weights, images, loss and optimiser."""
