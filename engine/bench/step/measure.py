@@ -11,6 +11,7 @@ import torch
 from ....kernels.bench.report import Record
 from ....kernels.bench.timing import quantile
 from ...recipe.run import Run
+from ...training.captured import WARM_UP
 from ...training.compiled import GRAPHS, Compilations
 from ...training.process import settings
 from . import gauges, memory, peer, plain
@@ -66,6 +67,9 @@ class Bench:
         before = gauges.held() if on_gpu else 0
         with settings(run):
             step = work_of(case, self.images)
+            if run.capture:  # the first steps are no graph yet
+                for _ in range(WARM_UP + 1):
+                    step()
         compiled = self.compilations.seconds
         found = self.cases[case.key] = self.player(step, partial(settings, run), seconds)
         compiled = self.compilations.seconds - compiled
@@ -75,10 +79,11 @@ class Bench:
                 counts["memory_mb"] = gauges.peak_memory(step, before) / 1e6
                 counts["launches"] = gauges.launches(step)
                 counts["host_ms"] = gauges.host_seconds(step) * 1e3
-            # Counting keeps torch.compile from its compiled code: what is counted is eager.
-            eager = step if not run.compile else work_of(uncompiled(case), self.images)
+            # Counting keeps torch.compile from its compiled code, and a graph shows no ops: what
+            # is counted is eager.
+            eager = work_of(bare(case), self.images) if run.compile or run.capture else step
             counts["flops"] = gauges.flops(eager)
-            if not run.compile:
+            if not (run.compile or run.capture):
                 counts["ops"] = gauges.ops(eager)
             loss = loss_of(step, case) if isinstance(step, Step) else None
         self.counts[case.key] = counts
@@ -195,11 +200,13 @@ def measure(
 
 def configured(run: Run) -> Record:
     only = {"compile_only": list(run.compile_only)} if run.compile_only else {}
-    return {"amp": run.amp, "compile": run.compile, **only, "channels_last": run.channels_last}
+    found = {"amp": run.amp, "compile": run.compile, **only, "channels_last": run.channels_last}
+    others = {"capture": run.capture, "accumulate": run.accumulate if run.accumulate > 1 else 0}
+    return found | {name: value for name, value in others.items() if value}
 
 
-def uncompiled(case: Case) -> Case:
-    run = case.recipe.run.model_copy(update={"compile": False})
+def bare(case: Case) -> Case:
+    run = case.recipe.run.model_copy(update={"compile": False, "capture": False})
     return Case(case.name, case.recipe.model_copy(update={"run": run}), case.written, case.forward)
 
 

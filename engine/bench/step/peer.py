@@ -26,7 +26,7 @@ PLAIN: dict[str, tuple[str, ...]] = {
 }
 
 # What it does not read of a recipe: how the engine computes.
-OURS = {"amp", "channels_last", "compile", "compile_only", "deterministic", "speed", "tf32"}
+OURS = set("amp capture channels_last compile compile_only deterministic speed tf32".split())
 
 
 def same(one: Case, other: Case) -> bool:

@@ -58,6 +58,10 @@ def way(record: Record) -> list[str]:
     found.append("float32" if record["amp"] == "off" else record["amp"])
     only = ", ".join(record.get("compile_only", []))
     found.append(f"compiled {only}".strip() if record["compile"] else "eager")
+    if record.get("capture"):
+        found.append("captured")
+    if parts := record.get("accumulate"):
+        found.append(f"in {parts} parts")
     return [*found, "channels last"] if record["channels_last"] else found
 
 
