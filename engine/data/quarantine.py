@@ -35,12 +35,16 @@ class Quarantine:
             for row in self.bad:
                 self._warn(row)
 
-    def add(self, row: int, why: str) -> None:
-        """Take a row out of use, with a warning; BadImagesError when that is one too many."""
+    def add(self, row: int, why: str, *, warn: bool = True) -> None:
+        """Take a row out of use, with a warning; BadImagesError when that is one too many.
+
+        `warn`: say so (where all processes find the same rows, one should).
+        """
         if row not in self.bad:
             self._put(row, why)
             self._check()
-            self._warn(row)
+            if warn:
+                self._warn(row)
 
     def _put(self, row: int, why: str) -> None:
         self.bad[row] = why

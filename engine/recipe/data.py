@@ -68,8 +68,10 @@ class Data(Strict):
     )
     loader: Literal["auto", "dali", "torchvision", "resident"] = Field(
         "auto",
-        description="auto: resident for cifar and glyphs with a crop of one size and nothing "
-        "after it; else dali where it is installed and reads the source, else torchvision",
+        description="resident: all images are decoded once and stay where the run computes; auto: "
+        "resident for at most 512 MiB of pixels, of images of one size or seen whole, with nothing "
+        "done after the crop; else dali where it is installed and reads the source, else "
+        "torchvision",
     )
     workers: int = Field(2, ge=1, description="decoding threads of a process")
     prefetch: int = Field(2, ge=1, description="batches prepared ahead")

@@ -25,8 +25,9 @@ FREE = {
     "data.workers",
     "data.prefetch",
     "data.bad_images",
+    "data.loader",  # of this and run.speed what they come to is compared
     "run.keep",
-    "run.speed",  # what it comes to is compared
+    "run.speed",
     "run.teacher_at_chance",
     "run.timeout",
     "student.backbone",

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
+from ..recipe.data import Data
 from ..recipe.schema import RecipeBase
 from .checkpoint import Latest
 from .folder import RECIPE, changes, plain, refuse
 from .past import read_run
+
+LOADERS = get_args(Data.model_fields["loader"].annotation)
 
 
 def machine(processes: int, device: str) -> dict[str, Any]:
@@ -26,7 +29,8 @@ def machine(processes: int, device: str) -> dict[str, Any]:
 
 def check_same_run(found: Latest, sources: Mapping[str, Any], recipe: RecipeBase) -> None:
     """Raise ValueError when a checkpoint was made from other data, by other means or recipe."""
-    drift = changes(found.facts["sources"], sources)
+    made_with = found.facts["sources"]
+    drift = [_with_cure(line, made_with) for line in changes(made_with, sources)]
     refuse(
         drift,
         f"cannot resume {found.path}: it was made from other data or by other means (was -> is)",
@@ -34,6 +38,12 @@ def check_same_run(found: Latest, sources: Mapping[str, Any], recipe: RecipeBase
     made_by = type(recipe).model_validate(found.facts["recipe"])  # with newer settings' defaults
     drift = changes(plain(made_by), plain(recipe))
     refuse(drift, f"cannot resume {found.path}: it was made by another recipe (was -> is)")
+
+
+def _with_cure(line: str, was: Mapping[str, Any]) -> str:
+    """A line of what differs; another loader than `data.loader=auto` once stood for can be had."""
+    named = line.startswith("loader: ") and was.get("loader") in LOADERS
+    return f"{line} (data.loader={was['loader']} goes on as it began)" if named else line
 
 
 def notes(found: Latest, now: Mapping[str, Any]) -> list[str]:

@@ -65,16 +65,18 @@ class Classification:
         self.loader = opened.enter_context(closing(make(train_set, data, batch, train=True)))
         self.val = opened.enter_context(closing(make(val_set, data, eval_batch, train=False)))
         if group.first:
+            by = f"loader {self.loader.name}: {self.loader.decode}"
+            if self.val.name != self.loader.name:
+                by += f"; for evaluation {self.val.name}: {self.val.decode}"
             print(
                 f"{len(train_set.target)} training and {len(val_set.target)} validation images "
-                f"of {len(train_set.classes)} classes, "
-                f"loader {self.loader.name}: {self.loader.decode}",
+                f"of {len(train_set.classes)} classes, {by}",
                 flush=True,
             )
         sources = {
             "training images": train_set.digest,
             "validation images": val_set.digest,
-            "loader": _pixels_of(self.loader),  # what "auto" stands for may change
+            "loader": _pixels_of(self.loader, self.val),  # what "auto" stands for may change
         }
         if data.mixup or data.cutmix:
             sources["mixed images"] = "pairs"  # as ondevice.partners; it was another way once
@@ -134,8 +136,18 @@ class Classification:
         return measure(self.networks, self.val.epoch(0), self.group)
 
 
-def _pixels_of(loader: Loader) -> str:
-    """What decides the pixels of a batch, beside the plan; for the CPU the loader's name alone."""
+def _pixels_of(loader: Loader, val: Loader) -> str:
+    """What decides the pixels of a run's batches, beside the plan: the training loader.
+
+    For the CPU its name alone. The one for evaluation is named where its pixels are others: those
+    that work with PIL show the same.
+    """
+    found, evaluation = _maker(loader), _maker(val)
+    same = found == evaluation or "dali" not in (loader.name, val.name)
+    return found if same else f"{found}, evaluation {evaluation}"
+
+
+def _maker(loader: Loader) -> str:
     return loader.name if loader.mode == "cpu" else f"{loader.name}, decode {loader.mode}"
 
 

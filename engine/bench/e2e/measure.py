@@ -12,6 +12,7 @@ import torch
 
 from ....kernels.bench.report import Record
 from ...data.contents import Encoded, Files
+from ...data.loaders import kind_of
 from ...data.sources import open_source
 from ...recipe.data import Data
 from ...training.process import settings
@@ -59,6 +60,7 @@ def _measured(
         )
     rows = readable_rows(manifest)
     images = manifest
+    data = data.model_copy(update={"loader": kind_of(manifest, data, train=True)})
     if isinstance(manifest.content, Encoded):
         once = data.loader == "resident"  # it holds every image, a repeated one would be held again
         images = chosen_rows(manifest, rows) if once else repeated(manifest, rows, batch)

@@ -34,7 +34,7 @@ def arguments(words: Sequence[str]) -> Any:
     options.of_steps(parser, "kd, or the recipe")
     options.of_images(parser)
     parser.add_argument(
-        "--loader", choices=LOADERS, help="default: the recipe's; of made images the one for files"
+        "--loader", choices=LOADERS, help="default: the recipe's; of made images data.loader=auto"
     )
     parser.add_argument("--seconds", type=duration, help=f"timing of a side; default: {SECONDS}")
     options.of_records(parser)

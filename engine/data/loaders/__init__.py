@@ -7,13 +7,13 @@ from importlib.util import find_spec
 import torch
 
 from ...recipe.data import Data
-from ..contents import Encoded, Pixels
+from ..contents import Encoded
 from ..manifest import Manifest
 from ..schedule import Schedule
 from .dali import DaliLoader
 from .decoding import check_loader
 from .nvjpeg import NvjpegLoader
-from .resident import ResidentLoader
+from .resident import ResidentLoader, suits
 from .vision import VisionLoader
 
 Loader = DaliLoader | VisionLoader | NvjpegLoader | ResidentLoader
@@ -38,16 +38,14 @@ def make_loader(
 ) -> Loader:
     """The loader of `data.loader` for process `rank` of `world`, with `batch` images a step each.
 
-    "auto" is, for images that a source holds in memory, resident where the crop is of one size and
-    nothing is done after it; dali where it is installed and the images are files or in tars; else
-    torchvision. The loader's `name` says which, its `decode` where and how it decodes, its `mode`
-    in one word. `device` is where the run computes: batches for a GPU lie in pinned memory, or on
-    the GPU itself where they are made there (resident, and any with mode hybrid or gpu). ValueError
-    where the training set does not fill a step, or where the images or this machine are not what
-    `data.loader` or `data.decode` needs; BadImagesError, a RuntimeError, for too many unreadable
-    images.
+    `kind_of` says which it is. The loader's `name` says so too, its `decode` where and how it
+    decodes, its `mode` in one word. `device` is where the run computes: batches for a GPU lie in
+    pinned memory, or on the GPU itself where they are made there (resident, and any with mode
+    hybrid or gpu). ValueError where the training set does not fill a step, or where the images or
+    this machine are not what `data.loader` or `data.decode` needs; BadImagesError, a RuntimeError,
+    for too many unreadable images.
     """
-    kind = _best(manifest, data, train) if data.loader == "auto" else data.loader
+    kind = kind_of(manifest, data, train)
     check_loader(data, kind, device)
     schedule = Schedule(manifest, data, batch, seed=seed, rank=rank, world=world, train=train)
     if kind == "torchvision" and data.decode == "gpu":
@@ -55,9 +53,16 @@ def make_loader(
     return LOADERS[kind](schedule, device)
 
 
-def _best(manifest: Manifest, data: Data, train: bool) -> str:
-    plain = data.augment != "random_resized_crop" and not (train and data.after_crop)
-    if isinstance(manifest.content, Pixels) and plain:
+def kind_of(manifest: Manifest, data: Data, train: bool) -> str:
+    """The name of the loader of a split: `data.loader`, or what "auto" stands for.
+
+    That is resident for a small set whose images have one size or are seen whole, as in evaluation,
+    where nothing is done after the crop and DALI is not asked for (`data.decode`). Else dali where
+    it is installed and the images are files or in tars; else torchvision.
+    """
+    if data.loader != "auto":
+        return data.loader
+    if suits(manifest, data, train):
         return "resident"
     return "dali" if isinstance(manifest.content, Encoded) and _has_dali() else "torchvision"
 

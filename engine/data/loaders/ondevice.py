@@ -1,9 +1,10 @@
-"""What is done to a batch on the device: crop, resize, flip, mix, normalise.
+"""What is done to a batch on the device: crop, flip, mix, normalise.
 
-Loaders that hold whole images crop, resize and flip here; the others do so while they decode. What
-is mixed in a step is a hash of (seed, epoch, step), so that a run can stop and go on anywhere. The
-images at positions 2k and 2k + 1 of an epoch are mixed with each other: their order is random, so
-the pairs are, and any number of processes, each with whole pairs, mixes the same.
+A loader that holds whole images crops and flips here, and resizes in `resize.py`; the others do so
+while they decode. What is mixed in a step is a hash of (seed, epoch, step), so that a run can stop
+and go on anywhere. The images at positions 2k and 2k + 1 of an epoch are mixed with each other:
+their order is random, so the pairs are, and any number of processes, each with whole pairs, mixes
+the same.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torchvision.transforms.v2 import functional as F
 
 from ...recipe.data import Data
 from ...recipe.schema import Normalize
@@ -37,15 +37,6 @@ def crop(images: Tensor, plan: Plan, border: int, size: int) -> Tensor:
     places = torch.from_numpy(np.concatenate([plan.index[:, None], rows, columns], axis=1))
     at = places.to(images.device, non_blocking=True)
     return images[at[:, :1, None], at[:, 1 : size + 1, None], at[:, None, size + 1 :]]
-
-
-def resized_crop(images: Tensor, plan: Plan, size: int) -> Tensor:
-    """The planned boxes, each resized to (B, size, size, 3), of images (n, H, W, 3), flips done."""
-    out = images.new_empty(len(plan.index), size, size, 3)
-    for i, (row, box) in enumerate(zip(plan.index.tolist(), plan.box.tolist(), strict=True)):
-        image = F.resized_crop(images[row].permute(2, 0, 1), *box, [size, size], antialias=True)
-        out[i] = (F.horizontal_flip(image) if plan.flip[i] else image).permute(1, 2, 0)
-    return out
 
 
 @dataclass(frozen=True)

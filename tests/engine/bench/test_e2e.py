@@ -80,6 +80,15 @@ def test_a_peer_that_changes_no_crops_is_left_out(tmp_path):
     assert record["loader"] == LOADER and "times_peer" not in record
 
 
+def test_made_squares_are_decoded_once(tmp_path):
+    """What data.loader=auto is for them, unless one is named."""
+    path = tmp_path / "e2e.jsonl"
+    words = [word for word in WORDS if word not in ("--loader", LOADER)]
+    e2e.main([*words, *SHORT, "--peer", "none", "--out", str(path), "--cases", "student"])
+    _, record = [json.loads(line) for line in path.read_text().splitlines()]
+    assert (record["loader"], record["set_images"]) == ("resident", 24)
+
+
 def test_recorded_files_show_the_table_again(recorded, kd):
     code, out, _ = kd("bench", "e2e", "--from", recorded)
     assert code == 0

@@ -317,7 +317,7 @@ def test_what_would_have_no_effect_is_refused(tmp_path, changes, message):
 @needs_dali
 def test_one_pipeline_serves_a_whole_run(photos, builds):
     """Epochs in order and validations, abandoned ones too; a jump starts another."""
-    data = section(photos, prefetch=3)
+    data = section(photos, prefetch=3, loader="dali")
     loader = loaded(data)
     for epoch in (4, 5, 6):
         assert same(loader.epoch(epoch), fresh(data, epoch))

@@ -16,9 +16,11 @@ from PIL import Image
 
 from kdfuse.engine.data import plan as sampler
 from kdfuse.engine.data.augment import changes
-from kdfuse.engine.data.loaders import LOADERS, make_loader
+from kdfuse.engine.data.contents import Files
+from kdfuse.engine.data.loaders import LOADERS, kind_of, make_loader, resident
 from kdfuse.engine.data.loaders.finish import finish
 from kdfuse.engine.data.loaders.nvjpeg import NvjpegLoader
+from kdfuse.engine.data.manifest import Manifest
 from kdfuse.engine.data.schedule import Schedule
 from kdfuse.engine.data.sources import open_source
 from kdfuse.engine.recipe.data import Data
@@ -33,7 +35,7 @@ READERS = [*CHANGERS, "nvjpeg"]
 EVERY = [*READERS, "resident"]
 # Mean difference to PIL, levels.
 PIXELS = {"dali": 0.25, "torchvision": 0.0, "nvjpeg": 0.25, "resident": 0.25}
-LARGEST = {"dali": 1, "torchvision": 0, "nvjpeg": 1}
+LARGEST = {"dali": 1, "torchvision": 0, "nvjpeg": 1, "resident": 1}
 
 
 @pytest.fixture(autouse=True)
@@ -58,8 +60,12 @@ def photo(rng, height, width):
     return Image.fromarray(field(rng, height, width))
 
 
-def save_kinds(folder, rng):
+def save_kinds(folder, rng, sized=lambda height, width: (height, width)):
     """Twelve kinds of file, all named .jpg as a crawl of the web leaves them."""
+
+    def photo(rng, height, width):
+        return Image.fromarray(field(rng, *sized(height, width)))
+
     folder.mkdir(parents=True)
     exif = Image.Exif()
     exif[0x0112] = 6  # "rotate by 90 degrees", which nobody may do
@@ -275,7 +281,9 @@ def test_each_augmentation_is_the_plans(few, name, augment):
     assert index.tolist() == plan.index.tolist()
     assert target.tolist() == (plan.index >= 12).tolist()
     bound = PIXELS[name] if augment == "random_resized_crop" or name == "dali" else 0
-    assert distance(images, by_hand(manifest, plan, 40)).max() <= bound
+    want = by_hand(manifest, plan, 40)
+    assert distance(images, want).max() <= bound
+    assert (images.int() - want.int()).abs().max() <= (LARGEST[name] if bound else 0)
     if augment == "pad_crop":  # black beyond the border, where the box reaches out
         rows = np.flatnonzero((plan.box[:, 0] < 0) & ~plan.flip)
         assert len(rows)
@@ -538,12 +546,72 @@ def test_evaluation_replaces_bad_files_too(few, name):
     assert seen == [1, 1, 2, 3, 4, 5, 6, 7, 8, 9] and list(loader.bad) == [0]
 
 
-def test_auto_takes_dali_for_files_and_torchvision_without_it(few, monkeypatch):
-    if find_spec("nvidia.dali") is not None:
-        assert loaded(folder(few)).name == "dali"
-    assert loaded(synthetic()).name == "torchvision"
+BEST = "torchvision" if find_spec("nvidia.dali") is None else "dali"  # of files, where not resident
+
+
+def listed(n, height, width, **changes):
+    """A manifest of n files of that size, without their names."""
+    sizes = np.tile(np.array([height, width], np.int32), (n, 1))
+    fixed = {"sizes": sizes, "target": np.zeros(n, np.int64), "classes": ["a", "b"], "digest": ""}
+    return Manifest(Files([], np.empty(0, np.int64)), **(fixed | changes))
+
+
+def auto(manifest, train=True, **changes):
+    return kind_of(manifest, folder("unused", **changes), train)
+
+
+def test_auto_is_resident_up_to_half_a_gigabyte_of_pixels():
+    most = 2**29 // (3 * 32 * 32)  # whole images in 512 MiB
+    for augment in ("random_resized_crop", "none"):
+        crop = {"augment": augment}
+        assert auto(listed(most, 32, 32), **crop) == "resident"
+        assert auto(listed(most + 1, 32, 32), **crop) == BEST
+    padded = 2**29 // (3 * 36 * 36)
+    for n, name in ((padded, "resident"), (padded + 1, BEST)):
+        assert auto(listed(n, 32, 32), augment="pad_crop", padding=2) == name
+    # Views of 32 x 32 of larger images, which are all to be decoded; and large views of small ones.
+    large = 2**29 // (3 * 375 * 500)
+    for n, name in ((large, "resident"), (large + 1, BEST), (50_000, BEST)):
+        assert auto(listed(n, 375, 500), train=False) == name
+    large = 2**29 // (3 * 224 * 224)
+    for n, name in ((large, "resident"), (large + 1, BEST)):
+        view = {"size": 224, "eval_resize": None}
+        assert auto(listed(n, 32, 32), train=False, **view) == name
+
+
+def test_auto_is_resident_for_crops_of_one_size_and_for_fixed_views():
+    mixed = np.tile(np.array([[48, 40], [40, 48]], np.int32), (10, 1))
+    for augment in ("random_resized_crop", "pad_crop", "none"):
+        crop = {"augment": augment}
+        assert auto(listed(20, 48, 40), **crop) == "resident"
+        other = "resident" if augment == "none" else BEST
+        assert auto(listed(20, 48, 40, sizes=mixed), **crop) == other
+        assert auto(listed(20, 48, 40, sizes=mixed), train=False, **crop) == "resident"
+    # What cannot be read has no size.
+    sizes = np.tile(np.array([48, 40], np.int32), (20, 1))
+    sizes[[0, 7]] = 0
+    assert auto(listed(20, 48, 40, sizes=sizes)) == "resident"
+    assert auto(listed(20, 48, 40, sizes=sizes * 0)) == BEST
+
+
+def test_auto_is_never_resident_for_what_it_cannot_do():
+    small = listed(20, 48, 40)
+    for more in ({"erase": 0.1}, {"randaugment": {}}):
+        assert auto(small, **more) == auto(small, augment="none", **more) == BEST
+        assert auto(small, train=False, **more) == "resident"
+    for train in (True, False):
+        assert [auto(small, train, decode=mode) for mode in ("hybrid", "gpu")] == [BEST, BEST]
+        assert auto(small, train, decode="cpu") == "resident"
+        assert [auto(small, train, loader=name) for name in LOADERS] == list(LOADERS)
+
+
+def test_auto_takes_dali_for_files_and_torchvision_without_it(photos, few, monkeypatch):
+    for split, name in (("train", BEST), ("val", "resident")):
+        assert loaded(folder(photos), split).name == name
+        assert loaded(folder(few), split).name == loaded(synthetic(), split).name == "resident"
+    assert loaded(synthetic(erase=0.5)).name == "torchvision"
     monkeypatch.setitem(sys.modules, "nvidia.dali", None)  # as if it were not installed
-    assert loaded(folder(few)).name == "torchvision"
+    assert loaded(folder(photos)).name == "torchvision"
     with pytest.raises(ValueError, match="data.loader=dali needs NVIDIA DALI.*pip install"):
         loaded(folder(few, loader="dali"))
 
@@ -567,10 +635,70 @@ def test_synthetic_images_take_every_augmentation(name, augment):
 
 def test_resident_needs_one_size_for_random_crops(photos):
     data = folder(photos, loader="resident", size=32)
-    with pytest.raises(ValueError, match="data.loader=resident.*images of one size.*loader=auto"):
+    with pytest.raises(ValueError, match="images of one size, found 375 x 500 and others.*=auto"):
         loaded(data)
     ours = collect(loaded(folder(photos, loader="resident"), "val"))
     assert same(ours, collect(loaded(folder(photos, loader="torchvision"), "val")))
+
+
+@pytest.fixture
+def kinds(tmp_path):
+    """Both splits: the twelve kinds of file of `photos`, all 60 x 52."""
+    rng = np.random.default_rng(5)
+    for split in ("train", "val"):
+        save_kinds(tmp_path / "kinds" / split / "one", rng, lambda height, width: (60, 52))
+    return tmp_path / "kinds"
+
+
+@pytest.mark.parametrize("augment", ["random_resized_crop", "pad_crop", "none"])
+def test_resident_agrees_with_torchvision_on_every_kind_of_file(kinds, augment):
+    for epoch in range(3):
+        for split, size in (("train", 40), ("train", 52), ("val", 40)):
+            both = []
+            for name in ("resident", "torchvision"):
+                data = folder(kinds, augment=augment, size=size, eval_resize=56, loader=name)
+                both.append(collect(loaded(data, split), epoch))
+            assert same(both[0][1:], both[1][1:])
+            apart = (both[0][0].int() - both[1][0].int()).abs()
+            resized = split == "train" and augment == "random_resized_crop"
+            assert apart.max() <= resized and (apart > 0).float().mean() < 0.1
+
+
+def test_a_long_start_is_told_once(few, monkeypatch, capsys):
+    data = folder(few, loader="resident")
+    text = "decoding 24 images, which then stay in memory: 1 are done\n"
+    for seconds, rank, told in ((0.0, 0, text), (0.0, 1, ""), (1e9, 0, "")):
+        monkeypatch.setattr(resident, "PATIENCE", seconds)
+        loaded(data, batch=2, rank=rank, world=2).close()
+        assert capsys.readouterr() == ("", told)
+
+
+def test_of_many_processes_that_decode_all_one_warns(few):
+    data = folder(few, loader="resident")
+    manifest = open_source(data, "train")
+    broken(few)
+    with pytest.warns(UserWarning, match="unreadable image") as told:
+        for rank in (0, 1):
+            loader = make_loader(manifest, data, 2, seed=7, train=True, rank=rank, world=2)
+            assert sorted(loader.bad) == [3, 4, 12, 23]
+    assert len(told) == 4
+
+
+def test_decoding_ends_at_one_bad_file_too_many(few, monkeypatch):
+    data = folder(few, loader="resident", workers=1, bad_images=0)
+    manifest = open_source(data, "train")
+    (few / "train" / "cat" / "00.jpg").write_bytes(HTML)
+    read, seen = Manifest.read, []
+
+    def slow(self, row):
+        seen.append(row)
+        time.sleep(0.05)
+        return read(self, row)
+
+    monkeypatch.setattr(Manifest, "read", slow)
+    with pytest.raises(RuntimeError, match="1 unreadable images, data.bad_images=0 allows no more"):
+        make_loader(manifest, data, 4, seed=7, train=True)
+    assert len(seen) < 24
 
 
 def test_pad_crop_needs_images_as_large_as_the_crop(few):

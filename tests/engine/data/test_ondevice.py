@@ -20,7 +20,6 @@ from kdfuse.engine.data.loaders.ondevice import (
     draw,
     mix_images,
     numbers,
-    resized_crop,
     soft_labels,
     symmetric_beta,
 )
@@ -50,7 +49,7 @@ def pictures(n=B):
     return images.contiguous(memory_format=torch.channels_last)
 
 
-# --- Crop, resize, flip, normalise ---------------------------------------------------------------
+# --- Crop, flip, normalise -----------------------------------------------------------------------
 
 FLIP = np.array([False, True, True, False])
 
@@ -81,28 +80,6 @@ def test_crops_are_windows_black_beyond_the_border():
                 inside = 0 <= at[0] < 9 and 0 <= at[1] < 11
                 wanted = whole[plan.index[i]][at].tolist() if inside else [0, 0, 0]
                 assert made[i, y, x].tolist() == wanted
-
-
-def test_resized_crops_are_antialiased_boxes():
-    """To about a level: how torch rounds integers depends on the processor."""
-    images = field(24, 30)
-    plan = planned([[0, 0, 24, 30], [4, 5, 16, 9], [3, 2, 8, 8], [20, 10, 3, 17]])
-    made = resized_crop(torch.from_numpy(images), plan, 8)
-    assert made.dtype == torch.uint8 and made.shape == (4, 8, 8, 3)
-    for i, (top, left, height, width) in enumerate(plan.box.tolist()):
-        box = images[plan.index[i]][top : top + height, left : left + width].astype(np.float64)
-        wanted = np.einsum("ya,xb,abc->yxc", triangles(height, 8), triangles(width, 8), box)
-        wanted = wanted[:, ::-1] if FLIP[i] else wanted
-        assert np.abs(made[i].numpy() - wanted).max() <= 1.5
-    assert np.array_equal(made[2].numpy(), images[1][3:11, 2:10][:, ::-1])  # of that size already
-
-
-def triangles(size, out):
-    """Weights (out, size) of linear interpolation, widened where it makes smaller."""
-    centre = (np.arange(out)[:, None] + 0.5) * size / out
-    weight = 1 - np.abs(np.arange(size) + 0.5 - centre) / max(size / out, 1)
-    weight = weight.clip(min=0)
-    return weight / weight.sum(1, keepdims=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])

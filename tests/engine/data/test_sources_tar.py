@@ -172,12 +172,13 @@ def test_random_crops_are_those_of_the_folder(root, tmp_path, name):
     assert same(ours, collect(loaded(data(root, "folder", loader=name)), epoch=1))
 
 
-def test_auto_takes_dali_for_tars(root, tmp_path):
+def test_auto_takes_dali_for_tars_whose_crops_are_changed(root, tmp_path):
     one_a_class(root, tmp_path / "tars")
     best = "torchvision" if find_spec("nvidia.dali") is None else "dali"
-    loader = loaded(data(tmp_path / "tars"))
-    assert loader.name == best
-    loader.close()
+    for changes, name in (({}, "resident"), ({"erase": 0.5}, best)):
+        loader = loaded(data(tmp_path / "tars", **changes))
+        assert loader.name == name
+        loader.close()
 
 
 def broken(root):

@@ -202,6 +202,19 @@ def test_other_images_are_refused(digits, whole, tmp_path):
         train(recipe_of(moved, "torchvision"), run, resume=True)
 
 
+@pytest.mark.parametrize("loader", LOADERS)
+def test_another_loader_is_refused_and_the_first_one_named(loader, digits, whole, tmp_path):
+    """As where data.loader=auto once stood for another one."""
+    run = cut(whole(loader), tmp_path / "run", 28)
+    named = rf"loader: {loader} -> resident \(data.loader={loader} goes on as it began\)"
+    for other in ("auto", "resident"):
+        with pytest.raises(ValueError, match=named):
+            train(recipe_of(digits, other), run, resume=True)
+    (run / "recipe.yaml").write_text(recipe_of(digits, "auto").explain())
+    train(recipe_of(digits, loader), run, resume=True)
+    assert_same_run(run, whole(loader))
+
+
 def test_another_teacher_is_refused(digits, whole, tmp_path):
     run = cut(whole("torchvision"), tmp_path / "run", 16)
     torch.save(create("resnet8", 10).state_dict(), tmp_path / "teacher.pt")

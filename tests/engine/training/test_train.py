@@ -67,10 +67,26 @@ def test_a_run_says_how_its_images_are_decoded(digits, tmp_path, capsys):
     assert (start["loader"], start["decode"]) == ("torchvision", decode)
 
 
+def loader(name, mode="cpu"):
+    return SimpleNamespace(name=name, mode=mode)
+
+
 def test_another_way_to_decode_is_other_data_to_a_checkpoint():
     """On a CPU it is the loader's name alone, as in checkpoints of before there was a choice."""
-    found = {mode: _pixels_of(SimpleNamespace(name="dali", mode=mode)) for mode in get_args(Mode)}
+    modes = {mode: loader("dali", mode) for mode in get_args(Mode)}
+    found = {mode: _pixels_of(made, made) for mode, made in modes.items()}
     assert found == {"cpu": "dali", "hybrid": "dali, decode hybrid", "gpu": "dali, decode gpu"}
+
+
+def test_another_decoder_for_evaluation_is_other_data_too():
+    """Not so torchvision's and resident: both show PIL's pixels, so that either is named alone."""
+    for name in ("torchvision", "resident"):
+        assert _pixels_of(loader(name), loader("torchvision")) == name
+        assert _pixels_of(loader(name), loader("resident")) == name
+        assert _pixels_of(loader(name), loader("dali")) == f"{name}, evaluation dali"
+        assert _pixels_of(loader("dali"), loader(name)) == f"dali, evaluation {name}"
+    found = _pixels_of(loader("dali", "gpu"), loader("resident"))
+    assert found == "dali, decode gpu, evaluation resident"
 
 
 def test_evaluate_repeats_the_log(teacher, capsys):
