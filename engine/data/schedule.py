@@ -27,13 +27,29 @@ class Task:
     valid: int  # rows that count
 
 
-class Schedule:
-    """Hands out the tasks of process `rank` of `world`, each of `batch` images.
+def share(batch: int, rank: int, world: int, unit: int = 1) -> range:
+    """The places in a step of `batch` images that process `rank` of `world` takes.
 
-    Step s takes positions [s * batch * world, (s + 1) * batch * world), rank r their r-th slice.
-    A training step has data.repeats crops of each of its images, spread over its positions, so that
-    any number of processes sees the same. Training leaves out the last incomplete step; evaluation
-    fills it with the first image.
+    They are whole units of so many images, as evenly as these go. ValueError where the batch is not
+    of whole units, or has fewer than there are processes; its text goes on from a setting's name.
+    """
+    units = batch // unit
+    if batch % unit or units < world:
+        of_units = f" in units of {unit}" if unit > 1 else ""
+        raise ValueError(
+            f"{batch} images do not go round {world} processes{of_units}; set it to a multiple of "
+            f"{unit * world}"
+        )
+    return range(units * rank // world * unit, units * (rank + 1) // world * unit)
+
+
+class Schedule:
+    """Hands out the tasks of a process: its part of each step of `batch` images.
+
+    Step s takes positions [s * batch, (s + 1) * batch) of the epoch, a process those at the places
+    of its `part`. A training step has data.repeats crops of each of its images, spread over its
+    positions, so that any number of processes sees the same. Training leaves out the last
+    incomplete step; evaluation fills it with the first image.
     """
 
     def __init__(
@@ -43,24 +59,25 @@ class Schedule:
         batch: int,
         *,
         seed: int,
-        rank: int,
-        world: int,
         train: bool,
+        part: range | None = None,  # None: all
     ) -> None:
-        self.manifest, self.data, self.batch = manifest, data, batch
-        self.seed, self.rank, self.world, self.train = seed, rank, world, train
-        n, whole = len(manifest.target), batch * world
-        self.steps = n // whole if train else -(-n // whole)
+        self.manifest, self.data, self.whole = manifest, data, batch
+        self.seed, self.train = seed, train
+        self.part = range(batch) if part is None else part
+        self.batch = len(self.part)  # of this process
+        n = len(manifest.target)
+        self.steps = n // batch if train else -(-n // batch)
         if self.steps == 0:
             raise ValueError(
-                f"run.batch={whole} is larger than the training set of {n} images; lower run.batch"
+                f"run.batch={batch} is larger than the training set of {n} images; lower run.batch"
             )
-        if train and 1 < data.repeats >= whole:
+        if train and 1 < data.repeats >= batch:
             raise ValueError(
-                f"data.repeats={data.repeats} would fill run.batch={whole} with crops of a single "
+                f"data.repeats={data.repeats} would fill run.batch={batch} with crops of a single "
                 "image; raise run.batch or lower data.repeats"
             )
-        self.quarantine = Quarantine(manifest, data.bad_images, warn=rank == 0)
+        self.quarantine = Quarantine(manifest, data.bad_images, warn=self.part.start == 0)
         self.view = data.augment if train else "none"
         if self.view == "pad_crop":
             self._check_padding()
@@ -80,13 +97,13 @@ class Schedule:
 
     def task(self, epoch: int, step: int) -> Task:
         """The plan of one step; rows now known as unreadable are replaced."""
-        first = (step * self.world + self.rank) * self.batch
+        first = step * self.whole + self.part.start
         positions = np.arange(first, first + self.batch)
         sizes, replacement = self.manifest.sizes, self.quarantine.replacement
         if self.train:
             if self._order[0] != epoch:
                 self._order = (epoch, permutation(self.seed, epoch, len(sizes)))
-            at = places(positions, self.batch * self.world, self.data.repeats)
+            at = places(positions, self.whole, self.data.repeats)
             index = replacement[self._order[1][at]]
             made = plan(self.data, sizes, self.seed, epoch, positions, index=index)
             after = changes(self.data, self.seed, epoch, positions)

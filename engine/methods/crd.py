@@ -49,6 +49,10 @@ class CRD(FeatureMethod):
     def takes_repeats(self) -> bool:
         return False  # a memory's row is written once a step
 
+    @property
+    def gathers(self) -> bool:
+        return True  # its memory has the rows of all
+
     def head(self, networks: Networks) -> Memory:
         assert networks.labels is not None
         shapes = [list(networks.shapes[role].values()) for role in ("student", "teacher")]

@@ -32,6 +32,10 @@ class DIST(Method):
     gather: bool = Field(False, description="columns run over the images of all processes")
 
     @property
+    def gathers(self) -> bool:
+        return self.gather
+
+    @property
     def takes_soft_labels(self) -> bool:
         return True
 

@@ -83,6 +83,11 @@ class Method(Strict):
         return True
 
     @property
+    def gathers(self) -> bool:
+        """Whether processes exchange the rows of their images, as many each."""
+        return False
+
+    @property
     def uses_average(self) -> bool:
         """Whether the loss reads the logits of the student's running average (optim.ema)."""
         return False

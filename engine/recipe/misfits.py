@@ -93,7 +93,7 @@ def _of_method(key: str, method: Method, recipe: Recipe) -> Iterator[str]:
         )
     if recipe.run.capture and method.waits:
         yield f"run.capture: method {method.name} waits for the device; set run.capture=false"
-    if recipe.run.accumulate > 1 and getattr(method, "gather", False):
+    if recipe.run.accumulate > 1 and method.gathers and method.name != "crd":
         yield (
             f"{key}.gather: the images of a step, of which run.accumulate="
             f"{recipe.run.accumulate} shows the loss a part at a time; set one of them back"

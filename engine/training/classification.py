@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from functools import partial
@@ -57,13 +58,13 @@ class Classification:
     ) -> tuple[Distiller, State]:
         """What needs no other process: the loaders, the networks and their state."""
         recipe, group, run, data = self.recipe, self.group, self.recipe.run, self.recipe.data
-        batch = group.share(run.batch, "run.batch")
-        eval_batch = group.share(run.eval_batch, "run.eval_batch")
-        make = partial(
-            make_loader, seed=run.seed, rank=group.rank, world=group.world, device=group.device
-        )
-        self.loader = opened.enter_context(closing(make(train_set, data, batch, train=True)))
-        self.val = opened.enter_context(closing(make(val_set, data, eval_batch, train=False)))
+        part = part_of(recipe, group)
+        make = partial(make_loader, seed=run.seed, device=group.device)
+        loader = make(train_set, data, run.batch, train=True, part=part)
+        self.loader = opened.enter_context(closing(loader))
+        eval_part = group.part(run.eval_batch, "run.eval_batch")
+        val = make(val_set, data, run.eval_batch, train=False, part=eval_part)
+        self.val = opened.enter_context(closing(val))
         if group.first:
             by = f"loader {self.loader.name}: {self.loader.decode}"
             if self.val.name != self.loader.name:
@@ -81,7 +82,7 @@ class Classification:
         if data.mixup or data.cutmix:
             sources["mixed images"] = "pairs"  # as ondevice.partners; it was another way once
         classes = len(train_set.classes)
-        self.mixing = Mixing(data, classes, batch, run.seed)
+        self.mixing = Mixing(data, classes, len(part), run.seed)
         return begin(recipe, group, classes, torch.from_numpy(train_set.target), sources)
 
     def close(self) -> None:
@@ -151,6 +152,23 @@ def _maker(loader: Loader) -> str:
     return loader.name if loader.mode == "cpu" else f"{loader.name}, decode {loader.mode}"
 
 
+def part_of(recipe: Recipe, group: Group) -> range:
+    """A process's places in each training batch.
+
+    Raises ValueError for a batch that does not go round in pairs of mixed images and in the parts
+    of run.accumulate, or not evenly where the method wants as many images of each process.
+    """
+    run, data = recipe.run, recipe.data
+    unit = math.lcm(2 if data.mixup or data.cutmix else 1, run.accumulate)
+    methods = [learner.method for learner in recipe.learners("").values()]
+    if run.batch % group.world and (uneven := [m.name for m in methods if m.gathers]):
+        raise ValueError(
+            f"run.batch={run.batch}: method {uneven[0]} gathers as many images of each of "
+            f"{group.world} processes; set it to a multiple of {group.world}"
+        )
+    return group.part(run.batch, "run.batch", unit)
+
+
 def begin(
     recipe: Recipe, group: Group, classes: int, labels: Tensor, sources: dict[str, str]
 ) -> tuple[Distiller, State]:
@@ -181,19 +199,17 @@ def step_of(networks: Distiller, state: State, mixing: Mixing) -> Callable[..., 
     Takes the step's numbers, and images, labels and row numbers as a loader gives them. Raises
     ValueError where run.accumulate or run.capture cannot be done.
     """
-    run, group, optimizers = state.recipe.run, state.group, list(state.optimizers.values())
-    if (share := group.share(run.batch, "run.batch")) % run.accumulate:
-        raise ValueError(
-            f"run.accumulate={run.accumulate}: the {share} images that run.batch gives each "
-            "process do not divide into so many parts; change one of them"
-        )
+    recipe, group, optimizers = state.recipe, state.group, list(state.optimizers.values())
+    assert isinstance(recipe, Recipe)
+    run, part = recipe.run, part_of(recipe, group)
     step = Step(
         group.wrap(networks, run),
         optimizers,
         state.meters,
         networks.update_averages,
-        state.recipe.optim.clip,
+        recipe.optim.clip,
         run.accumulate,
+        len(part) * group.world / run.batch,
     )
 
     def mixed(now: Now, images: Tensor, target: Tensor, index: Tensor) -> Terms:

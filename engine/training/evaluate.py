@@ -95,11 +95,10 @@ def evaluate(run: str | Path) -> dict[str, dict[str, float]]:
         loader = make_loader(
             val_set,
             recipe.data,
-            group.share(recipe.run.eval_batch, "run.eval_batch"),
+            recipe.run.eval_batch,
             seed=recipe.run.seed,
-            rank=group.rank,
-            world=group.world,
             train=False,
+            part=group.part(recipe.run.eval_batch, "run.eval_batch"),
             device=group.device,
         )
         with closing(loader) as val:

@@ -15,6 +15,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compr
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
+from ..data.schedule import share
 from ..recipe.run import Run
 
 # The option's name changed: newer releases warn about the old one, older ones lack the new.
@@ -44,6 +45,13 @@ class Group:
                 f"set it to a multiple of {self.world}"
             )
         return batch // self.world
+
+    def part(self, batch: int, name: str, unit: int = 1) -> range:
+        """This process's places in a global batch, in whole units; see data.schedule.share."""
+        try:
+            return share(batch, self.rank, self.world, unit)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
 
     def sum(self, value: Tensor) -> Tensor:
         """The sum of `value` over the processes, in place."""

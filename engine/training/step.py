@@ -15,6 +15,8 @@ from ..methods import Now, Terms
 from .meters import COUNTS, Meters
 from .optim import clip_gradients
 
+SUMS = (*COUNTS, "rows")  # endings of terms that are no means over the rows
+
 
 class Step:
     """Forward, loss, backward, optimiser steps, averages of students, meters.
@@ -30,13 +32,14 @@ class Step:
         averages: Callable[[Now], None] | None = None,  # called after the optimisers
         clip: float | None = None,  # largest norm of each optimiser's gradients
         parts: int = 1,  # of a batch, each with its own forward and backward pass
+        weight: float = 1.0,  # of this process's mean in that of all, times the number of processes
     ) -> None:
         self.model = model
         self.optimizers = optimizers
         self.meters = meters
         self.averages = averages
         self.clip = clip
-        self.parts = parts
+        self.parts, self.weight = parts, weight
 
     def __call__(self, now: Now, *batch: Any) -> Terms:
         """Train on a batch, as the model takes it beside `now`, whose "step" is counted from 1.
@@ -54,7 +57,8 @@ class Step:
                 if not found:
                     for optimizer in self.optimizers:
                         optimizer.zero_grad()  # to None; FusedLAMB of apex takes no argument
-                (loss if self.parts == 1 else loss / self.parts).backward()
+                share = self.weight / self.parts
+                (loss if share == 1 else loss * share).backward()
             found.append(terms)
         if self.parts > 1:
             self._check_reached()
@@ -65,7 +69,7 @@ class Step:
         if self.averages is not None:
             self.averages(now)
         terms = joined(found)
-        self.meters.add(now["step"], terms)
+        self.meters.add(now["step"], self._weighed(terms))
         return terms
 
     def _check_reached(self) -> None:
@@ -80,6 +84,12 @@ class Step:
                 "run.accumulate=1 or another student"
             )
 
+    def _weighed(self, terms: Terms) -> Terms:
+        """Such that their mean over the processes is the one over all images."""
+        if self.weight == 1:
+            return terms
+        return {n: v if n.endswith(SUMS) else v * self.weight for n, v in terms.items()}
+
     def _alone(self, alone: bool) -> AbstractContextManager[Any]:
         """Within, gradients stay with this process until a later backward pass."""
         if alone and isinstance(self.model, DistributedDataParallel):
@@ -93,6 +103,6 @@ def joined(parts: Sequence[Terms]) -> Terms:
         return parts[0]
     stacked = {name: torch.stack([part[name] for part in parts]) for name in parts[0]}
     return {
-        name: values.sum(0) if name.endswith((*COUNTS, "rows")) else values.mean(0)
+        name: values.sum(0) if name.endswith(SUMS) else values.mean(0)
         for name, values in stacked.items()
     }

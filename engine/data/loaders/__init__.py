@@ -31,12 +31,12 @@ def make_loader(
     batch: int,
     *,
     seed: int,
-    rank: int = 0,
-    world: int = 1,
     train: bool,
+    part: range | None = None,
     device: torch.device = CPU,
 ) -> Loader:
-    """The loader of `data.loader` for process `rank` of `world`, with `batch` images a step each.
+    """The loader of `data.loader` for a process that takes the places `part` (None: all) of each
+    step of `batch` images.
 
     `kind_of` says which it is. The loader's `name` says so too, its `decode` where and how it
     decodes, its `mode` in one word. `device` is where the run computes: batches for a GPU lie in
@@ -47,7 +47,7 @@ def make_loader(
     """
     kind = kind_of(manifest, data, train)
     check_loader(data, kind, device)
-    schedule = Schedule(manifest, data, batch, seed=seed, rank=rank, world=world, train=train)
+    schedule = Schedule(manifest, data, batch, seed=seed, train=train, part=part)
     if kind == "torchvision" and data.decode == "gpu":
         return NvjpegLoader(schedule, device)
     return LOADERS[kind](schedule, device)

@@ -99,7 +99,7 @@ class ResidentLoader:
             out[row][inner] = self._whole(image, row) if view == "none" else np.asarray(image)
             return None
 
-        first = self._schedule.rank == 0
+        first = self._schedule.part.start == 0
         due = time.monotonic() + PATIENCE if first else math.inf
         pool = ThreadPoolExecutor(self._data.workers, thread_name_prefix="kdfuse-decode")
         try:

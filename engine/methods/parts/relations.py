@@ -15,6 +15,10 @@ class RelationMethod(FeatureMethod):
         False, description="compare the images of all processes; false: each process its own"
     )
 
+    @property
+    def gathers(self) -> bool:
+        return self.gather
+
     def pairs(self, out: Outputs) -> list[tuple[Tensor, Tensor]]:
         return [
             (self._rows(student), self._rows(teacher)) for student, teacher in super().pairs(out)

@@ -10,7 +10,7 @@ from kdfuse.engine.data import plan as sampler
 from kdfuse.engine.data.augment import OPS, changes
 from kdfuse.engine.data.contents import Pixels
 from kdfuse.engine.data.manifest import Manifest
-from kdfuse.engine.data.schedule import Schedule
+from kdfuse.engine.data.schedule import Schedule, share
 from kdfuse.engine.recipe.data import Data
 
 N = 20000
@@ -151,7 +151,8 @@ def schedule(n, batch, *, rank=0, world=1, train=True, **settings):
     unread = Pixels("nothing", np.empty((0, 100, 100, 3), np.uint8))
     sizes = np.full((n, 2), 100, np.int32)
     manifest = Manifest(unread, np.zeros(n, np.int64), sizes, ["one"], "")
-    return Schedule(manifest, data(**settings), batch, seed=3, rank=rank, world=world, train=train)
+    part = share(batch, rank, world)
+    return Schedule(manifest, data(**settings), batch, seed=3, train=train, part=part)
 
 
 @pytest.mark.parametrize("batch", [4, 10, 12, 1024])
@@ -194,7 +195,7 @@ def test_repeats_are_one_order_for_any_number_of_processes(batch, repeats):
             assert len(np.unique(crops, axis=0)) == len(crops)
         for world in (2, 4):
             ranks = [
-                schedule(100, batch // world, rank=rank, world=world, **settings).task(6, step).plan
+                schedule(100, batch, rank=rank, world=world, **settings).task(6, step).plan
                 for rank in range(world)
             ]
             for name in ("index", "box", "flip"):
@@ -224,10 +225,10 @@ def test_settings_of_augmentation_leave_crops_and_evaluation_alone():
     assert seen.index.tolist() == list(range(10, 20)) and seen.changes is None
 
 
-@pytest.mark.parametrize(("batch", "world", "repeats"), [(3, 1, 3), (2, 2, 5), (2, 1, 2)])
+@pytest.mark.parametrize(("batch", "world", "repeats"), [(3, 1, 3), (4, 2, 5), (2, 1, 2)])
 def test_a_batch_of_one_image_is_refused(batch, world, repeats):
-    wanted = f"data.repeats={repeats} would fill run.batch={batch * world} with crops of a single"
+    wanted = f"data.repeats={repeats} would fill run.batch={batch} with crops of a single"
     with pytest.raises(ValueError, match=wanted):
         schedule(50, batch, world=world, repeats=repeats)
-    schedule(50, batch, world=world, repeats=batch * world - 1)
+    schedule(50, batch, world=world, repeats=batch - 1)
     schedule(50, 1)  # nothing is repeated

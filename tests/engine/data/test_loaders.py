@@ -21,7 +21,7 @@ from kdfuse.engine.data.loaders import LOADERS, kind_of, make_loader, resident
 from kdfuse.engine.data.loaders.finish import finish
 from kdfuse.engine.data.loaders.nvjpeg import NvjpegLoader
 from kdfuse.engine.data.manifest import Manifest
-from kdfuse.engine.data.schedule import Schedule
+from kdfuse.engine.data.schedule import Schedule, share
 from kdfuse.engine.data.sources import open_source
 from kdfuse.engine.recipe.data import Data
 
@@ -121,13 +121,15 @@ def made(manifest, data, batch, **changes):
     """A loader on the CPU; the one for a GPU too, which only asks for one by its recipe."""
     if data.decode != "gpu":
         return make_loader(manifest, data, batch, **changes)
-    schedule = Schedule(manifest, data, batch, **({"rank": 0, "world": 1} | changes))
+    schedule = Schedule(manifest, data, batch, **changes)
     return NvjpegLoader(schedule, torch.device("cpu"))
 
 
-def loaded(data, split="train", batch=4, **changes):
-    fixed = {"seed": 7, "train": split == "train"}
-    return made(open_source(data, split), data, batch, **(fixed | changes))
+def loaded(data, split="train", batch=4, rank=0, world=1, **changes):
+    """For a process that takes `batch` images of each step."""
+    whole = batch * world
+    fixed = {"seed": 7, "train": split == "train", "part": share(whole, rank, world)}
+    return made(open_source(data, split), data, whole, **(fixed | changes))
 
 
 def collect(loader, epoch=0, start=0):
@@ -440,8 +442,9 @@ def test_bad_files_are_named_counted_and_replaced(few, name, later):
     replaced = damage_later(few, clean) if later else broken(few)
     manifest = clean if later else open_source(data, "train")
 
-    def epoch(start=0, **changes):
-        loader = made(manifest, data, 4, seed=7, train=True, **changes)
+    def epoch(start=0, rank=0, world=1):
+        part = share(4 * world, rank, world)
+        loader = made(manifest, data, 4 * world, seed=7, train=True, part=part)
         batches = list(loader.epoch(4, start))
         loader.close()
         bad.update(loader.bad)
@@ -618,7 +621,7 @@ def test_auto_takes_dali_for_files_and_torchvision_without_it(photos, few, monke
 
 def test_dali_refuses_a_source_without_files():
     manifest = open_source(synthetic(), "train")
-    schedule = Schedule(manifest, synthetic(), 4, seed=0, rank=0, world=1, train=True)
+    schedule = Schedule(manifest, synthetic(), 4, seed=0, train=True)
     with pytest.raises(ValueError, match="data.loader=dali reads files and data.source=synthetic"):
         LOADERS["dali"](schedule, torch.device("cpu"))
 
@@ -679,7 +682,8 @@ def test_of_many_processes_that_decode_all_one_warns(few):
     broken(few)
     with pytest.warns(UserWarning, match="unreadable image") as told:
         for rank in (0, 1):
-            loader = make_loader(manifest, data, 2, seed=7, train=True, rank=rank, world=2)
+            part = share(4, rank, 2)
+            loader = make_loader(manifest, data, 4, seed=7, train=True, part=part)
             assert sorted(loader.bad) == [3, 4, 12, 23]
     assert len(told) == 4
 

@@ -261,7 +261,7 @@ def test_loaders_agree_on_images_in_memory(tmp_path, augment):
 def test_dali_refuses_images_in_memory(tmp_path):
     _, binary = write(tmp_path, "cifar10")
     data = cifar(binary, "cifar10")
-    schedule = Schedule(open_source(data, "val"), data, 2, seed=0, rank=0, world=1, train=False)
+    schedule = Schedule(open_source(data, "val"), data, 2, seed=0, train=False)
     with pytest.raises(ValueError, match="dali reads files and data.source=cifar10 has none"):
         LOADERS["dali"](schedule, torch.device("cpu"))
     with pytest.raises(ValueError, match="dali reads files and source cifar100 has none; use auto"):

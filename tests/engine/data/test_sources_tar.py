@@ -16,6 +16,7 @@ from kdfuse.engine.data import plan as sampler
 from kdfuse.engine.data.check import check_folder
 from kdfuse.engine.data.images import UnreadableError
 from kdfuse.engine.data.loaders import make_loader
+from kdfuse.engine.data.schedule import share
 from kdfuse.engine.data.sources import open_source
 from kdfuse.engine.data.sources import tar_index as tars
 from kdfuse.engine.recipe.data import Data
@@ -109,9 +110,11 @@ def data(root, source="tar", **changes):
     return Data(source=source, root=root, **({"size": 32, "eval_resize": None} | changes))
 
 
-def loaded(chosen, split="train", batch=3, **changes):
-    fixed = {"seed": 5, "train": split == "train"}
-    return make_loader(open_source(chosen, split), chosen, batch, **(fixed | changes))
+def loaded(chosen, split="train", batch=3, rank=0, world=1, **changes):
+    """For a process that takes `batch` images of each step."""
+    whole = batch * world
+    fixed = {"seed": 5, "train": split == "train", "part": share(whole, rank, world)}
+    return make_loader(open_source(chosen, split), chosen, whole, **(fixed | changes))
 
 
 def collect(loader, epoch=0, start=0):

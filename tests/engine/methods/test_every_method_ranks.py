@@ -10,12 +10,11 @@ from test_every_method import NARROW, images, narrow_plain_networks, recipe_for 
 from kdfuse.engine.methods import METHODS
 from kdfuse.engine.models import plain
 from kdfuse.engine.recipe.load import Recipe
-from kdfuse.engine.training.classification import begin
-from kdfuse.engine.training.ranks import join
+from kdfuse.engine.training.classification import begin, part_of
+from kdfuse.engine.training.ranks import Group, join
 
 pytestmark = pytest.mark.slow(45)
 
-BATCH = 12
 # Whose loss of a batch is no mean over its rows, and why.
 OF_A_BATCH = {
     "tf_nkd": "weights of rows are over their mean in the batch",
@@ -62,44 +61,60 @@ def test_two_processes_of_every_method_have_the_same_weights(tmp_path):
         assert torch.load(tmp_path / f"{rank}.pt") == dict.fromkeys(METHODS, 0.0)
 
 
-def gradients(name, group, folder, **run):
-    """Of a process's share of a batch, with the running statistics of BatchNorm."""
+def gradients(name, group, folder, batch, **run):
+    """Of a process's part of a batch, with the running statistics of BatchNorm."""
     recipe = recipe_for(name, folder)
     method = {**recipe.method.model_dump(), **WHOLE.get(name, {})}
     raw = recipe.model_dump() | {"method": method}
-    raw["run"] |= {"batch": BATCH, **run}
+    raw["run"] |= {"batch": batch, **run}
     recipe = Recipe.model_validate(raw)
-    labels = torch.arange(BATCH) % 10
+    labels = torch.arange(batch) % 10
     distiller, state = begin(recipe, group, 10, labels, {})
     step = begun_step(distiller.eval(), state, 1.0, lr=1e-12)
-    share = BATCH // group.world
-    own = slice(group.rank * share, (group.rank + 1) * share)
-    step(images(recipe, BATCH)[own], labels[own], torch.arange(BATCH)[own])
+    part = part_of(recipe, group)
+    own = slice(part.start, part.stop)
+    step(images(recipe, batch)[own], labels[own], torch.arange(batch)[own])
     return {n: p.grad.clone() for n, p in distiller.named_parameters() if p.requires_grad}
 
 
-def of_shares(folder):
+def of_parts(folder, batch):
     """What each process does."""
     group = join("cpu")
     plain._WIDTHS = NARROW
-    found = {name: gradients(name, group, folder) for name in METHODS if name not in OF_A_BATCH}
-    found["bf16"] = gradients("slkd", group, folder, reduce="bf16")
+    names = [name for name in METHODS if name not in OF_A_BATCH]
+    if batch % group.world:
+        names = [name for name in names if name not in WHOLE]
+    found = {name: gradients(name, group, folder, batch) for name in names}
+    found["bf16"] = gradients("slkd", group, folder, batch, reduce="bf16")
     if group.first:
-        torch.save(found, folder / "shares.pt")
+        torch.save(found, folder / "parts.pt")
 
 
-@pytest.mark.parametrize("world", [2, 3])
-def test_the_gradients_are_those_of_one_process_with_all_images(world, tmp_path):
-    together(world, of_shares, tmp_path)
-    found = torch.load(tmp_path / "shares.pt")
+@pytest.mark.parametrize(("world", "batch"), [(2, 12), (3, 13)])
+def test_the_gradients_are_those_of_one_process_with_all_images(world, batch, tmp_path):
+    together(world, of_parts, tmp_path, batch)
+    found = torch.load(tmp_path / "parts.pt")
     bf16 = found.pop("bf16")
     wrong = {}
-    for name, shares in found.items():
-        alone = gradients(name, join("cpu"), tmp_path)
-        apart = {k: (shares[k] - v).norm() / (v.norm() + 1e-6) for k, v in alone.items()}
+    for name, parts in found.items():
+        alone = gradients(name, join("cpu"), tmp_path, batch)
+        apart = {k: (parts[k] - v).norm() / (v.norm() + 1e-6) for k, v in alone.items()}
         if (most := max(apart.values())) > 2e-3:
             wrong[name] = most.item()
     assert wrong == {}
     for key, value in found["slkd"].items():  # an eps of bfloat16 for each process, and the sum
         torch.testing.assert_close(bf16[key], value, rtol=0.02, atol=0.01 * value.abs().max())
     assert any(not torch.equal(bf16[key], value) for key, value in found["slkd"].items())
+
+
+def test_a_method_that_gathers_wants_as_many_images_of_each(tmp_path):
+    group = Group(0, 3, torch.device("cpu"))
+    sp = recipe_for("sp", tmp_path)
+    assert part_of(sp, group) == range(5)
+    gathering = Recipe.model_validate(
+        sp.model_dump() | {"method": {**sp.method.model_dump(), "gather": True}}
+    )
+    for recipe in (gathering, recipe_for("crd", tmp_path)):
+        name = recipe.method.name
+        with pytest.raises(ValueError, match=f"run.batch=16: method {name} gathers as many images"):
+            part_of(recipe, group)

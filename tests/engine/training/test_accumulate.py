@@ -57,7 +57,9 @@ def test_a_step_in_parts_is_one_step_of_the_optimisers():
 def test_what_does_not_divide_is_refused():
     run = {"batch": BATCH, "accumulate": 5}
     recipe, distiller, state = begun("kd", run=run)
-    with pytest.raises(ValueError, match=r"run.accumulate=5: the 24 images .* do not divide"):
+    with pytest.raises(
+        ValueError, match=r"run.batch: 24 images do not go round 1 processes in units of 5"
+    ):
         step_of(distiller, state, Mixing(recipe.data, CLASSES, BATCH, 0))
 
 

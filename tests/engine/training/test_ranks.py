@@ -29,7 +29,8 @@ CLOCK = ("time", "images_per_s", "data_wait")
 
 def one_step(group, parts=1):
     """A step on this process's share of a fixed batch of eight, and what came of it."""
-    recipe = tiny(None, "slkd", data={"source": "synthetic", "classes": 10, "subset": None})
+    data = {"source": "synthetic", "classes": 10, "subset": None}
+    recipe = tiny(None, "slkd", data=data, run={"accumulate": parts})
     torch.manual_seed(0)
     distiller = build(recipe, 10, group.device, torch.arange(8))
     distiller.prepare(())
