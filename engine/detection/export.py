@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import warnings
 from pathlib import Path
@@ -29,14 +30,15 @@ class Found(nn.Module):
         return tuple(found[name] for name in OUTPUTS)
 
 
-def write(
+def exported(
     recipe: DetectionRecipe,
     weights: dict[str, Any],
     facts: dict[str, Any],
     network: str,  # student, ema
     out: Path,
-) -> None:
-    """Write a detector of a run's checkpoint to `out`: .onnx, or .pt, its weights under "model".
+) -> bytes:
+    """What is to stand in `out` of a detector of a run's checkpoint: .onnx, or .pt, its weights
+    under "model".
 
     Raises ValueError for another suffix and for a network that the run does not have.
     """
@@ -53,36 +55,33 @@ def write(
         raise ValueError(f"network = {network!r}: this run has {', '.join(detectors)}")
     detector = detectors[network]
     if out.suffix == ".pt":
-        torch.save({"model": detector.state_dict()}, out)
-        return
+        torch.save({"model": detector.state_dict()}, data := io.BytesIO())
+        return data.getvalue()
     about = {"recipe": recipe.name, "network": network} | {k: facts[k] for k in ("step", "results")}
-    _write_onnx(Found(detector).eval(), recipe.data.min_size, about, out)
+    return _onnx(Found(detector).eval(), recipe.data.min_size, about, out)
 
 
-def _write_onnx(model: nn.Module, side: int, about: dict[str, Any], out: Path) -> None:
+def _onnx(model: nn.Module, side: int, about: dict[str, Any], out: Path) -> bytes:
     try:
         import onnx
     except ImportError as error:
         raise ValueError(f"out = {out}: needs onnx ({error}): pip install onnx") from error
     image = torch.zeros(3, side, side, dtype=torch.uint8)
     axes = {"image": {1: "height", 2: "width"}} | {name: {0: "found"} for name in OUTPUTS}
-    unfinished = out.with_name(f".unfinished-{out.name}")
-    try:
-        with warnings.catch_warnings():
-            # The exporter that traces is the one that can write these operations.
-            warnings.simplefilter("ignore")
-            torch.onnx.export(
-                model,
-                (image,),
-                str(unfinished),
-                dynamo=False,
-                opset_version=OPSET,
-                input_names=["image"],
-                output_names=list(OUTPUTS),
-                dynamic_axes=axes,
-            )
-        written = onnx.load(str(unfinished))
-        written.metadata_props.add(key="kdfuse", value=json.dumps(about))
-        onnx.save(written, str(out))
-    finally:
-        unfinished.unlink(missing_ok=True)
+    data: Any = io.BytesIO()
+    with warnings.catch_warnings():
+        # The exporter that traces is the one that can write these operations.
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            model,
+            (image,),
+            data,
+            dynamo=False,
+            opset_version=OPSET,
+            input_names=["image"],
+            output_names=list(OUTPUTS),
+            dynamic_axes=axes,
+        )
+    made = onnx.load_model_from_string(data.getvalue())
+    made.metadata_props.add(key="kdfuse", value=json.dumps(about))
+    return made.SerializeToString()

@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..run.checkpoint import STATE, SUMS, CheckpointError, find, verified
+from ..run.aside import find
+from ..run.checkpoint import STATE, SUMS, CheckpointError, verified
 
 _HOLDERS = ("student", "model", "state_dict")  # a run of this engine, published teachers, others
 _PREFIXES = ("module.", "_orig_mod.")  # left by data parallelism and by torch.compile

@@ -13,6 +13,7 @@ from typing import Any
 import jinja2
 
 from ..recipe import problems
+from ..run.disk import write_whole
 from ..run.past import PastRun, Seeds, across_seeds, mean_and_spread, read_run
 from . import curves
 
@@ -42,9 +43,8 @@ def report(runs: list[Path], out: Path) -> Path:
         ],
         runs=[_section(run) for run in read],
     )
-    partial = out.with_name(out.name + ".tmp")
-    partial.write_text(text, encoding="utf-8")
-    return partial.replace(out)
+    write_whole(out, text)
+    return out
 
 
 def _task(groups: list[Seeds]) -> dict[str, Any]:

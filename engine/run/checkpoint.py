@@ -1,38 +1,39 @@
 """Checkpoints that survive a crash at any moment: a folder written aside, then renamed.
 
 A checkpoint folder holds state.pt (tensors and plain values), facts.json (what a person wants to
-read) and sha256.json (the checksums of both). "NAME.tmp-PID" is one being written by process PID,
-"NAME.old-PID" one being replaced; a dead process's are cleared away by the next save.
+read) and sha256.json (the checksums of both). What a dead process left aside is cleared away by the
+next save. The files of "best" may be hard links to those of a step's checkpoint: none is ever
+changed in place.
 """
 
 from __future__ import annotations
 
-import errno
 import io
 import json
-import os
 import pickle
 import re
 import shutil
 from collections import OrderedDict
-from glob import escape
+from collections.abc import Iterator
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
+from .aside import aside, clear, find, link, replace
+from .disk import FULL, check_room, new_file, shortage, sync
+
 STATE, FACTS, SUMS = "state.pt", "facts.json", "sha256.json"
+BEST = "best"
 _STEP = re.compile(r"step-(\d{8,})")
-_ASIDE = re.compile(r"(.+)\.(tmp|old)-(\d+)")
 
 # Exact types, because a subclass (numpy.float64 is a float) would be refused when it is loaded.
 _PLAIN = (type(None), bool, int, float, str, bytes)
 
 # What torch.load raises for intact bytes that hold anything but tensors and plain values.
 _REFUSED = (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError, TypeError)
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class CheckpointError(RuntimeError):
@@ -54,40 +55,63 @@ def step_name(step: int) -> str:
 
 
 def save(
-    folder: str | Path, name: str, tensors: dict[str, Any], facts: dict[str, Any], *, keep: int = 2
+    folder: str | Path,
+    name: str,
+    tensors: dict[str, Any],
+    facts: dict[str, Any],
+    *,
+    keep: int = 2,
+    best: bool = False,
 ) -> Path:
     """Write the checkpoint `folder`/`name`, replacing one of that name; the path of the new one.
 
     `tensors` may hold tensors, plain values and dicts, lists and tuples of them; `facts` what JSON
     can. After a `step_name` the newest `keep` of those stay, and no later step does: the run has
-    gone on from an earlier one. Other names ("best") are never pruned. One process of a run saves.
+    gone on from an earlier one. Other names ("best") are never pruned. With `best` it is
+    `folder`/best as well: hard links to the same files, which stay when the step is pruned, or
+    copies where the file system has no links. One process of a run saves.
+
     Raises TypeError or ValueError for what could not be loaded again, before anything is written,
     and CheckpointError when the disk is full or fails; what was there before is then still there.
     """
     if keep < 1:
         raise ValueError(f"keep: {keep}; at least the checkpoint just written has to stay")
     _check_plain(tensors, "tensors")
-    torch.save(tensors, state := io.BytesIO())
-    contents = {STATE: state.getvalue(), FACTS: _json(facts)}
-    contents[SUMS] = _json({file: sha256(data).hexdigest() for file, data in contents.items()})
+    about, size = _json(facts), _size(tensors)
     folder = Path(folder)
-    aside = folder / f"{name}.tmp-{os.getpid()}"
+    step, linked = aside(folder / name), aside(folder / BEST)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _clear(folder)
-        aside.mkdir()
-        for file, data in contents.items():
-            _write(aside / file, data)
-        _sync(aside)
-        _replace(aside, folder / name)
-        _sync(folder)
-        _sync(folder.parent)
+        clear(folder)
+        check_room(folder, size)
+        step.mkdir()
+        with new_file(step / STATE) as state:
+            torch.save(tensors, cast(BinaryIO, state))  # which asks no more of it
+        with new_file(step / FACTS) as written:
+            written.write(about)
+        sums = {STATE: state.sum.hexdigest(), FACTS: written.sum.hexdigest()}
+        with new_file(step / SUMS) as written:
+            written.write(_json(sums))
+        sync(step)
+        if best:
+            # First: a run that goes on from this step will not write that best again.
+            link(step, linked)
+            replace(linked, folder / BEST)
+            sync(folder)
+        replace(step, folder / name)
+        sync(folder)
+        sync(folder.parent)
     except OSError as error:
-        shutil.rmtree(aside, ignore_errors=True)
-        problem = _explain(error, folder, sum(map(len, contents.values())))
+        for unfinished in (step, linked):
+            shutil.rmtree(unfinished, ignore_errors=True)
+        problem = _explain(error, folder, size)
         raise CheckpointError(f"checkpoint {folder / name}: {problem}") from error
     if _STEP.fullmatch(name):
-        _prune(folder, name, keep)
+        try:
+            _prune(folder, name, keep)
+        except OSError as error:
+            problem = f"written, but {error.filename} cannot be removed: {error.strerror}"
+            raise CheckpointError(f"checkpoint {folder / name}: {problem}") from error
     return folder / name
 
 
@@ -106,12 +130,6 @@ def load(path: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
     except _REFUSED as error:
         raise CheckpointError(f"checkpoint {path}: {STATE} is refused: {error}") from error
     return state, _parse(path, FACTS, facts)
-
-
-def find(path: Path) -> Path:
-    """The folder `path`, or what it was to replace where a writer was killed between renames."""
-    replaced = [] if path.is_dir() else sorted(path.parent.glob(f"{escape(path.name)}.old-*"))
-    return replaced[-1] if replaced else path
 
 
 def verified(path: Path, *files: str) -> list[bytes]:
@@ -176,65 +194,26 @@ def _parse(path: Path, file: str, data: bytes) -> dict[str, Any]:
         raise CheckpointError(f"checkpoint {path}: {file} is damaged: {error}") from error
 
 
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """The tensors in nested dicts, lists and tuples."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict | list | tuple):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from tensors_in(item)
+
+
+def _size(tensors: dict[str, Any]) -> int:
+    """Bytes of the tensors, of each storage once, as they are written."""
+    storages = (tensor.untyped_storage() for tensor in tensors_in(tensors))
+    return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
+
+
 def _explain(error: OSError, folder: Path, size: int) -> str:
     text = f"cannot write {error.filename}: {error.strerror}; earlier checkpoints are intact"
-    if error.errno in _FULL:
-        free = shutil.disk_usage(next(p for p in (folder, *folder.parents) if p.exists())).free
-        text += f"; it takes {size / 1e6:.1f} MB, the disk has {free / 1e6:.1f} MB free"
+    if error.errno in FULL:
+        text += f"; its tensors alone take {shortage(folder, size)}"
     return text
-
-
-def _write(path: Path, data: bytes) -> None:
-    try:
-        with open(path, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        error.filename = str(path)  # a failed write, unlike a failed open, does not name its file
-        raise
-
-
-def _sync(folder: Path) -> None:
-    """Make the names in `folder` durable; without it a power cut can undo a rename."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _replace(new: Path, target: Path) -> None:
-    """Put the folder `new` at `target`. A folder cannot be renamed over a full one: two renames."""
-    old = target.with_name(f"{target.name}.old-{os.getpid()}")
-    if target.exists():
-        os.rename(target, old)
-    os.rename(new, target)
-    if old.exists():
-        shutil.rmtree(old)
-
-
-def _clear(folder: Path) -> None:
-    """Clear what dead writers left; a replaced checkpoint whose successor never came returns."""
-    for path in sorted(folder.iterdir()):
-        found = _ASIDE.fullmatch(path.name)
-        if found is None or not path.is_dir() or _alive(int(found[3])):
-            continue
-        target = path.with_name(found[1])
-        if found[2] == "old" and not target.exists():
-            os.rename(path, target)
-        else:
-            shutil.rmtree(path)
-
-
-def _alive(pid: int) -> bool:
-    if pid == os.getpid():  # ours are from an earlier life: in a container the number comes back
-        return False
-    try:
-        os.kill(pid, 0)
-    except OSError as error:  # of a living process: it is another user's
-        return error.errno != errno.ESRCH
-    return True
 
 
 def _prune(folder: Path, name: str, keep: int) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 from ..recipe.load import load
 from ..recipe.run import LEFT_OPEN
 from ..recipe.schema import RecipeBase
+from .disk import write_whole
 from .environment import environment
 
 RECIPE, ENVIRONMENT = "recipe.yaml", "environment.json"
@@ -80,8 +81,8 @@ def create_folder(folder: Path, recipe: RecipeBase, world: int) -> None:
     """Write recipe.yaml and environment.json where they are not there yet."""
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / RECIPE).exists():
-        _write(folder / ENVIRONMENT, json.dumps(environment(world), indent=2) + "\n")
-        _write(folder / RECIPE, recipe.explain())
+        write_whole(folder / ENVIRONMENT, json.dumps(environment(world), indent=2) + "\n")
+        write_whole(folder / RECIPE, recipe.explain())
 
 
 @contextmanager
@@ -144,10 +145,3 @@ def _flat(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
             yield from _flat({str(i): entry for i, entry in enumerate(value)}, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", value
-
-
-def _write(path: Path, text: str) -> None:
-    """All of the file or nothing, whenever the process is killed."""
-    unfinished = path.with_name(path.name + ".tmp")
-    unfinished.write_text(text, encoding="utf-8")
-    os.replace(unfinished, path)

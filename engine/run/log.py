@@ -4,13 +4,15 @@ A record is one JSON object a line: {"kind", "step", "epoch", "time", ...}. `kin
 epoch, note or end; `step` counts finished steps, `epoch` finished epochs (fractional within one).
 "time" (seconds since 1970), "images_per_s" and "data_wait" are measured by the clock; all else is
 the same in a run and in its twin that was killed and resumed.
+
+On a full disk a run neither begins nor is finished: OSError says what cannot be written. Between
+its first and its last record it goes on, says so once, and writes what waits as soon as it can.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Mapping
@@ -21,7 +23,11 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from .board import Board
+from .disk import FULL, Growing, write_whole
+
 NAME = "log.jsonl"
+LATER = "the run goes on, and what the file lacks is written as soon as there is room"
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -60,21 +66,35 @@ class RunLog:
 
         `resume_step` None starts a new log, whose first record holds `facts`; a number keeps an
         existing one up to that step and drops what came later. Raises FileExistsError when a new
-        log would overwrite one.
+        log would overwrite one, and OSError for one that cannot be begun.
         """
         self.path = run_dir / NAME
         self.total_steps, self.epochs = total_steps, epochs
         self.position = resume_step or 0  # finished steps
         self.silent = rank != 0
         self._notes: set[str] = set()
+        self._failed: set[str] = set()  # files that could not be written, and the user knows
+        self._board: Board | None = None
+        self._progress: Progress | None = None
         if self.silent:
             return
         kept = self._kept(resume_step)
-        self._file = self.path.open("a", encoding="utf-8")
-        self._board = _tensorboard(run_dir, resume_step)
-        self._progress = _progress(total_steps, self.position)
+        self._file = Growing(self.path)
         if not kept:
-            self._write("start", 0, 0.0, {"steps": total_steps, "epochs": epochs, **(facts or {})})
+            try:
+                facts = {"steps": total_steps, "epochs": epochs, **(facts or {})}
+                self._write("start", 0, 0.0, facts)
+            except OSError:
+                self._file.close()
+                raise
+        self._progress = _progress(total_steps, self.position)
+        try:
+            purge = None if resume_step is None else resume_step + 1
+            self._board = Board(run_dir / "tensorboard", purge)
+        except ImportError:
+            pass
+        except OSError as error:
+            self._cannot_write(error, "the run goes on without it")
 
     def _kept(self, resume_step: int | None) -> list[dict[str, Any]]:
         """The records that stay, after cutting the file down to them."""
@@ -84,12 +104,7 @@ class RunLog:
             raise FileExistsError(f"{self.path} exists: resume that run or choose another folder")
         kept = [r for r in read(self.path) if r["step"] <= resume_step and r["kind"] != "end"]
         self._notes = {r["text"] for r in kept if r["kind"] == "note"}
-        cut = self.path.with_suffix(".tmp")
-        with cut.open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(record) + "\n" for record in kept)
-            file.flush()
-            os.fsync(file.fileno())
-        cut.replace(self.path)
+        write_whole(self.path, "".join(json.dumps(record) + "\n" for record in kept))
         return kept
 
     def step(
@@ -140,7 +155,7 @@ class RunLog:
             self._show(text, on_bar=True)
 
     def end(self, values: Mapping[str, float]) -> None:
-        """Record the results of a finished run."""
+        """Record the results of a finished run. OSError where that cannot be written."""
         if self.silent:
             return
         self._write("end", self.position, self._epoch(), values)
@@ -173,15 +188,30 @@ class RunLog:
     def _write(self, kind: str, step: int, epoch: float, values: Mapping[str, Any]) -> None:
         record = {"kind": kind, "step": step, "epoch": epoch, "time": round(time.time(), 3)}
         record |= {name: _finite(value) for name, value in values.items()}
-        self._file.write(json.dumps(record, allow_nan=False) + "\n")
-        self._file.flush()
+        try:
+            self._file.write((json.dumps(record, allow_nan=False) + "\n").encode())
+        except OSError as error:
+            if kind in ("start", "end"):
+                raise
+            self._cannot_write(error)
         if self._board is not None and kind in ("step", "epoch"):
-            for name, value in values.items():
-                self._board.add_scalar(f"{kind}/{name}", value, step)
+            try:
+                self._board.add(step, {f"{kind}/{name}": v for name, v in values.items()})
+            except OSError as error:
+                self._cannot_write(error)
+
+    def _cannot_write(self, error: OSError, then: str = LATER) -> None:
+        if error.filename not in self._failed:
+            self._failed.add(error.filename)
+            self._show(f"cannot write {error.filename}: {error.strerror}; {then}")
 
     def _show(self, text: str, on_bar: bool = False) -> None:
         if self._progress is None:
-            print(text, flush=True)
+            try:
+                print(text, flush=True)
+            except OSError as error:
+                if error.errno not in FULL:  # of a file on a full disk: there is nobody to tell
+                    raise
         elif on_bar:
             self._progress.update(self._progress.task_ids[0], completed=self.position, text=text)
         else:
@@ -206,13 +236,3 @@ def _progress(total_steps: int, done: int) -> Progress | None:
     progress.add_task("train", total=total_steps, completed=done, text="")
     progress.start()
     return progress
-
-
-def _tensorboard(run_dir: Path, resume_step: int | None) -> Any:
-    """A TensorBoard writer where TensorBoard is installed, else None."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        return None
-    purge = None if resume_step is None else resume_step + 1
-    return SummaryWriter(str(run_dir / "tensorboard"), purge_step=purge)

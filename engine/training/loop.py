@@ -8,10 +8,11 @@ from typing import Any
 
 from ..recipe.load import AnyRecipe
 from ..report.page import report
-from ..run.checkpoint import step_name
+from ..run.checkpoint import BEST, step_name
 from ..run.folder import create_folder, held
 from ..run.log import RunLog
 from ..run.resume import starts_again
+from ..run.writer import Writer
 from .compiled import Compilations
 from .meters import Clock
 from .optim import class_of
@@ -60,6 +61,7 @@ class Loop:
                 "opening the run's folder",
                 lambda: self.open(opened, state.done if resume else None, facts),
             )
+            self.writer = opened.enter_context(Writer(log.note))
             for note in notes:
                 log.note(note)
             self.compilations.say = log.say
@@ -67,9 +69,13 @@ class Loop:
                 with self.compilations.phase("training", log.note):
                     self.train_epoch(epoch, log)
                 self.finish_epoch(epoch + 1, log)
+            self.writer.finish()
             log.end({f"{k}_{n}": v for k, row in state.results.items() for n, v in row.items()})
         if first:
-            report([self.folder], self.folder / "report.html")
+            try:
+                report([self.folder], self.folder / "report.html")
+            except OSError as error:  # a page is no reason for a finished run to fail
+                print(f"{error}; kdfuse report {self.folder} writes the page", flush=True)
 
     def open(self, opened: ExitStack, resume_step: int | None, facts: dict[str, Any]) -> RunLog:
         """The run's log, with the folder held by the first process as long as `opened` is."""
@@ -103,8 +109,9 @@ class Loop:
                 speed, waiting = clock.read()
                 at = state.done / self.epoch_steps
                 log.step(state.done, at, values, speed * run.batch, waiting)
+            self.writer.check()
             if not last and self.checkpoint_is_due():
-                state.save(self.checkpoints, step_name(state.done))
+                self.save(step_name(state.done))
 
     def finish_epoch(self, epoch: int, log: RunLog) -> None:
         """Evaluate and save after `epoch` finished epochs, where that is due."""
@@ -120,10 +127,14 @@ class Loop:
             values = found | values
             improved = self.keep(found, epoch)
         log.epoch(epoch, values)
-        if improved:
-            state.save(self.checkpoints, "best")
         if end or run.checkpoint_every is None or self.checkpoint_is_due():
-            state.save(self.checkpoints, step_name(state.done))
+            self.save(step_name(state.done), best=improved)
+        elif improved:
+            self.save(BEST)
+
+    def save(self, name: str, best: bool = False) -> None:
+        """A checkpoint of the state as it is, written while the loop goes on."""
+        self.state.save(self.checkpoints, name, best=best, write=self.writer.save)
 
     def keep(self, found: dict[str, float], epoch: int) -> bool:
         """Take down the results of an evaluation; whether they are the best so far."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -85,18 +85,25 @@ class State:
         for average in self.networks.averages():
             self.group.average_batchnorm(average.module.modules())
 
-    def save(self, folder: Path, name: str) -> None:
-        """Write a checkpoint: what a resumed run needs, or for "best" the networks alone.
+    def save(
+        self,
+        folder: Path,
+        name: str,
+        *,
+        best: bool = False,
+        write: Callable[..., object] = checkpoint.save,
+    ) -> None:
+        """Let `write` write a checkpoint: what a resumed run needs, for "best" the networks alone.
 
-        Raises Diverged instead when the losses since the last log record, or the weights, are
-        not finite.
+        With `best` that of a step is also the best one. Raises Diverged instead when the losses
+        since the last log record, or the weights, are not finite.
         """
-        best = name == "best"
+        whole = name != checkpoint.BEST
         self.average_batchnorm()
         self.meters.gather()
         self._check_finite()
-        state = self.networks.weights(whole=not best)
-        if not best:
+        state = self.networks.weights(whole)
+        if whole:
             state |= {
                 "optimizers": {k: saved(o) for k, o in self.optimizers.items()},
                 "meters": self.meters.state_dict(),
@@ -111,7 +118,7 @@ class State:
             "recipe": self.recipe.model_dump(mode="json"),
         }
         if self.group.first:
-            checkpoint.save(folder, name, state, facts, keep=self.recipe.run.keep)
+            write(folder, name, state, facts, keep=self.recipe.run.keep, best=best)
 
     def restore(self, folder: Path) -> list[str]:
         """Go on from the newest checkpoint that is good to the first process, if there is one;

@@ -5,8 +5,10 @@ import json
 import numpy as np
 import pytest
 import torch
+from disks import fill, mount, small_disk
 from tiny import tiny
 
+from kdfuse.engine.cli import export as exporting
 from kdfuse.engine.cli.export import SUFFIXES, export
 from kdfuse.engine.models import create
 from kdfuse.engine.run.past import checkpoints_of, recipe_of
@@ -129,6 +131,46 @@ def test_a_missing_folder_is_named(runs, tmp_path):
     for suffix in SUFFIXES:
         with pytest.raises(FileNotFoundError, match="there is no folder .*nowhere; make it first"):
             export(runs["ce"], tmp_path / "nowhere" / f"model{suffix}")
+
+
+def test_a_folder_is_no_file(runs, tmp_path, kd):
+    (tmp_path / "models.pt2").mkdir()
+    for out in (tmp_path, tmp_path / "models.pt2"):
+        result = kd("export", runs["ce"], out)
+        assert result.code == 2 and not result.out
+        wanted = f"error: out = {out}: a folder; name a file, as {out}/student.pt2\n"
+        assert result.err == wanted
+    assert not list((tmp_path / "models.pt2").iterdir())
+
+
+def test_a_full_disk_leaves_the_file_before(runs, tmp_path, kd):
+    with small_disk(tmp_path / "disk", 8 << 20) as disk:
+        out = export(runs["ce"], disk / "model.pt")
+        before = out.read_bytes()
+        fill(disk, 8192)
+        result = kd("export", runs["ce"], out, "--network", "ema")
+        told = f"error: [Errno 28] No space left on device; it takes {len(before):,} bytes, "
+        told += f"the disk has 8,192 free, {len(before) - 8192:,} too few: '{out}'\n"
+        assert (result.code, result.err) == (2, told)
+        assert out.read_bytes() == before
+        mount("-o", "remount,ro", str(disk))
+        result = kd("export", runs["ce"], out)
+        assert result.err == f"error: [Errno 30] Read-only file system: '{out}'\n"
+        assert sorted(path.name for path in disk.iterdir()) == ["filler", "model.pt"]
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_what_cannot_be_read_again_does_not_replace_the_file_before(
+    suffix, runs, tmp_path, monkeypatch
+):
+    if suffix == ".onnx":
+        pytest.importorskip("onnx")
+    out = tmp_path / f"model{suffix}"
+    out.write_text("earlier")
+    monkeypatch.setattr(exporting, "_classifier", lambda *given: bytes(1000))
+    with pytest.raises(ValueError, match=f"model{suffix}: the file cannot be read again: "):
+        export(runs["ce"], out)
+    assert out.read_text() == "earlier" and list(tmp_path.iterdir()) == [out]
 
 
 def test_a_folder_that_is_no_run_is_named(tmp_path):

@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import io
 import json
 import os
 import random
@@ -15,11 +16,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from disks import fill, mount, small_disk
 
 from kdfuse.engine.run.checkpoint import CheckpointError, latest, load, save, step_name
 from kdfuse.engine.training import process
 
-pytestmark = pytest.mark.slow(10)
+pytestmark = pytest.mark.slow(15)
 
 ROOT = Path(__file__).parents[3]
 
@@ -90,6 +92,39 @@ def test_only_the_newest_stay_and_best_is_kept(tmp_path):
     assert names(tmp_path) == ["best", "step-100000001"]
     with pytest.raises(ValueError, match="keep: 0;"):
         store(tmp_path, 5, keep=0)
+
+
+def test_a_checkpoint_has_the_bytes_of_torch_save(tmp_path):
+    path = store(tmp_path, 7)
+    torch.save(state(7), written := io.BytesIO())
+    assert (path / "state.pt").read_bytes() == written.getvalue()
+    sums = {file: hashlib.sha256((path / file).read_bytes()) for file in ("state.pt", "facts.json")}
+    held = json.loads((path / "sha256.json").read_text())
+    assert held == {file: made.hexdigest() for file, made in sums.items()}
+
+
+def test_best_is_a_link_that_outlives_its_step(tmp_path):
+    save(tmp_path, "best", state(0), {"step": 0})
+    store(tmp_path, 1, keep=1, best=True)
+    for file in ("state.pt", "facts.json", "sha256.json"):
+        assert (tmp_path / "best" / file).samefile(tmp_path / step_name(1) / file)
+    store(tmp_path, 2, keep=1)
+    assert names(tmp_path) == ["best", step_name(2)]
+    assert (tmp_path / "best" / "state.pt").stat().st_nlink == 1
+    got, facts = load(tmp_path / "best")
+    assert facts["step"] == 1 and torch.equal(got["student"]["w"], torch.full((1000,), 1.0))
+
+
+def no_links(source, target):
+    raise PermissionError(errno.EPERM, os.strerror(errno.EPERM), str(source))
+
+
+def test_best_is_a_copy_where_there_are_no_links(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "link", no_links)
+    step = store(tmp_path, 1, best=True)
+    for file in step.iterdir():
+        best = tmp_path / "best" / file.name
+        assert best.read_bytes() == file.read_bytes() and not best.samefile(file)
 
 
 def test_best_is_replaced(tmp_path):
@@ -187,8 +222,8 @@ def test_code_in_a_checkpoint_is_refused_and_does_not_run(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-def test_full_disk_leaves_the_old_one_and_says_so(tmp_path):
-    """A limit on the size of a file stands in for the disk: the write fails halfway, for real."""
+def test_a_file_that_grows_too_large_leaves_the_old_one_and_says_so(tmp_path):
+    """A limit on the size of a file stands in for a quota: the write fails halfway, for real."""
     store(tmp_path, 1)
     save(tmp_path, "best", state(1), {"step": 1})
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -201,9 +236,44 @@ def test_full_disk_leaves_the_old_one_and_says_so(tmp_path):
             resource.setrlimit(resource.RLIMIT_FSIZE, limit)
         text = str(caught.value)
         assert f"{name}.tmp-{os.getpid()}/state.pt: {os.strerror(errno.EFBIG)}" in text
-        assert "it takes 4.0 MB, the disk has" in text and "earlier checkpoints are intact" in text
+        assert "earlier checkpoints are intact" in text
+        assert "its tensors alone take 4,000,020 bytes, the disk has" in text
     assert names(tmp_path) == ["best", "step-00000001"]
     assert latest(tmp_path).facts["step"] == 1 and load(tmp_path / "best")[1]["step"] == 1
+
+
+# Of 40,020 bytes of tensors: less room than for those; for those alone; for all but the last file;
+# for a checkpoint, and no links are to be had.
+@pytest.mark.parametrize("room", [36864, 40960, 45056, 49152])
+def test_a_full_disk_leaves_the_old_one_and_says_what_is_missing(room, tmp_path, monkeypatch):
+    if room == 49152:
+        monkeypatch.setattr(os, "link", no_links)
+    with small_disk(tmp_path / "disk", 1 << 20) as disk:
+        store(disk / "c", 1, best=True)
+        before = {path: path.read_bytes() for path in (disk / "c").rglob("*.*")}
+        filler = fill(disk, room)
+        with pytest.raises(CheckpointError) as caught:
+            save(disk / "c", step_name(2), state(2, size=10_000), {"step": 2}, best=True)
+        text = str(caught.value)
+        assert text.startswith(f"checkpoint {disk / 'c' / step_name(2)}: cannot write ")
+        assert f": {os.strerror(errno.ENOSPC)}; earlier checkpoints are intact; " in text
+        missing = ", 3,156 too few" if room < 40_020 else ""
+        wanted = f"its tensors alone take 40,020 bytes, the disk has {room:,} free{missing}"
+        assert text.split("; ")[-1] == wanted
+        assert {path: path.read_bytes() for path in (disk / "c").rglob("*.*")} == before
+        filler.unlink()
+        monkeypatch.undo()
+        save(disk / "c", step_name(2), state(2, size=10_000), {"step": 2}, best=True)
+        assert latest(disk / "c").facts["step"] == load(disk / "c" / "best")[1]["step"] == 2
+
+
+def test_a_disk_that_is_read_only_is_named(tmp_path):
+    with small_disk(tmp_path / "disk", 1 << 20) as disk:
+        store(disk, 1)
+        mount("-o", "remount,ro", str(disk))
+        with pytest.raises(CheckpointError, match=rf"cannot write .*: {os.strerror(errno.EROFS)}"):
+            store(disk, 2)
+        assert latest(disk).facts["step"] == 1
 
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path):
@@ -245,40 +315,52 @@ def test_everything_is_durable_before_the_name_appears(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", watched_fsync)
     monkeypatch.setattr(os, "rename", watched_rename)
-    store(tmp_path / "c", 1)
-    aside = f"step-00000001.tmp-{os.getpid()}"
-    assert calls[:5] == ["state.pt", "facts.json", "sha256.json", aside, "rename"]
-    assert calls[5:] == ["c", tmp_path.name]
+    store(tmp_path / "c", 1, best=True)
+    step, best = (f"{name}.tmp-{os.getpid()}" for name in ("step-00000001", "best"))
+    assert calls[:4] == ["state.pt", "facts.json", "sha256.json", step]
+    # The step is there no sooner than the best that a run which goes on from it will not save.
+    assert calls[4:] == [best, "rename", "c", "rename", "c", tmp_path.name]
 
 
-# Forks writers that are killed; fork, because importing torch each time takes seconds. A writer
-# saves step after step and after each also "best". `arm` decides when it dies.
+# Forks writers that are killed; fork, because importing torch each time takes seconds. Of three
+# steps one writer saves the first as "best" alone, the second for itself, the third as both.
+# `arm` decides when it dies.
 WRITER = """
 import os, random, signal, sys
 from pathlib import Path
 import torch
 from kdfuse.engine.run.checkpoint import latest, load, save, step_name
+from kdfuse.engine.run.writer import Writer
 
 def state(step):
     return {"student": {"w": torch.full((100_000,), float(step))}}
 
-def write(folder, start, pipe):
+def write(folder, start, pipe, save=save):
     for step in range(start, start + 10_000):
-        save(folder, step_name(step), state(step), {"step": step}, keep=2)
-        save(folder, "best", state(step), {"step": step})
+        name = "best" if step % 3 == 1 else step_name(step)
+        save(folder, name, state(step), {"step": step}, keep=2, best=step % 3 == 0)
         os.write(pipe, b".")
 
-def check(folder, at_least):
+def write_in_a_thread(folder, start, pipe):
+    with Writer(print) as writer:
+        write(folder, start, pipe, writer.save)
+
+def newest(kinds, step):
+    return max(s for s in range(step + 1) if s % 3 in kinds)
+
+def check(folder, saved):
     found = latest(folder)
     assert found is not None and found.skipped == [], found
-    assert found.facts["step"] >= at_least, (found.facts, at_least)
+    at = found.facts["step"]
+    assert at >= newest((0, 2), saved), (at, saved)
     best, facts = load(folder / "best")
-    for got, step in ((found.state, found.facts["step"]), (best, facts["step"])):
+    for got, step in ((found.state, at), (best, facts["step"])):
         assert torch.equal(got["student"]["w"], state(step)["student"]["w"])
-    assert facts["step"] <= found.facts["step"]
-    return found.facts["step"]
+    # Never older than what a run that goes on from here has saved before.
+    assert newest((0, 1), at) <= facts["step"] <= at + 2, (at, facts)
+    return at
 
-def life(folder, start, arm, saves, polls):
+def life(folder, start, arm, saves, polls, write=write):
     reading, writing = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -297,10 +379,12 @@ def life(folder, start, arm, saves, polls):
 
 def at_random(folder):
     seen = 0
-    for _ in range(8):
-        saves = random.randint(1, 4)
-        life(folder, seen + 1, lambda: None, saves, random.randint(0, 4000))
-        seen = check(folder, seen + saves)
+    for turn in range(12):
+        saves = random.randint(1, 5)
+        how = (write, write_in_a_thread)[turn % 2]
+        life(folder, seen + 1, lambda: None, saves, random.randint(0, 4000), how)
+        # A thread may not have begun yet with the last.
+        seen = check(folder, seen + saves - turn % 2)
 
 def at_each_call(folder):
     def arm(n):
@@ -312,12 +396,10 @@ def at_each_call(folder):
                     os.kill(os.getpid(), signal.SIGKILL)
                 return call(*args, **kwargs)
             return inner
-        for name in ("fsync", "rename", "mkdir", "rmdir", "unlink"):
+        for name in ("fsync", "rename", "mkdir", "rmdir", "unlink", "link"):
             setattr(os, name, deadly(getattr(os, name)))
     seen = 0
-    save(folder, step_name(0), state(0), {"step": 0})
-    save(folder, "best", state(0), {"step": 0})
-    # The third step is the first that prunes: two and a half steps of calls, all of them.
+    # Three steps are 52 calls: each of them, from whichever step a life begins with.
     for n in range(1, 70):
         life(folder, seen + 1, lambda: arm(n), 0, 0)
         seen = check(folder, seen)
@@ -325,6 +407,7 @@ def at_each_call(folder):
 
 torch.set_num_threads(1)
 random.seed(int(sys.argv[3]))
+save(Path(sys.argv[2]), step_name(0), state(0), {"step": 0}, best=True)
 globals()[sys.argv[1]](Path(sys.argv[2]))
 """
 

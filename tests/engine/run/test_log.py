@@ -3,12 +3,14 @@
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from disks import fill, small_disk
 
 from kdfuse.engine.run import log
 from kdfuse.engine.run.log import RunLog
@@ -123,6 +125,78 @@ def test_tensorboard_holds_the_same_numbers(tmp_path: Path) -> None:
     board.Reload()
     assert [(e.step, e.value) for e in board.Scalars("epoch/top1")] == [(4, 54.0), (8, 58.0)]
     assert [e.step for e in board.Scalars("step/loss")] == [2, 4, 6, 8]
+
+
+def test_on_a_full_disk_a_log_loses_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is full after the first record, has room for half of one later, and then for all."""
+    many = {f"slt{i}_loss": float(i) for i in range(400)}
+
+    def records(run: RunLog, steps: range) -> None:
+        for step in steps:
+            run.step(step, step / 4, many, 1.0, 0.0)
+
+    with small_disk(tmp_path / "disk", 1 << 20) as disk:
+        with RunLog(disk, 8, 2) as run:
+            filler = fill(disk)
+            records(run, range(1, 4))
+            run.note("told while it is full")
+            os.truncate(filler, filler.stat().st_size - 8192)
+            records(run, range(4, 6))
+            assert shutil.disk_usage(disk).free == 0
+            filler.unlink()
+            records(run, range(6, 9))
+            run.end({})
+        kinds = ["start", *["step"] * 3, "note", *["step"] * 5, "end"]
+        found = log.read(disk / "log.jsonl")
+        assert [record["kind"] for record in found] == kinds
+        assert all(record[name] == many[name] for record in found[1:4] for name in many)
+        told = capsys.readouterr().out
+        for name in ("log.jsonl", "tfevents"):
+            lines = [line for line in told.splitlines() if "cannot write" in line and name in line]
+            assert len(lines) == 1 and lines[0].endswith(log.LATER)
+        reading = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+        board = reading.EventAccumulator(str(disk / "tensorboard"))
+        board.Reload()
+        assert [e.step for e in board.Scalars("step/slt7_loss")] == list(range(1, 9))
+
+
+def test_on_a_full_disk_a_run_neither_begins_nor_ends(tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", 1 << 20) as disk:
+        filler = fill(disk)
+        with pytest.raises(OSError, match=r"No space left on device: .*log\.jsonl"):
+            RunLog(disk, 8, 2)
+        filler.unlink()
+        with RunLog(disk, 8, 2, resume_step=0) as run:
+            fill(disk)
+            with pytest.raises(OSError, match=r"No space left on device: .*log\.jsonl"):
+                run.end({f"slt{i}_top1": 1.0 for i in range(400)})
+        assert [r["kind"] for r in log.read(disk / "log.jsonl")] == ["start"]
+        with pytest.raises(OSError, match=r"No space left on device: .*log\.jsonl"):
+            RunLog(disk, 8, 2, resume_step=0)
+        assert [r["kind"] for r in log.read(disk / "log.jsonl")] == ["start"]
+
+
+def test_a_run_needs_no_tensorboard(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("tensorboard")
+    (tmp_path / "tensorboard").write_text("")
+    train(tmp_path, 1, 8)
+    told = [line for line in capsys.readouterr().out.splitlines() if "cannot write" in line]
+    assert len(told) == 1 and "tensorboard: File exists; the run goes on without it" in told[0]
+    assert log.read(tmp_path / "log.jsonl")[-1]["kind"] == "end"
+
+
+def test_what_is_printed_may_go_to_a_full_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full = open("/dev/full", "w")  # noqa: SIM115  # what it still holds, it cannot write either
+    monkeypatch.setattr(sys, "stdout", full)
+    train(tmp_path, 1, 8)
+    monkeypatch.undo()
+    with pytest.raises(OSError, match="No space left"):
+        full.close()
+    assert log.read(tmp_path / "log.jsonl")[-1]["kind"] == "end"
 
 
 def test_progress_bar_on_a_terminal(tmp_path: Path) -> None:

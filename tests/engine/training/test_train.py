@@ -14,15 +14,17 @@ from processes import together
 from tiny import tiny
 
 import kdfuse.engine
+from kdfuse.engine.cli.export import export
 from kdfuse.engine.data.loaders import make_loader
 from kdfuse.engine.data.loaders.decoding import Mode
 from kdfuse.engine.data.sources import open_source
+from kdfuse.engine.models import create
 from kdfuse.engine.run import environment
 from kdfuse.engine.run.checkpoint import load, save
 from kdfuse.engine.run.folder import held
 from kdfuse.engine.run.log import read
-from kdfuse.engine.training.build import build
-from kdfuse.engine.training.classification import _pixels_of, begin
+from kdfuse.engine.training.build import build, deployed_by
+from kdfuse.engine.training.classification import Classification, _pixels_of, begin
 from kdfuse.engine.training.evaluate import evaluate, hits, measure
 from kdfuse.engine.training.meters import Diverged
 from kdfuse.engine.training.process import settings
@@ -33,6 +35,7 @@ from kdfuse.engine.training.start import train
 pytestmark = pytest.mark.slow(35)
 
 LAST = "step-00000010"
+NETWORKS = ["also", "ema", "head", "slts", "student"]
 
 
 @pytest.fixture(scope="module")
@@ -132,8 +135,6 @@ def test_a_method_with_a_teacher_reports_every_network(digits, teacher, tmp_path
     assert sorted(state["optimizers"]) == ["slt0", "slt1", "student"]
     assert len(state["slts"]) == 2 and facts["step"] == 10
     assert not any("teacher" in key for key in state)
-    best, _ = load(run / "checkpoints" / "best")
-    assert sorted(best) == ["also", "ema", "head", "slts", "student"] and best["head"] is None
     shutil.rmtree(copy)  # a run is evaluated from its own checkpoints alone
     again = evaluate(run)["last"]
     for name in ("top1", "slt0_top1", "slt1_top1", "ema_top1"):
@@ -172,6 +173,28 @@ def test_checkpoints_and_records_come_when_they_are_due(digits, tmp_path):
     assert [r["step"] for r in records if r["kind"] == "step"] == [3, 5, 6, 9, 10, 12, 15]
     evaluated = {r["epoch"]: "top1" in r for r in records if r["kind"] == "epoch"}
     assert evaluated == {1.0: False, 2.0: True, 3.0: True}
+
+
+@pytest.mark.parametrize("top1", [(40.0, 60.0), (60.0, 40.0)], ids=["rises", "falls"])
+def test_the_best_is_a_steps_checkpoint_or_networks_alone(top1, digits, tmp_path, monkeypatch):
+    """Readers take both. After the first epoch no checkpoint is due, at the end one is."""
+    scores = iter(top1)
+    monkeypatch.setattr(Classification, "evaluate", lambda task: {"top1": next(scores)})
+    run = {"checkpoint_every": 4, "keep": 1}
+    folder = train(tiny(digits, "fitnet", run=run), tmp_path / "run")  # whose head is not kept
+    monkeypatch.undo()
+    best, facts = load(folder / "checkpoints" / "best")
+    step = folder / "checkpoints" / LAST / "state.pt"
+    if top1[1] > top1[0]:
+        assert facts["step"] == 10 and "optimizers" in best and best["head"] is not None
+        assert step.samefile(folder / "checkpoints" / "best" / "state.pt")
+    else:
+        assert facts["step"] == 5 and sorted(best) == NETWORKS and best["head"] is None
+    assert evaluate(folder)["best"]["step"] == facts["step"]
+    exported = create("resnet8", 10, export(folder, tmp_path / "student.pt"))
+    for student in (exported, create("resnet8", 10, folder), deployed_by(folder, 10)[0]):
+        for key, value in student.state_dict().items():
+            assert torch.equal(value, best["student"][key]), key
 
 
 def test_an_existing_folder_is_left_alone(digits, tmp_path):
