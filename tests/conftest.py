@@ -75,6 +75,23 @@ def variant(request):
         assert facts()[fact]() == wanted, f"--sees {sees}, but it is {facts()[fact]()}"
 
 
+@pytest.fixture
+def apex(tmp_path, monkeypatch):
+    """The folder, not made yet, of a package named apex that is found before all others.
+
+    What is imported of it is forgotten, or a later test would find it: find_spec asks sys.modules.
+    """
+
+    def forget():
+        for name in [n for n in sys.modules if n == "apex" or n.startswith("apex.")]:
+            del sys.modules[name]
+
+    forget()
+    monkeypatch.syspath_prepend(tmp_path)
+    yield tmp_path / "apex"
+    forget()
+
+
 def facts():
     """What may vary between machines, each as text."""
     import torch

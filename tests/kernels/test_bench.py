@@ -1,6 +1,5 @@
 """The benchmark of the losses: what its records hold, and that nothing is left out in silence."""
 
-import importlib
 import json
 import os
 import subprocess
@@ -328,13 +327,11 @@ def test_a_plot_without_matplotlib_is_refused_before_anything_is_measured(tmp_pa
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_apex_of_another_project_is_told_apart(tmp_path, monkeypatch) -> None:
-    (tmp_path / "apex").mkdir()
-    (tmp_path / "apex/__init__.py").touch()
-    monkeypatch.syspath_prepend(tmp_path)
+def test_the_apex_of_another_project_is_told_apart(apex) -> None:
+    apex.mkdir()
+    (apex / "__init__.py").touch()
     assert "is not NVIDIA's" in providers.why_not("apex", "cuda")
-    (tmp_path / "apex/contrib").mkdir()
-    importlib.invalidate_caches()  # a folder's time of change may not tell two changes apart
+    (apex / "contrib").mkdir()
     assert providers.why_not("apex", "cuda") == ""
     assert providers.why_not("apex", "cpu") == "its kernels need a GPU"
     assert "cannot be imported" in str(providers.loss_of("apex", "ce", CASES["ce"]))

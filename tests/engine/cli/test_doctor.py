@@ -41,13 +41,9 @@ def test_compilers_absent(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(("folder", "state"), [("optimizers", "ok"), ("views", "absent")])
-def test_the_two_projects_named_apex(
-    folder: str, state: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "apex" / folder).mkdir(parents=True)
-    (tmp_path / "apex" / "__init__.py").write_text("raise ImportError('must not be imported')\n")
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "apex", raising=False)
+def test_the_two_projects_named_apex(folder: str, state: str, apex: Path) -> None:
+    (apex / folder).mkdir(parents=True)
+    (apex / "__init__.py").write_text("raise ImportError('must not be imported')\n")
     [finding] = doctor_module._apex()
     assert "apex" not in sys.modules
     assert finding.state == state

@@ -173,24 +173,11 @@ NVIDIAS = {
 PYPIS = {"__init__.py": "raise ImportError('UnencryptedCookieSessionFactoryConfig')\n"}
 
 
-@pytest.fixture
-def apex(tmp_path, monkeypatch):
-    """Puts a package named apex, of these files, before all others."""
-
-    def put(files, **words):
-        for name, text in files.items():
-            path = tmp_path / "apex" / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text.format(**words) if words else text)
-        monkeypatch.syspath_prepend(tmp_path)
-
-    def forget():
-        for name in [n for n in sys.modules if n == "apex" or n.startswith("apex.")]:
-            monkeypatch.delitem(sys.modules, name)
-
-    forget()
-    yield put
-    forget()
+def put(apex, files, **words):
+    for name, text in files.items():
+        path = apex / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text.format(**words) if words else text)
 
 
 def on_cuda(optim):
@@ -200,7 +187,7 @@ def on_cuda(optim):
 
 
 def test_nvidias_apex_is_taken_on_cuda_alone(apex):
-    apex(NVIDIAS, available=True)
+    put(apex, NVIDIAS, available=True)
     optim = Optim(name="lamb", lr=0.1, betas=(0.8, 0.9), weight_decay=0.02)
     made = on_cuda(optim)
     assert class_of({"student": made}) == "apex.optimizers.FusedLAMB"
@@ -215,7 +202,7 @@ def test_nvidias_apex_is_taken_on_cuda_alone(apex):
 
 
 def test_pypis_apex_is_another_project(apex):
-    apex(PYPIS)
+    put(apex, PYPIS)
     assert largebatch.is_nvidias_apex() is False
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -232,7 +219,7 @@ def test_pypis_apex_is_another_project(apex):
     ],
 )
 def test_an_apex_that_is_not_whole_is_named(files, words, why, apex):
-    apex(files, **words)
+    put(apex, files, **words)
     with pytest.warns(UserWarning, match=f"optim.name: lamb is timm's.* {why}"):
         made = on_cuda(Optim(name="lamb", lr=0.1))
     assert class_of({"student": made}) == "timm.optim.lamb.Lamb"
