@@ -5,8 +5,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .recipe.load import Recipe
     from .training.start import train
+    from .training.stop import Stopped
 
-__all__ = ["Recipe", "train"]
+__all__ = ["Recipe", "Stopped", "train"]
 
 
 def __getattr__(name: str) -> Any:
@@ -19,4 +20,8 @@ def __getattr__(name: str) -> Any:
         from .training.start import train
 
         return train
+    if name == "Stopped":
+        from .training.stop import Stopped
+
+        return Stopped
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -21,6 +21,10 @@ import pytest
 # the tests compute the same everywhere. Read when torch first needs it; their processes inherit it.
 os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_VNNI")
 
+# What starts the tests is no part of them: a run goes on by itself where these are set.
+for _name in ("SLURM_JOB_ID", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT"):
+    os.environ.pop(_name, None)
+
 # Variables that pytest sets for each test; and once, PyTorch where it compiles and scikit-learn.
 ELSEWHERE = ("PYTEST_", "TORCHINDUCTOR_", "_TORCHINDUCTOR_", "TRITON_", "KMP_")
 

@@ -28,8 +28,8 @@ ARROWS = {
 }
 # A file of training may import those before it.
 TRAINING = (
-    "ranks peers process speed compiled scalars ema rate groups largebatch optim meters step "
-    "captured learner networks build state evaluate task classification loop start"
+    "rendezvous ranks peers process speed compiled scalars ema rate groups largebatch optim meters "
+    "step captured learner networks build state evaluate task classification stop loop start"
 ).split()
 # What a file leaves to others, by folder or file.
 NEVER = {

@@ -26,7 +26,8 @@ ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ["tests/kernels", *(f"tests/engine/{x}" for x in ("methods", "models", "training"))]
 LEFT_OUT = [
     *("test_triton*", "test_cuda_build*", "test_instructions*", "test_bench*"),
-    *("test_gpu*", "*_gpu.py", "test_resume*", "test_compiled*", "test_begun*", "test_durable*"),
+    *("test_gpu*", "*_gpu.py", "test_resume*", "test_stop*", "test_compiled*", "test_begun*"),
+    "test_durable*",
 ]
 
 

@@ -14,6 +14,7 @@ from .recipes import number, wide
 
 if TYPE_CHECKING:
     from ..recipe.load import AnyRecipe
+    from ..run.folder import Resume
     from ..run.set import Member
 
 
@@ -32,10 +33,14 @@ def train(
 ) -> None:
     """Train a recipe, or a set: several recipes, or several seeds with the word seeds=N.
 
-    The word resume=true goes on with a run or a set that was stopped.
+    The word resume=true goes on with a run or a set that was stopped; resume=auto begins where
+    there is none, and is what is meant under torchrun and Slurm, which may start a command again.
     """
+    from ..run import job
+
     words = [word for word in given if "=" in word]
-    resume = _take(words, "resume", "false", "true|false", "true or false") == "true"
+    default = "auto" if job.starts_again() else "false"
+    resume = _take(words, "resume", default, "true|false|auto", "true, false or auto")
     seeds = int(_take(words, "seeds", "1", "[1-9][0-9]*", "a whole number above 0"))
     from ..recipe.load import load
     from ..report.tables import published
@@ -46,16 +51,20 @@ def train(
     one = load(names[0], words) if len(names) == 1 and seeds == 1 else None
     runs = [] if one else members(names, words, seeds)
     published(_written(runs))  # no cell has two recipes: said before anything is trained
-    folder = out or _default_out(default_folder(one) if one else default_base(runs), resume)
+    goes_on: Resume = "auto" if resume == "auto" else resume == "true"
+    if out is None:
+        folder, goes_on = _default_out(default_folder(one) if one else default_base(runs), goes_on)
+    else:
+        folder = out
     from ..training.start import train as run  # torchvision and DALI: not before it is known good
 
     try:
         if one is None:
-            failures = train_set(runs, folder, resume, run)
+            failures = train_set(runs, folder, goes_on, run)
         else:
-            run(one, folder, resume)
-    except KeyboardInterrupt:
-        print(f"stopped; resume=true goes on from the last checkpoint of {folder}", file=sys.stderr)
+            run(one, folder, goes_on)
+    except KeyboardInterrupt:  # not of a step, which would have been finished
+        print(f"stopped; the same with --out {folder} resume=auto goes on", file=sys.stderr)
         raise typer.Exit(130) from None
     if one is None:
         _print_set(runs, folder, failures)
@@ -116,13 +125,29 @@ def _take(words: list[str], key: str, default: str, form: str, wants: str) -> st
     return values[-1] if values else default
 
 
-def _default_out(base: Path, resume: bool) -> Path:
-    """BASE-N: the next number, or the newest folder to go on with.
+def _default_out(base: Path, resume: Resume) -> tuple[Path, Resume]:
+    """BASE-N: the next number, or the newest folder to go on with; and whether to go on there.
 
+    With "auto" that is the newest that this command began, in this job where it is of one: an
+    agent or Slurm that starts it again means the same run, and a new job begins another.
     Processes of one torchrun agree: none creates its folder before all have come this far.
     """
+    from ..run import job
+    from ..run.folder import begun_here
+
     tails = [path.name.removeprefix(f"{base.name}-") for path in base.parent.glob(f"{base.name}-*")]
-    newest = max((int(tail) for tail in tails if tail.isdigit()), default=0)
-    if resume and newest == 0:
+    numbers = sorted(int(tail) for tail in tails if tail.isdigit())
+    there = [base.with_name(f"{base.name}-{number}") for number in reversed(numbers)]
+    if resume == "auto":
+        nameless = job.under_torchrun() and job.name() is None
+        if nameless and job.restarted():
+            raise ValueError(
+                "torchrun started this again, and nothing tells its job from others: name the "
+                "folder with --out DIR, or the job with torchrun --rdzv-id NAME"
+            )
+        there = [folder for folder in there if not nameless and begun_here(folder)]
+    elif resume and not there:
         raise ValueError(f"resume=true: there is no {base}-N to go on with; add --out DIR")
-    return base.with_name(f"{base.name}-{newest if resume else newest + 1}")
+    if resume and there:
+        return there[0], resume
+    return base.with_name(f"{base.name}-{max(numbers, default=0) + 1}"), False

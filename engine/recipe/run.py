@@ -64,6 +64,12 @@ class Run(Strict):
     )
     keep: int = Field(2, ge=1, description="newest checkpoints kept, beside the best")
     eval_every: int = Field(1, ge=1, description="epochs between two evaluations")
+    time_limit: float | None = Field(
+        None,
+        gt=0,
+        description="minutes after the start of the process, or of the torchrun above it, by "
+        "which the run has stopped with a checkpoint; null: none",
+    )
     deterministic: bool | None = Field(
         None, description="refuse operations whose result may vary; null: by run.speed"
     )

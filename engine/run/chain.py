@@ -10,7 +10,7 @@ from typing import Any
 
 from ..recipe.load import Recipe
 from ..recipe.run import LEFT_OPEN
-from .folder import RECIPE, flat
+from .folder import RECIPE, Resume, flat
 
 # What a run shares with those that train its teachers: where it runs, not what it computes.
 SHARED = (
@@ -24,7 +24,7 @@ SHARED = (
 # And how it is computed; a teacher that is there, or begun, stays with what it was begun with.
 NUMERICS = ("run.speed", "run.channels_last", *(f"run.{name}" for name in LEFT_OPEN))
 
-Train = Callable[[Recipe, Path, bool], Path]
+Train = Callable[[Recipe, Path, Resume], Path]
 
 
 def trained(recipe: Recipe, runs: Path, train: Train) -> Recipe:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ... import __version__
+from . import job
 
 PACKAGES = ("numpy", "torchvision", "timm", "triton", "nvidia-dali-cuda130", "pillow", "pydantic")
 
@@ -21,6 +22,7 @@ def environment(world: int) -> dict[str, Any]:
         "kdfuse": __version__,
         "commit": commit(Path(__file__).resolve().parent),
         "command": sys.argv,
+        "job": job.name(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,

@@ -4,21 +4,31 @@ import fcntl
 import json
 import os
 import re
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ..recipe.load import load
 from ..recipe.run import LEFT_OPEN
 from ..recipe.schema import RecipeBase
+from . import job
 from .disk import write_whole
 from .environment import environment
 
-RECIPE, ENVIRONMENT = "recipe.yaml", "environment.json"
+# Whether a run goes on; "auto": where its folder holds one, else it begins.
+Resume = bool | Literal["auto"]
 
-# Settings that change no number of a run, so that a resumed run may have others. Weights that
-# were read from a file stand in the checkpoint, or are compared by digest: files may move.
+RECIPE, ENVIRONMENT = "recipe.yaml", "environment.json"
+UNFINISHED = ".tmp"
+# What there may be of a run that was killed before it began.
+SCRAPS = {ENVIRONMENT, ENVIRONMENT + UNFINISHED, RECIPE + UNFINISHED}
+
+# Settings that change nothing of what is trained, so that a resumed run may have others: of the
+# logged means of an epoch run.log_every changes the last digit, and run.eval_batch may that of an
+# evaluation. Weights that were read from a file stand in the checkpoint, or are compared by digest:
+# files may move.
 FREE = {
     "name",
     "description",
@@ -28,6 +38,10 @@ FREE = {
     "data.bad_images",
     "data.loader",  # of this and run.speed what they come to is compared
     "run.keep",
+    "run.log_every",
+    "run.eval_batch",
+    "run.checkpoint_every",
+    "run.time_limit",
     "run.speed",
     "run.teacher_at_chance",
     "run.timeout",
@@ -41,9 +55,6 @@ CARRIED_OUT = {
     "run.device",
     "run.capture",
     "run.threads",
-    "run.eval_batch",
-    "run.log_every",
-    "run.checkpoint_every",
 }
 
 
@@ -57,24 +68,49 @@ def one_word(name: str) -> str:
     return re.sub(r"[^\w.-]+", "-", name)
 
 
+def begun(folder: Path) -> bool:
+    """Whether a run is in the folder; somebody may have lost its recipe."""
+    return (folder / RECIPE).exists() or (folder / "checkpoints").is_dir()
+
+
+def begun_here(folder: Path) -> bool:
+    """Whether this command began the run, or a run of the set, in a folder: in this job, where
+    there is one."""
+    facts = [folder / ENVIRONMENT, *folder.glob(f"*/{ENVIRONMENT}")]
+    read = [json.loads(path.read_text(encoding="utf-8")) for path in facts if path.is_file()]
+    return any((one.get("job"), one.get("command")) == (job.name(), sys.argv) for one in read)
+
+
 def occupied(folder: Path) -> bool:
     """Whether something is in the folder. ValueError for a file of that name."""
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"out = {folder}: a file of that name exists; choose another folder")
-    return folder.exists() and any(folder.iterdir())
+    return folder.exists() and any(path.name not in SCRAPS for path in folder.iterdir())
 
 
 def check_folder(folder: Path, recipe: RecipeBase, resume: bool) -> None:
-    """Raise ValueError unless the folder is new or empty, or `resume` may go on with it."""
-    if not occupied(folder):
-        return
-    if not resume:
-        raise ValueError(
-            f"out = {folder}: not empty; choose another folder, or resume=true to go on with it"
-        )
-    if (folder / RECIPE).exists():
-        drift = changes(plain(load(folder / RECIPE)), plain(recipe))
-        refuse(drift, f"cannot resume {folder}: the recipe is not the one it was started with")
+    """Raise ValueError unless the folder is new or empty, or with `resume` holds a run of the
+    recipe."""
+    if begun(folder):
+        if not resume:
+            raise ValueError(
+                f"out = {folder}: not empty; choose another folder, or resume=true to go on with it"
+            )
+        if (folder / RECIPE).exists():
+            drift = changes(plain(load(folder / RECIPE)), plain(recipe))
+            refuse(drift, f"cannot resume {folder}: the recipe is not the one it was started with")
+    elif occupied(folder):
+        raise ValueError(f"out = {folder}: not empty, and no run is in it; choose another folder")
+    elif resume:
+        raise nothing_there(folder)
+
+
+def nothing_there(folder: Path) -> ValueError:
+    """The error where a run or a set is to go on and was never begun."""
+    return ValueError(
+        f"resume=true: there is nothing in {folder} to go on with; leave the word out to begin "
+        "there, or set resume=auto, which does either"
+    )
 
 
 def create_folder(folder: Path, recipe: RecipeBase, world: int) -> None:

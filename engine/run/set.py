@@ -15,10 +15,10 @@ from pathlib import Path
 from ..recipe import problems, yamlfile
 from ..recipe.load import AnyRecipe, load, recipes
 from ..recipe.schema import RecipeError
-from .folder import RECIPE, check_folder, occupied, one_word
+from .folder import RECIPE, Resume, check_folder, nothing_there, occupied, one_word
 from .past import read_run
 
-Train = Callable[[AnyRecipe, Path, bool], Path]
+Train = Callable[[AnyRecipe, Path, Resume], Path]
 
 
 @dataclass(frozen=True)
@@ -86,15 +86,15 @@ def default_base(runs: list[Member]) -> Path:
     return Path("runs") / one_word(f"{'-'.join(shared)}-set")
 
 
-def train_set(runs: list[Member], folder: Path, resume: bool, train: Train) -> list[str]:
+def train_set(runs: list[Member], folder: Path, resume: Resume, train: Train) -> list[str]:
     """Train the runs into `folder`, one subfolder each; a line for each run that failed.
 
     `train(recipe, folder, resume)` trains one. A run that fails does not stop the next; under
     torchrun it does, because the other processes may be waiting for this one in the middle of a
     step: its error is raised. With `resume`, finished runs are left alone, unfinished ones go on,
     and runs that were not there start. Raises ValueError, before anything is trained, for a folder
-    with something in it and no `resume`, for one that is a single run, and where runs in it were
-    trained by another recipe.
+    with something in it and no `resume`, for an empty one with True, for one that is a single run,
+    and where runs in it were trained by another recipe.
     """
     if occupied(folder):
         if (folder / RECIPE).exists():
@@ -104,6 +104,8 @@ def train_set(runs: list[Member], folder: Path, resume: bool, train: Train) -> l
                 f"out = {folder}: not empty; choose another folder, or resume=true to go on with "
                 "the set"
             )
+    elif resume is True:
+        raise nothing_there(folder)
     others = [line for run in runs if (line := _of_another_recipe(folder / run.folder, run.recipe))]
     if others:
         raise ValueError("\n".join(others))
@@ -116,7 +118,7 @@ def train_set(runs: list[Member], folder: Path, resume: bool, train: Train) -> l
             print(f"\n[{number}/{len(runs)}] {out}{state}", flush=True)
         try:
             if not finished:
-                train(run.recipe, out, resume)
+                train(run.recipe, out, resume and "auto")
         except Exception as error:
             if int(os.environ.get("WORLD_SIZE", "1")) > 1:
                 raise

@@ -19,6 +19,7 @@ from .optim import class_of
 from .peers import agree, together
 from .ranks import Group
 from .rate import lr_at
+from .stop import Stop
 from .task import Task
 
 
@@ -40,8 +41,8 @@ class Loop:
         self.epochs = recipe.run.stop_epoch or recipe.run.epochs
         self.doing = "making ready"  # for what is said where a process fails
 
-    def run(self, resume: bool) -> None:
-        """From wherever the run stands to its end."""
+    def run(self, resume: bool) -> str:
+        """From wherever the run stands to its end; why it ended before it was finished, else ""."""
         state, first = self.state, self.group.first
         if not first:
             self.compilations.say = lambda text: None
@@ -62,20 +63,31 @@ class Loop:
                 lambda: self.open(opened, state.done if resume else None, facts),
             )
             self.writer = opened.enter_context(Writer(log.note))
+            run = self.recipe.run
+            self.stop = opened.enter_context(Stop(self.group, run.time_limit, run.timeout))
             for note in notes:
                 log.note(note)
             self.compilations.say = log.say
+            if state.done % self.epoch_steps == 0 and state.meters.epoch.any():
+                self.finish_epoch(state.done // self.epoch_steps, log)  # it stopped before that
             for epoch in range(state.done // self.epoch_steps, self.epochs):
                 with self.compilations.phase("training", log.note):
                     self.train_epoch(epoch, log)
+                if self.stop.why:
+                    held_by = step_name(state.done)
+                    log.note(f"stopped by {self.stop.why}, resume=true goes on from {held_by}")
+                    break
                 self.finish_epoch(epoch + 1, log)
             self.writer.finish()
-            log.end({f"{k}_{n}": v for k, row in state.results.items() for n, v in row.items()})
-        if first:
+            if not self.stop.why:
+                results = state.results.items()
+                log.end({f"{k}_{n}": v for k, row in results for n, v in row.items()})
+        if first and not self.stop.why:
             try:
                 report([self.folder], self.folder / "report.html")
             except OSError as error:  # a page is no reason for a finished run to fail
                 print(f"{error}; kdfuse report {self.folder} writes the page", flush=True)
+        return self.stop.why
 
     def open(self, opened: ExitStack, resume_step: int | None, facts: dict[str, Any]) -> RunLog:
         """The run's log, with the folder held by the first process as long as `opened` is."""
@@ -93,7 +105,10 @@ class Loop:
         return opened.enter_context(log)
 
     def train_epoch(self, epoch: int, log: RunLog) -> None:
-        """The steps of an epoch that are not done yet, with their log records and checkpoints."""
+        """The steps of an epoch that are not done yet, with their log records and checkpoints.
+
+        Told to stop, it saves and leaves out the rest.
+        """
         state, run = self.state, self.recipe.run
         clock = Clock()
         start = state.done % self.epoch_steps
@@ -110,8 +125,10 @@ class Loop:
                 at = state.done / self.epoch_steps
                 log.step(state.done, at, values, speed * run.batch, waiting)
             self.writer.check()
-            if not last and self.checkpoint_is_due():
+            if self.stop.asked() or (not last and self.checkpoint_is_due()):
                 self.save(step_name(state.done))
+            if self.stop.why:
+                return
 
     def finish_epoch(self, epoch: int, log: RunLog) -> None:
         """Evaluate and save after `epoch` finished epochs, where that is due."""

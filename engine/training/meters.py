@@ -39,14 +39,8 @@ class Meters:
         now = self.bad_step.clamp(max=step)
         self.bad_step.copy_(torch.where(loss.isfinite(), self.bad_step, now))
 
-    def gather(self) -> None:
-        """Join the processes' windows on the first one. Raises Diverged.
-
-        Done before each checkpoint, so that sums are taken in the same order after a resume.
-        """
-        self.group.sum(self.window)
-        if not self.group.first:
-            self.window.zero_()
+    def check(self) -> None:
+        """Raises Diverged where a loss of any process was not finite."""
         bad = self.group.min(self.bad_step).item()
         if bad != float("inf"):
             raise Diverged(
@@ -56,7 +50,7 @@ class Meters:
 
     def read(self) -> dict[str, float]:
         """Means of the window (top1 and top5 in percent); the window moves into the epoch."""
-        self.gather()
+        self.check()
         window = self.group.sum(self.window.clone())
         self.epoch += window
         self.window.zero_()
@@ -74,15 +68,20 @@ class Meters:
         return {n: 100 * v / rows if n.endswith(COUNTS) else v / steps for n, v in total.items()}
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps, after gather()."""
-        return {"names": self.names, "window": self.window, "epoch": self.epoch}
+        """What a checkpoint keeps: of a window also each process's own sums, so that they are
+        added up in the same order after a resume. All processes call it."""
+        own = self.group.all(self.window.cpu())
+        window = torch.stack(own).sum(0)
+        return {"names": self.names, "window": window, "windows": own, "epoch": self.epoch}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.names = list(state["names"])
-        self.window = state["window"].to(self.group.device)
         self.epoch = state["epoch"].to(self.group.device)
-        if not self.group.first:
-            self.window = torch.zeros_like(self.window)
+        own = state.get("windows", [])  # the first of several processes had them all once
+        if len(own) != self.group.world:
+            rest = torch.zeros_like(state["window"])
+            own = [state["window"], *[rest] * (self.group.world - 1)]
+        self.window = own[self.group.rank].to(self.group.device)
 
 
 class Clock:

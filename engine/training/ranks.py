@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..data.schedule import share
 from ..recipe.run import Run
+from .rendezvous import meet
 
 # The option's name changed: newer releases warn about the old one, older ones lack the new.
 _OPTIONS = inspect.signature(DistributedDataParallel).parameters
@@ -92,16 +93,17 @@ class Group:
             wrapped.register_comm_hook(None, bf16_compress_hook)
         return wrapped
 
+    def statistics(self, modules: Iterable[nn.Module]) -> list[Tensor]:
+        """The running statistics among `modules` that are this process's own; none of one."""
+        norms = [m for m in modules if isinstance(m, _BatchNorm) and self.world > 1]
+        both = [value for norm in norms for value in (norm.running_mean, norm.running_var)]
+        return [value for value in both if value is not None]
+
     def average_batchnorm(self, modules: Iterable[nn.Module]) -> None:
         """Replace running statistics among `modules` by their mean over the processes."""
-        if self.world == 1:
-            return
-        for norm in modules:
-            if isinstance(norm, _BatchNorm) and norm.running_mean is not None:
-                for value in (norm.running_mean, norm.running_var):
-                    assert value is not None
-                    dist.all_reduce(value)
-                    value /= self.world
+        for value in self.statistics(modules):
+            dist.all_reduce(value)
+            value /= self.world
 
 
 def choose_device(name: str, local_rank: int = 0) -> torch.device:
@@ -120,7 +122,7 @@ def join(device: str, timeout: float | None = None) -> Group:
 
     `timeout`: seconds that one may wait for the others in a collective; None: as PyTorch has it.
     A process group that is there already is used as it is. One made here stays until the process
-    ends: a second rendezvous of the same processes would meet the addresses of the first.
+    ends, for its next run.
     """
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
@@ -130,10 +132,12 @@ def join(device: str, timeout: float | None = None) -> Group:
     if dist.is_initialized():
         return Group(dist.get_rank(), dist.get_world_size(), chosen, local_rank)
     if world > 1:
-        limit = None if timeout is None else timedelta(seconds=timeout)
+        place: dict[str, Any] = dict(zip(("store", "rank", "world_size"), meet(), strict=True))
+        if timeout is not None:
+            place["timeout"] = timedelta(seconds=timeout)
         if chosen.type == "cuda":
-            dist.init_process_group("nccl", device_id=chosen, timeout=limit)
+            dist.init_process_group("nccl", device_id=chosen, **place)
         else:
-            dist.init_process_group("gloo", timeout=limit)
+            dist.init_process_group("gloo", **place)
         atexit.register(dist.destroy_process_group)
     return Group(rank, world, chosen, local_rank)

@@ -7,44 +7,74 @@ from pathlib import Path
 
 from ..recipe.load import AnyRecipe, DetectionRecipe, Recipe, load
 from ..recipe.run import Run
+from ..run import job
 from ..run.chain import trained
-from ..run.folder import CARRIED_OUT, RECIPE, changes, check_folder, default_folder, plain, refuse
+from ..run.folder import (
+    CARRIED_OUT,
+    RECIPE,
+    Resume,
+    begun,
+    changes,
+    check_folder,
+    default_folder,
+    plain,
+    refuse,
+)
 from ..run.past import read_run
 from .classification import Classification
 from .compiled import compiling
 from .loop import Loop
-from .peers import agree, named_failures, together
+from .peers import agree, from_first, named_failures, together
 from .process import settings
 from .ranks import Group, join
 from .speed import settled
+from .stop import Stopped
 from .task import Task
 
 
-def train(recipe: AnyRecipe, out: str | Path | None = None, resume: bool = False) -> Path:
+def train(recipe: AnyRecipe, out: str | Path | None = None, resume: Resume | None = None) -> Path:
     """Train what the recipe says and return the run's folder (default: runs/NAME).
 
     Under torchrun every process calls it. With `resume`, a run that was killed goes on from its
-    newest good checkpoint and ends as if it had not been killed. Raises ValueError for a folder
-    with something in it and no `resume`; for a recipe, data or teacher other than those that the
-    run was started with; for a teacher at chance level; for run.device=cuda without CUDA.
-    Raises Diverged, a RuntimeError, when a loss is not finite; PeerError, another one, in all
-    processes where one of them fails, is gone or differs from the first.
+    newest good checkpoint and ends as if it had not been killed; "auto" does so where the folder
+    holds a run, leaves a finished one alone, and else begins. None is "auto" under torchrun and
+    Slurm, which may start a run again, and False elsewhere.
+
+    Raises ValueError for a folder with something in it and no `resume`, or the other way round;
+    for a recipe, data or teacher other than those that the run was started with; for a teacher at
+    chance level; for run.device=cuda without CUDA. Raises Diverged, a RuntimeError, when a loss is
+    not finite; PeerError, another one, in all processes where one of them fails, is gone or differs
+    from the first; Stopped, a SystemExit, where a signal or run.time_limit ended it (see stop.py).
 
     Networks that have `trained_by` and no checkpoint are trained first, beside the run's folder.
     What of the numerics the recipe leaves open is as `run.speed` says; the folder's recipe has it.
     """
     folder = Path(out) if out is not None else default_folder(recipe)
     group = join(recipe.run.device, recipe.run.timeout)
-    recipe = settled(recipe, group.device, _begun(folder) if resume else None)
+
+    def found() -> tuple[str, bool, bool]:
+        auto = resume == "auto" or (resume is None and job.starts_again())
+        finished = auto and (folder / RECIPE).exists() and read_run(folder).finished
+        return str(folder), begun(folder) if auto else bool(resume), finished
+
+    # As the first process sees it: others, on other machines, may see the folder as it was.
+    doing = "looking at the run's folder"
+    name, goes_on, finished = from_first(group, together(group, doing, found), doing)
+    folder = Path(name)
+    recipe = settled(recipe, group.device, _begun_as(folder) if goes_on else None)
     agree(group, "the recipe", lambda: plain(recipe))
-    if isinstance(recipe, Recipe):
-        recipe = trained(recipe, folder.parent, _train_once)
 
     def look() -> None:
         if group.first:
-            check_folder(folder, recipe, resume)
+            check_folder(folder, recipe, goes_on)
 
-    together(group, "looking at the run's folder", look)
+    together(group, doing, look)
+    if finished:
+        if group.first:
+            print(f"{folder}: finished before, nothing is trained", flush=True)
+        return folder
+    if isinstance(recipe, Recipe):
+        recipe = trained(recipe, folder.parent, _train_once)
     with settings(recipe.run), compiling(bool(recipe.run.compile)) as compilations:
         loop: Loop | None = None
         with (
@@ -52,12 +82,14 @@ def train(recipe: AnyRecipe, out: str | Path | None = None, resume: bool = False
             closing(open_task(recipe, group)) as task,
         ):
             loop = Loop(recipe, folder, group, task, compilations)
-            loop.run(resume)
+            why = loop.run(goes_on)
             group.wait()
+    if why:
+        raise Stopped(why)
     return folder
 
 
-def _begun(folder: Path) -> Run | None:
+def _begun_as(folder: Path) -> Run | None:
     """How the run of this folder was begun."""
     return load(folder / RECIPE).run if (folder / RECIPE).exists() else None
 
@@ -71,7 +103,7 @@ def open_task(recipe: AnyRecipe, group: Group) -> Task:
     return Classification(recipe, group)
 
 
-def _train_once(recipe: Recipe, folder: Path, resume: bool) -> Path:
+def _train_once(recipe: Recipe, folder: Path, resume: Resume) -> Path:
     """Train, unless the folder holds the finished run of the same recipe."""
     if resume and read_run(folder).finished:
         was, now = plain(Recipe.load(folder / RECIPE)), plain(recipe)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._pytree import keystr, tree_flatten_with_path
 
@@ -21,6 +22,8 @@ from .optim import class_of, rates, saved, set_lr
 from .peers import from_first, together
 from .ranks import Group
 from .scalars import Scalars
+
+STATISTICS = ("running_mean", "running_var")  # of BatchNorm, by the ends of their names
 
 
 class Networks(Protocol):
@@ -81,9 +84,15 @@ class State:
 
     def average_batchnorm(self) -> None:
         """Give all processes the same running statistics, before anything reads them."""
-        self.group.average_batchnorm(self.networks.modules())
-        for average in self.networks.averages():
-            self.group.average_batchnorm(average.module.modules())
+        self.group.average_batchnorm(self._modules())
+
+    def _statistics(self) -> list[Tensor]:
+        """What average_batchnorm changes."""
+        return self.group.statistics(self._modules())
+
+    def _modules(self) -> Iterator[nn.Module]:
+        averages = [average.module.modules() for average in self.networks.averages()]
+        return chain(self.networks.modules(), *averages)
 
     def save(
         self,
@@ -95,18 +104,21 @@ class State:
     ) -> None:
         """Let `write` write a checkpoint: what a resumed run needs, for "best" the networks alone.
 
-        With `best` that of a step is also the best one. Raises Diverged instead when the losses
-        since the last log record, or the weights, are not finite.
+        With `best` that of a step is also the best one. The run goes on as if there had been none:
+        whenever it is made, the bytes stay the same. Raises Diverged instead when the losses since
+        the last log record, or the weights, are not finite.
         """
         whole = name != checkpoint.BEST
+        own = [value.clone() for value in self._statistics()]
         self.average_batchnorm()
-        self.meters.gather()
+        self.meters.check()
         self._check_finite()
         state = self.networks.weights(whole)
         if whole:
             state |= {
                 "optimizers": {k: saved(o) for k, o in self.optimizers.items()},
                 "meters": self.meters.state_dict(),
+                "statistics": self.group.all([value.cpu() for value in own]),
                 "rng": self.group.all(process.capture()),
             }
         facts = {
@@ -119,6 +131,8 @@ class State:
         }
         if self.group.first:
             write(folder, name, state, facts, keep=self.recipe.run.keep, best=best)
+        for value, was in zip(self._statistics(), own, strict=True):
+            value.copy_(was)
 
     def restore(self, folder: Path) -> list[str]:
         """Go on from the newest checkpoint that is good to the first process, if there is one;
@@ -139,6 +153,10 @@ class State:
         for name, optimizer in self.optimizers.items():
             optimizer.load_state_dict(optimizers[name])
         self.meters.load_state_dict(state["meters"])
+        own = state.get("statistics", [])
+        if len(own) == self.group.world:
+            for value, was in zip(self._statistics(), own[self.group.rank], strict=True):
+                value.copy_(was)
         if self.group.rank < len(state["rng"]):
             process.restore(state["rng"][self.group.rank])
         self.done, self.results = facts["step"], facts["results"]
@@ -155,8 +173,11 @@ class State:
         return found
 
     def identity(self) -> dict[str, Any]:
-        """What all processes of a run have alike before they take a step, of JSON's types."""
-        weights = digest(self.networks.weights(whole=True))
+        """What all processes of a run have alike before they take a step, of JSON's types.
+
+        Running statistics are each process's own.
+        """
+        weights = digest(self.networks.weights(whole=True), leave_out=STATISTICS)
         return {"step": self.done, "weights": weights, **self.sources}
 
     def _check_finite(self) -> None:
@@ -168,11 +189,15 @@ class State:
             )
 
 
-def digest(held: Any) -> str:
-    """sha256 of all tensors in nested dicts and lists, with their places."""
+def digest(held: Any, leave_out: tuple[str, ...]) -> str:
+    """sha256 of all tensors in nested dicts and lists, with their places, but of those whose
+    names end like this."""
     found = hashlib.sha256()
     for where, value in tree_flatten_with_path(held)[0]:
-        found.update(keystr(where).encode())
+        place = keystr(where)
+        if place.rstrip("']").endswith(leave_out):
+            continue
+        found.update(place.encode())
         if isinstance(value, torch.Tensor):
             value = value.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
         found.update(value if isinstance(value, bytes) else repr(value).encode())

@@ -177,7 +177,7 @@ def test_recipes_show_prints_what_load_reads(kd, tmp_path: Path) -> None:
     [
         (["train", "digits/k"], "did you mean digits/kd?"),
         (["train", CE, "run.epoch=1"], "run.epoch: unknown key; did you mean run.epochs?"),
-        (["train", CE, "resume=maybe"], "resume: got maybe, wants true or false"),
+        (["train", CE, "resume=maybe"], "resume: got maybe, wants true, false or auto"),
         (["train", CE, "resume=true"], "add --out DIR"),
         (["train", "none.yaml"], "recipe file none.yaml does not exist"),
         (["recipes", "show", "cifar100/kd"], "several rows"),
@@ -236,6 +236,60 @@ def test_train_resume_eval_report(kd, tmp_path: Path) -> None:
 
     done = kd("report", run, tmp_path / "runs" / "digits-ce-resnet8-2", "--out", "both.html")
     assert done.out == "both.html\n" and "digits-ce-resnet8-2" in Path("both.html").read_text()
+
+
+def test_what_starts_a_command_again_goes_on_with_its_run(kd, tmp_path, monkeypatch) -> None:
+    """As Slurm does; here the job's time ends after every step."""
+    words = ("train", CE, *SMALL, "run.time_limit=1")
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    for left in ("step-00000001", "step-00000002"):
+        done = kd(*words)
+        assert done.code == 143 and f"goes on from {left}" in done.out
+    assert kd(*words).code == 0  # both steps are done, it only had to be evaluated
+    run = tmp_path / "runs" / "digits-ce-resnet8-1"
+    before = (run / "log.jsonl").read_bytes()
+    done = kd(*words)
+    assert done.code == 0 and "finished before, nothing is trained" in done.out
+    assert f"{run.name}/report.html" in done.out and (run / "log.jsonl").read_bytes() == before
+    assert [path.name for path in run.parent.iterdir()] == [run.name]
+
+    # Another command, another job, and one that is not to go on begin others.
+    assert kd("train", CE, *SMALL, "run.seed=1").code == 0
+    monkeypatch.setenv("SLURM_JOB_ID", "8")
+    assert kd("train", CE, *SMALL).code == 0
+    assert kd("train", CE, *SMALL, "resume=false").code == 0
+    assert len(list(run.parent.iterdir())) == 4
+    # In a folder with a name, whatever began the run; but by the same recipe.
+    assert "finished before" in kd("train", CE, *SMALL, "--out", run, "run.log_every=2").out
+    done = kd("train", CE, *SMALL, "--out", run, "optim.lr=0.5")
+    assert done.code == 2 and "optim.lr: 0.05 -> 0.5" in done.err
+
+
+def test_a_job_without_a_name_that_torchrun_started_again_needs_a_folder(kd, monkeypatch) -> None:
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    assert kd("train", CE, *SMALL).code == kd("train", CE, *SMALL).code == 0
+    assert len(list(Path("runs").iterdir())) == 2  # which may be another job
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    done = kd("train", CE, *SMALL)
+    assert done.code == 2 and "--out DIR, or the job with torchrun --rdzv-id NAME" in done.err
+    assert "finished before" in kd("train", CE, *SMALL, "--out", "runs/digits-ce-resnet8-2").out
+
+
+def test_resume_needs_a_run_and_the_start_of_one_is_none(kd, tmp_path) -> None:
+    run = tmp_path / "run"
+    done = kd("train", CE, *SMALL, "--out", run, "resume=true")
+    assert done.code == 2 and f"there is nothing in {run} to go on with" in done.err
+    done = kd("train", CE, *SMALL, "seeds=2", "--out", run, "resume=true")
+    assert done.code == 2 and f"there is nothing in {run} to go on with" in done.err
+    run.mkdir()
+    for name in ("environment.json", "recipe.yaml.tmp"):  # it was killed as early as that
+        (run / name).write_text("{}")
+    assert kd("train", CE, *SMALL, "--out", run).code == 0
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "1.tex").write_text("chapter 1")
+    done = kd("train", CE, *SMALL, "--out", tmp_path / "thesis", "resume=auto")
+    assert done.code == 2 and "not empty, and no run is in it" in done.err
 
 
 def test_doctor_prints_every_finding(kd) -> None:

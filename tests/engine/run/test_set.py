@@ -143,6 +143,17 @@ def test_default_folders_are_numbered(file: str, kd) -> None:
     assert code == 0 and Path("one/recipe.yaml").is_file() and "one/report.html" in out
 
 
+def test_a_set_that_is_started_again_goes_on(file: str, kd, monkeypatch) -> None:
+    """As Slurm does; here the job's time ends after every step, and a run has one."""
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    words = ("train", f"{file}:a", f"{file}:b", "run.batch=80", "run.time_limit=1")
+    assert kd(*words)[0] == 143 and not Path("runs/mine-set-1/mine-b-seed0").exists()
+    assert kd(*words)[0] == 143 and Path("runs/mine-set-1/mine-b-seed0").exists()
+    assert "2 of 2 runs are finished" in kd(*words)[1]
+    assert kd(*words)[1].count("finished before") == 2
+    assert [path.name for path in Path("runs").iterdir()] == ["mine-set-1"]
+
+
 def test_what_was_changed_is_told_below_the_table(file: str, kd) -> None:
     code, out, _ = kd("train", f"{file}:a", "seeds=2", "run.batch=40")
     assert code == 0 and "paper/1" not in out
@@ -197,7 +208,7 @@ def test_under_torchrun_a_failure_ends_the_set(file: str, monkeypatch, tmp_path:
     [
         (["seeds=0"], "seeds: got 0, wants a whole number above 0"),
         (["seeds=many"], "seeds: got many, wants a whole number above 0"),
-        (["seeds=2", "resume=maybe"], "resume: got maybe, wants true or false"),
+        (["seeds=2", "resume=maybe"], "resume: got maybe, wants true, false or auto"),
         (["seeds=2", "resume=true"], "there is no runs/digits-ce-resnet8-set-N to go on with"),
         (["digits/c"], "did you mean digits/ce?"),
     ],

@@ -4,6 +4,7 @@ import os
 import shutil
 import signal
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -92,13 +93,12 @@ def disks(folder):
     """Runs whose processes do not see the same: what all of them say."""
     rank = join("cpu").rank
     found = {}
-    own = folder / f"disk{rank}"
-    if rank == 1:  # has the checkpoint before, as a disk of its own may
-        shutil.copytree(folder / "run", own)
-        shutil.rmtree(own / "checkpoints" / "step-00000006")
-    else:
-        shutil.copytree(folder / "run", own)
-    found["missing"] = caught(PeerError, train, recipe_of(folder), own, True)
+    disk = folder / f"disk{rank}"  # where the same name means another folder
+    shutil.copytree(folder / "run", disk / "run")
+    if rank == 1:  # has the checkpoint before
+        shutil.rmtree(disk / "run" / "checkpoints" / "step-00000006")
+    os.chdir(disk)
+    found["missing"] = caught(PeerError, train, recipe_of(folder), Path("run"), True)
     other = recipe_of(folder, epochs=2 + rank, stop_epoch=2)
     found["recipe"] = caught(PeerError, train, other, folder / "new")
     moved = tiny(folder / f"digits{'' if rank == 0 else '-other'}", "kd")

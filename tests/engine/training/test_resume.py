@@ -10,18 +10,17 @@ from threading import Timer
 import pytest
 import torch
 from processes import CHILDREN
+from same import assert_same, assert_same_run, records
 from tiny import tiny
 
 from kdfuse.engine.models import create
 from kdfuse.engine.recipe.load import Recipe
 from kdfuse.engine.run.checkpoint import load, save
-from kdfuse.engine.run.log import read
 from kdfuse.engine.training.start import train
 
 pytestmark = pytest.mark.slow(25)
 
 STEPS = 30
-CLOCK = ("time", "images_per_s", "data_wait")
 LOADERS = [
     "torchvision",
     pytest.param(
@@ -57,7 +56,7 @@ def whole(digits, tmp_path_factory):
 def child(recipe, out, pipe):
     os.dup2(pipe.fileno(), 1)
     os.dup2(pipe.fileno(), 2)
-    train(recipe, out, resume=True)
+    train(recipe, out, resume="auto")
 
 
 def attempt(recipe, out, lines=None, seconds=0.0):
@@ -82,40 +81,6 @@ def attempt(recipe, out, lines=None, seconds=0.0):
     return process.exitcode, "".join(written)
 
 
-def assert_same(one, other, where="state"):
-    assert type(one) is type(other), where
-    if isinstance(one, dict):
-        assert list(one) == list(other), where
-        for key in one:
-            assert_same(one[key], other[key], f"{where}[{key!r}]")
-    elif isinstance(one, list | tuple):
-        assert len(one) == len(other), where
-        for i, (a, b) in enumerate(zip(one, other, strict=True)):
-            assert_same(a, b, f"{where}[{i}]")
-    elif isinstance(one, torch.Tensor):
-        assert one.dtype == other.dtype and one.shape == other.shape, where
-        one, other = (t.contiguous().reshape(-1).view(torch.uint8) for t in (one, other))
-        assert torch.equal(one, other), where
-    else:
-        assert one == other or (math.isnan(one) and math.isnan(other)), where
-
-
-def records(run):
-    kept = [record for record in read(run / "log.jsonl") if record["kind"] != "note"]
-    return [{k: v for k, v in record.items() if k not in CLOCK} for record in kept]
-
-
-def assert_same_run(run, whole, steps=STEPS):
-    for name in (f"step-{steps:08d}", "best"):
-        for mine, theirs in zip(
-            load(run / "checkpoints" / name), load(whole / "checkpoints" / name), strict=True
-        ):
-            assert_same(mine, theirs)
-    assert records(run) == records(whole)
-    assert records(run)[-1]["kind"] == "end" and records(run)[-1]["step"] == steps
-    assert (run / "report.html").exists()
-
-
 @pytest.mark.parametrize("loader", LOADERS)
 def test_killed_at_any_moment_it_ends_the_same(loader, digits, whole, tmp_path):
     chance = random.Random(f"kill {loader}")
@@ -130,7 +95,7 @@ def test_killed_at_any_moment_it_ends_the_same(loader, digits, whole, tmp_path):
     assert code == 0, text
     assert kills >= 4
     assert "resumed from step-" in text
-    assert_same_run(out, whole(loader))
+    assert_same_run(out, whole(loader), STEPS)
 
 
 def cut(whole, out, step):
@@ -160,13 +125,13 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(damage, digits, whole, tm
     printed = capsys.readouterr().out
     assert "damaged" in printed and "step-00000016: state.pt" in printed
     assert "resumed from step-00000012" in printed
-    assert_same_run(run, whole("torchvision"))
+    assert_same_run(run, whole("torchvision"), STEPS)
 
 
 def test_a_finished_run_stays_as_it_is(digits, whole, tmp_path):
     run = cut(whole("torchvision"), tmp_path / "run", STEPS)
     train(recipe_of(digits, "torchvision"), run, resume=True)
-    assert_same_run(run, whole("torchvision"))
+    assert_same_run(run, whole("torchvision"), STEPS)
 
 
 def test_settings_that_change_no_number_may_change(digits, whole, tmp_path):
@@ -177,6 +142,22 @@ def test_settings_that_change_no_number_may_change(digits, whole, tmp_path):
     train(recipe_of(moved, "torchvision", **changes), run, resume=True)
     one, other = (load(r / "checkpoints" / "step-00000030")[0] for r in (run, whole("torchvision")))
     assert_same(one, other)
+
+
+def test_more_or_fewer_records_and_checkpoints_change_nothing_that_is_trained(
+    digits, whole, tmp_path
+):
+    run = cut(whole("torchvision"), tmp_path / "run", 16)
+    changes = {"log_every": 4, "eval_batch": 37, "checkpoint_every": 5, "time_limit": 1e6}
+    train(recipe_of(digits, "torchvision", run=changes), run, resume=True)
+    one, other = (load(r / "checkpoints" / "step-00000030")[0] for r in (run, whole("torchvision")))
+    assert_same(one, other)
+    steps = [record["step"] for record in records(run) if record["kind"] == "step"]
+    assert steps == [3, 6, 9, 10, 12, 15, 20, 24, 28, 30]
+    runs = (run, whole("torchvision"))
+    means = [[r for r in records(one) if r.pop("kind") == "epoch"] for one in runs]
+    for mine, theirs in zip(*means, strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -212,7 +193,7 @@ def test_another_loader_is_refused_and_the_first_one_named(loader, digits, whole
             train(recipe_of(digits, other), run, resume=True)
     (run / "recipe.yaml").write_text(recipe_of(digits, "auto").explain())
     train(recipe_of(digits, loader), run, resume=True)
-    assert_same_run(run, whole(loader))
+    assert_same_run(run, whole(loader), STEPS)
 
 
 def test_another_teacher_is_refused(digits, whole, tmp_path):

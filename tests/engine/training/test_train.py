@@ -199,7 +199,7 @@ def test_the_best_is_a_steps_checkpoint_or_networks_alone(top1, digits, tmp_path
 
 def test_an_existing_folder_is_left_alone(digits, tmp_path):
     (tmp_path / "thesis.tex").write_text("chapter 1")
-    with pytest.raises(ValueError, match="not empty; choose another folder, or resume=true"):
+    with pytest.raises(ValueError, match="not empty, and no run is in it; choose another"):
         train(tiny(digits, "ce"), tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
