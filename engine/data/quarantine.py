@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -19,7 +20,8 @@ class Quarantine:
     """The unreadable rows of a manifest, found when it was made or since then.
 
     A bad row is replaced by the next readable row of its class, wrapping at the last. The rule
-    knows nothing of when or by which process a row was found bad, so all come to the same images.
+    knows nothing of when or by which process a row was found bad, so all come to the same images;
+    a row that only some crops or some moments show as bad is told to the others, and saved.
     """
 
     def __init__(self, manifest: Manifest, limit: int, *, warn: bool) -> None:
@@ -45,6 +47,15 @@ class Quarantine:
             self._check()
             if warn:
                 self._warn(row)
+
+    def found(self) -> dict[int, str]:
+        """The rows found bad since the manifest was made, and why."""
+        return {row: why for row, why in self.bad.items() if row not in self.manifest.bad}
+
+    def take(self, found: Mapping[int, str]) -> None:
+        """Take rows out of use that another process, or this run before, has found bad."""
+        for row, why in found.items():
+            self.add(row, why, warn=False)
 
     def _put(self, row: int, why: str) -> None:
         self.bad[row] = why

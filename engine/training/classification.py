@@ -44,6 +44,7 @@ class Classification:
             sets = open_splits(recipe, group)
             doing = "making loaders and networks"
             self.networks, self.state = together(group, doing, lambda: self._make(opened, *sets))
+            self.state.quarantine = self.loader.quarantine
             self._images = sets[0]
             self._opened = opened.pop_all()
         self.steps = self.loader.steps
@@ -120,6 +121,9 @@ class Classification:
     def epoch(self, epoch: int, start: int) -> Iterator[Batch]:
         """The batches of an epoch from step `start`; the networks are in training mode."""
         self.networks.train()
+        if start == 0:  # all from the same step on, whatever was found ahead of it
+            for found in self.group.all(self.loader.quarantine.found()):
+                self.loader.quarantine.take(found)
         return on_device(self.loader.epoch(epoch, start), self.group.device)
 
     def schedule(self, epoch: int, number: int) -> dict[str, float]:

@@ -47,6 +47,16 @@ class Networks(Protocol):
         """Take the weights of everything that is trained from what a checkpoint holds."""
 
 
+class Quarantine(Protocol):
+    """What training images answer that may turn out unreadable: rows, each with the reason."""
+
+    def found(self) -> dict[int, str]:
+        """Those that this process found."""
+
+    def take(self, found: Mapping[int, str]) -> None:
+        """Take out of use what was found elsewhere."""
+
+
 class State:
     """Networks, optimisers, meters, and how far the run is."""
 
@@ -65,6 +75,7 @@ class State:
         self.networks, self.optimizers = networks, optimizers
         self.meters = Meters(group)
         self.now = Scalars(group.device)  # of the step at hand
+        self.quarantine: Quarantine | None = None  # where the training images have one
         self.done = 0  # finished steps
         self.results: dict[str, dict[str, float]] = {}  # the best and the last evaluation
         self.sources = {**sources, "teacher's weights": networks.teacher_digest}
@@ -120,6 +131,7 @@ class State:
                 "meters": self.meters.state_dict(),
                 "statistics": self.group.all([value.cpu() for value in own]),
                 "rng": self.group.all(process.capture()),
+                "unreadable": self.group.all(self.quarantine.found() if self.quarantine else {}),
             }
         facts = {
             "step": self.done,
@@ -157,6 +169,8 @@ class State:
         if len(own) == self.group.world:
             for value, was in zip(self._statistics(), own[self.group.rank], strict=True):
                 value.copy_(was)
+        if self.quarantine is not None:
+            self.quarantine.take(found_by(self.group, state.get("unreadable", [])))
         if self.group.rank < len(state["rng"]):
             process.restore(state["rng"][self.group.rank])
         self.done, self.results = facts["step"], facts["results"]
@@ -187,6 +201,13 @@ class State:
                 f"the weights after step {self.done} are not finite: stopped, checkpoints before "
                 "it are kept; lower optim.lr, add optim.warmup_epochs or look at the data"
             )
+
+
+def found_by(group: Group, unreadable: list[dict[int, str]]) -> dict[int, str]:
+    """What this process had found, or all together where they were not as many."""
+    if len(unreadable) == group.world:
+        return unreadable[group.rank]
+    return {row: why for found in unreadable for row, why in found.items()}
 
 
 def digest(held: Any, leave_out: tuple[str, ...]) -> str:

@@ -64,15 +64,18 @@ class DaliLoader:
         self._pipe: Any = None
         self._feed: Feed | None = None
         self._running: weakref.WeakSet[Generator[Batch, None, None]] = weakref.WeakSet()
-        self.steps, self.bad = schedule.steps, schedule.quarantine.bad
+        self.steps, self.quarantine = schedule.steps, schedule.quarantine
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """The batches of an epoch from step `start`; nothing before it is read.
 
         Quickest for the epoch that follows the last one at its end: it is under way by then. Any
-        other place is a jump, at which the decoding starts anew.
+        other place is a jump, at which the decoding starts anew, and so it does for a file that
+        another process has found bad.
         """
         steps = self._schedule.tasks_from(start)
+        if self._feed is not None and not all(map(self._usable, self._feed.ahead)):
+            self._stop()
         make = self._resized if self.mode == "cpu" else self._made_by_dali
         batches = make(epoch, steps)
         self._running.add(batches)
@@ -160,8 +163,12 @@ class DaliLoader:
         wrong = np.flatnonzero(found != indexed)
         for i in wrong:
             why = other_length(int(found[i]), int(indexed[i]))
-            self._schedule.quarantine.add(int(index[i]), why)
+            self.quarantine.add(int(index[i]), why)
         return bool(len(wrong))
+
+    def _usable(self, task: Task) -> bool:
+        """Whether no file of the batch is known as bad by now."""
+        return self.quarantine.bad.keys().isdisjoint(task.plan.index.tolist())
 
     def _blame(self, task: Task, error: RuntimeError) -> None:
         """Quarantines the files of a failed batch that are bad; raises where none is.
@@ -173,10 +180,10 @@ class DaliLoader:
             try:
                 self._manifest.read(row)
             except UnreadableError as fault:
-                self._schedule.quarantine.add(row, str(fault))
-        if self._schedule.quarantine.bad.keys().isdisjoint(task.plan.index.tolist()):
+                self.quarantine.add(row, str(fault))
+        if self._usable(task):
             self._try_each(task)
-        if self._schedule.quarantine.bad.keys().isdisjoint(task.plan.index.tolist()):
+        if self._usable(task):
             raise RuntimeError(
                 f"DALI failed at epoch {task.epoch}, step {task.step}, though each of its images "
                 f"can be decoded alone; data.loader=torchvision does without DALI: {error}"
@@ -187,13 +194,13 @@ class DaliLoader:
             one = _row(task.plan, i)
             fetched = fetch(self._manifest, row)
             if isinstance(fetched, str):
-                self._schedule.quarantine.add(row, fetched)
+                self.quarantine.add(row, fetched)
                 continue
             try:
                 alone = inputs([fetched], one, resizes=self.mode != "cpu")
                 self._pipeline(1, [alone]).run()
             except RuntimeError:  # its text does not name the file
-                self._schedule.quarantine.add(row, "DALI cannot decode it, though PIL can")
+                self.quarantine.add(row, "DALI cannot decode it, though PIL can")
 
     def _pipeline(self, batch: int, feed: Any) -> Any:
         """A built pipeline that gives what `mode` leaves to DALI, and the files' lengths."""

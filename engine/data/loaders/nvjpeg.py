@@ -54,7 +54,7 @@ class NvjpegLoader:
         self._maker = ThreadPoolExecutor(1, thread_name_prefix="kdfuse-decode")
         self._refused: set[int] = set()  # rows of the manifest that PIL alone decodes
         self._told = False
-        self.steps, self.bad = schedule.steps, schedule.quarantine.bad
+        self.steps, self.quarantine = schedule.steps, schedule.quarantine
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """The batches of an epoch from step `start`; nothing before it is read."""
@@ -101,7 +101,7 @@ class NvjpegLoader:
             if images is not None:
                 break
             for i, why in faults.items():
-                self._schedule.quarantine.add(int(task.plan.index[i]), why)
+                self.quarantine.add(int(task.plan.index[i]), why)
             task, job, _ = self._begin(task.epoch, task.step)
         if self._stream is not None:  # or its memory is used anew while the step still reads
             images.record_stream(torch.cuda.current_stream(self._device))

@@ -51,8 +51,8 @@ class ResidentLoader:
             )
         self.decode = decoding(self._data, self.name, device).text
         self._border = _border(self._data, schedule.view)
+        self.steps, self.quarantine = schedule.steps, schedule.quarantine
         self._images = self._decode_all().to(device)  # (n, H, W, 3) uint8
-        self.steps, self.bad = schedule.steps, schedule.quarantine.bad
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """The batches of an epoch from step `start`."""
@@ -105,7 +105,7 @@ class ResidentLoader:
         try:
             for row, why in enumerate(pool.map(read, range(rows))):
                 if why is not None:
-                    self._schedule.quarantine.add(row, why, warn=first)
+                    self.quarantine.add(row, why, warn=first)
                 if time.monotonic() > due:
                     text = f"decoding {rows} images, which then stay in memory: {row + 1} are done"
                     print(text, file=sys.stderr, flush=True)

@@ -81,7 +81,7 @@ class VisionLoader:
         self.decode = decoding(self._data, self.name, device).text
         self._pin = device.type == "cuda"
         self._pool = ThreadPoolExecutor(self._data.workers, thread_name_prefix="kdfuse-decode")
-        self.steps, self.bad = schedule.steps, schedule.quarantine.bad
+        self.steps, self.quarantine = schedule.steps, schedule.quarantine
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """The batches of an epoch from step `start`; nothing before it is read."""
@@ -105,7 +105,7 @@ class VisionLoader:
         faults = {i: why for i, job in enumerate(jobs) if (why := job.result()) is not None}
         while faults:
             for i, why in faults.items():
-                self._schedule.quarantine.add(int(task.plan.index[i]), why)
+                self.quarantine.add(int(task.plan.index[i]), why)
             before, task = task.plan.index, self._schedule.task(task.epoch, task.step)
             again = {
                 int(i): self._pool.submit(self._fill, task.plan, int(i), images.numpy())

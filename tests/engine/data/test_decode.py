@@ -396,5 +396,5 @@ def test_a_gpus_way_through_the_loader(photos, tmp_path, monkeypatch, builds, mo
     path.write_bytes(b"<html>".ljust(path.stat().st_size))
     with pytest.warns(UserWarning, match="unreadable image .*000"):
         index = torch.cat([batch.index for batch in loader.epoch(2)])
-    assert list(loader.bad) == [5] and 5 not in index.tolist()
+    assert list(loader.quarantine.bad) == [5] and 5 not in index.tolist()
     loader.close()

@@ -104,5 +104,5 @@ def test_a_bad_file_is_named_and_replaced(tmp_path, photos, mode):  # noqa: F811
     path.write_bytes(b"<html>".ljust(path.stat().st_size))
     with pytest.warns(UserWarning, match="unreadable image"):
         index = torch.cat([batch.index for batch in loader.epoch(2)])
-    assert list(loader.bad) == [5] and 5 not in index.tolist()
+    assert list(loader.quarantine.bad) == [5] and 5 not in index.tolist()
     loader.close()

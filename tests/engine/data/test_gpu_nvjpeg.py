@@ -103,7 +103,7 @@ def test_bad_files_have_the_reasons_of_the_cpu(few):  # noqa: F811
         with pytest.warns(UserWarning, match="unreadable image"):
             shown.append([batch.index.tolist() for batch in loader.epoch(0)])
         loader.close()
-        reasons.append(loader.bad)
+        reasons.append(loader.quarantine.bad)
     assert reasons[0] == reasons[1] and reasons[0].keys() == rows
     assert shown[0] == shown[1]
 

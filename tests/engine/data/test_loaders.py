@@ -447,7 +447,7 @@ def test_bad_files_are_named_counted_and_replaced(few, name, later):
         loader = made(manifest, data, 4 * world, seed=7, train=True, part=part)
         batches = list(loader.epoch(4, start))
         loader.close()
-        bad.update(loader.bad)
+        bad.update(loader.quarantine.bad)
         return batches
 
     bad = {}
@@ -489,7 +489,24 @@ def test_a_file_of_another_length_is_found_whatever_its_crop(few, name):
         index = torch.cat([batch.index for batch in loader.epoch(0)]).tolist()
     loader.close()
     wanted = sampler.permutation(7, 0, 24).tolist()
-    assert list(loader.bad) == [17] and index == [18 if row == 17 else row for row in wanted]
+    assert list(loader.quarantine.bad) == [17]
+    assert index == [18 if row == 17 else row for row in wanted]
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_what_another_process_found_is_left_out_though_it_is_decoded(few, name):
+    """DALI has the first steps of the next epoch under way when one ends."""
+    data = folder(few, loader=name, **({"augment": "pad_crop"} if name == "resident" else {}))
+    loader = loaded(data)
+    list(loader.epoch(0))
+    row = sampler.permutation(7, 1, 24)[1]
+    loader.quarantine.take({int(row): "bad elsewhere"})
+    assert loader.quarantine.found() == {row: "bad elsewhere"}
+    index = torch.cat([batch.index for batch in loader.epoch(1)]).tolist()
+    loader.close()
+    replacement = row + 1 if row not in (11, 23) else row - 11
+    wanted = sampler.permutation(7, 1, 24).tolist()
+    assert index == [replacement if r == row else r for r in wanted]
 
 
 @pytest.mark.skipif(find_spec("nvidia.dali") is None, reason="needs NVIDIA DALI")
@@ -512,7 +529,8 @@ def test_a_file_that_only_dali_refuses_is_found(few):
     with pytest.warns(UserWarning, match=r"02.jpg \(DALI cannot decode it"):
         index = torch.cat([batch.index for batch in loader.epoch(0)])
     loader.close()
-    assert list(loader.bad) == [2] and sorted(set(range(24)) - set(index.tolist())) == [2]
+    assert list(loader.quarantine.bad) == [2]
+    assert sorted(set(range(24)) - set(index.tolist())) == [2]
 
 
 @pytest.mark.parametrize("name", EVERY)
@@ -546,7 +564,7 @@ def test_evaluation_replaces_bad_files_too(few, name):
     batches = list(loader.epoch(0))
     loader.close()
     seen = [i for batch in batches for i in batch.index[: batch.valid].tolist()]
-    assert seen == [1, 1, 2, 3, 4, 5, 6, 7, 8, 9] and list(loader.bad) == [0]
+    assert seen == [1, 1, 2, 3, 4, 5, 6, 7, 8, 9] and list(loader.quarantine.bad) == [0]
 
 
 BEST = "torchvision" if find_spec("nvidia.dali") is None else "dali"  # of files, where not resident
@@ -684,7 +702,7 @@ def test_of_many_processes_that_decode_all_one_warns(few):
         for rank in (0, 1):
             part = share(4, rank, 2)
             loader = make_loader(manifest, data, 4, seed=7, train=True, part=part)
-            assert sorted(loader.bad) == [3, 4, 12, 23]
+            assert sorted(loader.quarantine.bad) == [3, 4, 12, 23]
     assert len(told) == 4
 
 

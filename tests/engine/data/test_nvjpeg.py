@@ -115,7 +115,7 @@ def test_bad_files_have_the_reasons_of_the_cpu(few):  # noqa: F811
         with pytest.warns(UserWarning, match="unreadable image"):
             shown.append([batch.index.tolist() for batch in loader.epoch(0)])
         loader.close()
-        reasons.append(loader.bad)
+        reasons.append(loader.quarantine.bad)
     assert reasons[0] == reasons[1] and reasons[0].keys() == rows
     assert shown[0] == shown[1] and "broken data stream" in reasons[1][7]
 
@@ -137,7 +137,7 @@ def test_what_the_device_alone_refuses_is_pils(few, monkeypatch):  # noqa: F811
     manifest = open_source(data, "train")
     with pytest.warns(UserWarning, match="cpu does not decode .*dog/0[25].jpg, though PIL") as told:
         first = torch.cat([batch.images for batch in loader.epoch(0)])
-    assert [w.category for w in told].count(UserWarning) == 1 and not loader.bad
+    assert [w.category for w in told].count(UserWarning) == 1 and not loader.quarantine.bad
     before = len(calls)
     second = torch.cat([batch.images for batch in loader.epoch(1)])
     assert len(calls) == before + loader.steps  # a call a step, none failed

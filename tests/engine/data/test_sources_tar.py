@@ -201,7 +201,7 @@ def test_bad_images_in_tars_are_replaced_as_files_are(root, tmp_path, name):
     with pytest.warns(UserWarning, match="unreadable image") as told:
         loader = loaded(chosen)
     assert "train/ant.tar/ant_1.JPEG (not a readable JPEG" in str(told[0].message)
-    assert loader.bad.keys() == replaced.keys()
+    assert loader.quarantine.bad.keys() == replaced.keys()
     index = collect(loader)[2].tolist()
     wanted = sampler.permutation(5, 0, 18).tolist()
     assert index == [replaced.get(row, row) for row in wanted]
@@ -240,7 +240,7 @@ def test_an_image_damaged_in_place_is_found_while_training(root, tmp_path):
         loader = make_loader(manifest, chosen, 3, seed=5, train=True)
         with pytest.warns(UserWarning, match="bee.tar/bee_2.JPEG"):
             index = collect(loader)[2].tolist()
-        assert list(loader.bad) == [8] and 8 not in index and index.count(9) == 2
+        assert list(loader.quarantine.bad) == [8] and 8 not in index and index.count(9) == 2
         tar.write_bytes(whole)
 
 
