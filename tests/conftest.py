@@ -1,8 +1,10 @@
-"""What holds for every test: its place in the order, its seed, and that it leaves nothing behind.
+"""What holds for every test: its place in the order, its seed, and that it leaves nothing behind;
+and what tests of several folders are given.
 
     --shuffle SEED   files, and the tests of each, in a random order
     --level NAME     the SIMD level of the compiled losses, one of kdfuse.kernels._C.levels()
     --sees FACT=X    fail unless this process finds X (see `facts`)
+    --long           try each fault of tests/faults many times
 
 Without --shuffle, files marked `slow` come last, those that take longest first, so that two
 workers that share out files (--dist loadfile) end together.
@@ -13,6 +15,7 @@ import random
 import re
 import subprocess
 import sys
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -32,6 +35,7 @@ ELSEWHERE = ("PYTEST_", "TORCHINDUCTOR_", "_TORCHINDUCTOR_", "TRITON_", "KMP_")
 def pytest_addoption(parser):
     parser.addoption("--shuffle", type=int, metavar="SEED", help="run in a random order")
     parser.addoption("--level", help="SIMD level of the compiled losses")
+    parser.addoption("--long", action="store_true", help="try each fault many times")
     parser.addoption("--sees", metavar="FACT=X", help="fail unless this process finds X")
 
 
@@ -77,6 +81,42 @@ def variant(request):
     if sees is not None:
         fact, wanted = sees.split("=")
         assert facts()[fact]() == wanted, f"--sees {sees}, but it is {facts()[fact]()}"
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory):
+    """A folder of scikit-learn's digits, which nothing may change."""
+    from kdfuse.engine.data.sources.digits import write_digits
+
+    root = tmp_path_factory.mktemp("data") / "digits"
+    write_digits(root)
+    return root
+
+
+class Result(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def kd(monkeypatch, capsys):
+    """Runs `kdfuse WORDS...` through the program's entry point."""
+    from kdfuse.engine.cli import main as cli
+
+    monkeypatch.delenv("KDFUSE_TRACEBACK", raising=False)
+
+    def call(*words: object) -> Result:
+        capsys.readouterr()
+        monkeypatch.setattr(sys, "argv", ["kdfuse", *map(str, words)])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as leaving:
+            code = leaving.code if isinstance(leaving.code, int) else 0
+        return Result(code, *capsys.readouterr())
+
+    return call
 
 
 @pytest.fixture

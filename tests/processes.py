@@ -21,6 +21,23 @@ def together(world: int, run: Callable[..., Any], *arguments: Any, lost: int | N
     Ends all of them as soon as one fails, and raises what it said; but the one of rank `lost` is
     to fail, and the others go on without it.
     """
+    started, said = begin(world, run, *arguments)
+    if lost is not None:
+        del started[lost]
+    running = list(started)
+    while running:
+        multiprocessing.connection.wait([child.sentinel for child in running])
+        if any(child.exitcode for child in started):
+            for child in running:
+                child.kill()
+        running = [child for child in running if child.exitcode is None]
+    assert not any(child.exitcode for child in started), said()
+
+
+def begin(
+    world: int, run: Callable[..., Any], *arguments: Any
+) -> tuple[list[Any], Callable[[], str]]:
+    """Such processes, left to themselves, and what asks for the error of the first that failed."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -33,17 +50,7 @@ def together(world: int, run: Callable[..., Any], *arguments: Any, lost: int | N
         child = CHILDREN.Process(target=_child, args=(failures, environment, run, arguments))
         child.start()
         started.append(child)
-    if lost is not None:
-        del started[lost]
-    running = list(started)
-    while running:
-        multiprocessing.connection.wait([child.sentinel for child in running])
-        if any(child.exitcode for child in started):
-            for child in running:
-                child.kill()
-        running = [child for child in running if child.exitcode is None]
-    said = "" if failures.empty() else failures.get()
-    assert not any(child.exitcode for child in started), said
+    return started, lambda: "" if failures.empty() else failures.get()
 
 
 def _child(

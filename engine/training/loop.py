@@ -47,6 +47,9 @@ class Loop:
         if not first:
             self.compilations.say = lambda text: None
         notes = state.restore(self.checkpoints) if resume else []
+        if self.group.world > 2 and 0 < state.done < self.epochs * self.epoch_steps:
+            self.rehearse()
+            state.restore(self.checkpoints)
         if resume and state.done == 0:
             notes += together(
                 self.group,
@@ -88,6 +91,19 @@ class Loop:
             except OSError as error:  # a page is no reason for a finished run to fail
                 print(f"{error}; kdfuse report {self.folder} writes the page", flush=True)
         return self.stop.why
+
+    def rehearse(self) -> None:
+        """Take the coming step of a resumed run, for its state to be restored again.
+
+        DistributedDataParallel moves gradients to other places in its buckets after its second
+        step, and with three processes or more the place decides in which order they are summed.
+        """
+        epoch, number = divmod(self.state.done, self.epoch_steps)
+        for batch in self.task.epoch(epoch, number):
+            for _ in range(min(self.state.done, 2)):
+                self.state.begin(self.lr(self.state.done), self.task.schedule(epoch, number))
+                self.task.step(batch)
+            break
 
     def open(self, opened: ExitStack, resume_step: int | None, facts: dict[str, Any]) -> RunLog:
         """The run's log, with the folder held by the first process as long as `opened` is."""

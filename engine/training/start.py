@@ -72,6 +72,7 @@ def train(recipe: AnyRecipe, out: str | Path | None = None, resume: Resume | Non
     if finished:
         if group.first:
             print(f"{folder}: finished before, nothing is trained", flush=True)
+        group.wait()  # the first one leads the place where all of them have just agreed
         return folder
     if isinstance(recipe, Recipe):
         recipe = trained(recipe, folder.parent, _train_once)
