@@ -59,7 +59,7 @@ def alone(digits, tmp_path_factory):
     return made
 
 
-@pytest.mark.cases(3, 25)
+@pytest.mark.cases(2, 25)
 def test_killed_at_any_moment_it_ends_the_same(case, alone, digits, tmp_path):
     chance = random.Random(f"kills {case}")
     kind = KINDS[case]
