@@ -28,8 +28,9 @@ ARROWS = {
 }
 # A file of training may import those before it.
 TRAINING = (
-    "rendezvous ranks peers process speed compiled scalars ema rate groups largebatch optim meters "
-    "step captured learner networks build state evaluate task classification stop loop start"
+    "rendezvous ranks peers process speed compiled scalars ema rate groups largebatch optim faults "
+    "meters guard step captured learner networks build identity state alarms evaluate task "
+    "classification rollback resumption stop loop start"
 ).split()
 # What a file leaves to others, by folder or file.
 NEVER = {

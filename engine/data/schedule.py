@@ -97,8 +97,7 @@ class Schedule:
 
     def task(self, epoch: int, step: int) -> Task:
         """The plan of one step; rows now known as unreadable are replaced."""
-        first = step * self.whole + self.part.start
-        positions = np.arange(first, first + self.batch)
+        positions = self._positions(step)
         sizes, replacement = self.manifest.sizes, self.quarantine.replacement
         if self.train:
             if self._order[0] != epoch:
@@ -108,9 +107,20 @@ class Schedule:
             made = plan(self.data, sizes, self.seed, epoch, positions, index=index)
             after = changes(self.data, self.seed, epoch, positions)
             return Task(epoch, step, replace(made, changes=after), self.batch)
-        valid = min(max(len(sizes) - first, 0), self.batch)
+        valid = min(max(len(sizes) - int(positions[0]), 0), self.batch)
         index = replacement[np.where(np.arange(self.batch) < valid, positions, 0)]
         return Task(epoch, step, eval_plan(self.data, sizes, index), valid)
+
+    def names(self, epoch: int, step: int) -> list[str]:
+        """This process's files of a training step. A loader may be at another epoch meanwhile."""
+        order = permutation(self.seed, epoch, len(self.manifest.target))
+        at = places(self._positions(step), self.whole, self.data.repeats)
+        rows = self.quarantine.replacement[order[at]]
+        return [self.manifest.name(row) for row in rows.tolist()]
+
+    def _positions(self, step: int) -> Ints:
+        first = step * self.whole + self.part.start
+        return np.arange(first, first + self.batch)
 
     def pack(self, task: Task, images: Tensor) -> Batch:
         """The batch of a task; images: (B, H, W, 3) uint8, not copied."""

@@ -15,7 +15,7 @@ from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.roi_heads import fastrcnn_loss
 
 from ..training.compiled import compile_all
-from ..training.ema import AVERAGED, EMA
+from ..training.ema import EMA
 from ..training.networks import digest
 from .method import Baseline, Distillation, Terms
 
@@ -123,10 +123,10 @@ class DetectionDistiller(nn.Module):
         """The student's average, if there is one."""
         return list(self._average)
 
-    def update_averages(self, now: Mapping[str, Tensor]) -> None:
-        """Take the student's weights into its average, if there is one."""
+    def update_averages(self, share: Tensor) -> None:
+        """Take a share (0-dim) of the student's weights into its average, if there is one."""
         for average in self._average:
-            average.update(self.student, now[AVERAGED])
+            average.update(self.student, share)
 
     def weights(self, whole: bool) -> dict[str, Any]:
         """What a checkpoint holds; `whole` or not, there is nothing but what is kept."""

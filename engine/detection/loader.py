@@ -61,10 +61,18 @@ class Loader:
         flips = uniforms(key(self.seed, epoch, AUGMENT), np.arange(len(order))) < 0.5
         plans = []
         for step in range(start, self.steps):
-            first = (step * self.world + self.rank) * self.batch
-            at = slice(first, first + self.batch)
+            at = self._positions(step)
             plans.append((order[at], flips[at] & self.data.flip))
         return self._read(plans)
+
+    def names(self, epoch: int, step: int) -> list[str]:
+        """The files of a training step."""
+        order = permutation(self.seed, epoch, len(self.coco))
+        return [str(self.coco.path(row)) for row in order[self._positions(step)].tolist()]
+
+    def _positions(self, step: int) -> slice:
+        first = (step * self.world + self.rank) * self.batch
+        return slice(first, first + self.batch)
 
     def every(self) -> Iterator[list[Sample]]:
         """All images of this process, for evaluation."""

@@ -7,8 +7,9 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from ..recipe import problems
+from ..recipe.optim import Optim
 from ..recipe.run import Run
-from ..recipe.schema import Expect, FilePath, Optim, RecipeBase, Strict
+from ..recipe.schema import Expect, FilePath, RecipeBase, Strict
 from .method import DKD, KD, NKD, Baseline
 
 AnyMethod = Annotated[Baseline | KD | DKD | NKD, Field(discriminator="name")]

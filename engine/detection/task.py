@@ -7,6 +7,7 @@ from contextlib import ExitStack, closing
 from typing import Any
 
 from ..training import process
+from ..training.guard import guard_of
 from ..training.optim import build_optimizers
 from ..training.ranks import Group
 from ..training.state import State
@@ -23,6 +24,7 @@ class Detection:
     """A recipe's images with their boxes, its detectors and step; see training.task.Task."""
 
     results: tuple[str, ...] = STATS
+    chance = 0.0
 
     def __init__(self, recipe: DetectionRecipe, group: Group) -> None:
         """Raises ValueError for random weights that would stay so, in a teacher or in a frozen
@@ -72,6 +74,7 @@ class Detection:
             self.state.meters,
             self.networks.update_averages,
             recipe.optim.clip,
+            guard=guard_of(recipe.optim, list(optimizers.values()), self.networks),
         )
 
     def close(self) -> None:
@@ -90,6 +93,10 @@ class Detection:
         """The batches of an epoch from step `start`; the networks are in training mode."""
         self.networks.train()
         return self.loader.epoch(epoch, start)
+
+    def images(self, epoch: int, number: int) -> list[str]:
+        """The files of this process's part of step `number` of `epoch`, both 0-based."""
+        return self.loader.names(epoch, number)
 
     def schedule(self, epoch: int, number: int) -> dict[str, float]:
         """None: a step has its learning rate and what its average takes."""

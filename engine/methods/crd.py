@@ -103,6 +103,7 @@ class Memory(nn.Module):
     ) -> None:
         super().__init__()
         self.negatives, self.temperature, self.momentum = negatives, temperature, momentum
+        self._marked: tuple[Tensor, ...] = ()
         self.embed_student = nn.Linear(student.numel(), dimensions)
         self.embed_teacher = nn.Linear(teacher.numel(), dimensions)
         bound = math.sqrt(3 / dimensions)  # rows of length about 1
@@ -177,6 +178,19 @@ class Memory(nn.Module):
         ):
             row = self.momentum * memory[index] + (1 - self.momentum) * made
             memory.index_copy_(0, index, F.normalize(row))
+
+    def mark(self, images: Tensor, target: Tensor, index: Tensor) -> None:
+        """Keep the rows that a step on this batch will move, in all processes, and Z."""
+        index = of_all_processes(index)
+        z = self.normalizers.clone()
+        self._marked = index, z, self.student_memory[index], self.teacher_memory[index]
+
+    def undo(self, bad: Tensor) -> None:
+        """Put back what `mark` kept where `bad` (0-dim, bool) is true."""
+        index, z, student, teacher = self._marked
+        for memory, rows in ((self.student_memory, student), (self.teacher_memory, teacher)):
+            memory.index_copy_(0, index, torch.where(bad, rows, memory[index]))
+        torch.where(bad, z, self.normalizers, out=self.normalizers)
 
 
 def nce(scores: Tensor, noise: float) -> tuple[Tensor, Tensor]:

@@ -108,7 +108,9 @@ class Method(Strict):
 
         It runs under autocast; `out` is all of Outputs but head and features, `index` the (N,)
         numbers of the images in the training set. It may hold buffers, and a network of the run in
-        a tuple, so that it does not train it.
+        a tuple, so that it does not train it. All of its buffers are copied in each step, to put
+        them back if the step is skipped; a head with large ones does so itself, by `mark` and
+        `undo` (training/guard.py).
         """
         return None
 

@@ -17,8 +17,9 @@ from ..methods.method import Method
 from . import problems, yamlfile
 from .data import Data
 from .misfits import misfits
+from .optim import Optim
 from .run import Run
-from .schema import Expect, Network, Optim, RecipeBase, RecipeError, Strict
+from .schema import Expect, Network, RecipeBase, RecipeError, Strict
 
 SHIPPED = Path(__file__).resolve().parents[2] / "recipes"
 

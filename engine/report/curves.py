@@ -12,7 +12,7 @@ from ..run.past import AP, PastRun, Seeds
 
 COLOURS = 8  # the page defines --c0 .. --c7
 CLOCK = ("images_per_s", "data_wait", "time")
-NOT_LOSSES = ("kind", "step", "epoch", "lr", "top1", "top5", "rows", *CLOCK)
+NOT_LOSSES = ("kind", "step", "epoch", "lr", "top1", "top5", "rows", "skipped", *CLOCK)
 PARTS_OF_AP = {
     "ap50": "IoU 0.50",
     "ap75": "IoU 0.75",

@@ -142,14 +142,17 @@ def verified(path: Path, *files: str) -> list[bytes]:
     return contents
 
 
-def latest(folder: str | Path) -> Latest | None:
+def latest(folder: str | Path, before: int | None = None) -> Latest | None:
     """The newest `step_name` checkpoint in `folder` that can be used; None when there is none.
 
+    With `before` only those of fewer steps than that are looked at.
     One that cannot be used is passed over for the one before and named in `skipped`. Raises
     CheckpointError when there are checkpoints and none can be used. Changes nothing on disk.
     """
     skipped: list[str] = []
     for path in reversed(_steps(Path(folder))):
+        if before is not None and _step(path) >= before:
+            continue
         try:
             state, facts = load(path)
         except CheckpointError as error:
@@ -226,4 +229,8 @@ def _prune(folder: Path, name: str, keep: int) -> None:
 def _steps(folder: Path) -> list[Path]:
     """Step checkpoints, oldest first; [] when there is no such folder."""
     found = [path for path in folder.glob("step-*") if _STEP.fullmatch(path.name)]
-    return sorted(found, key=lambda path: int(path.name[5:]))
+    return sorted(found, key=_step)
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))

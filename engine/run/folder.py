@@ -45,6 +45,7 @@ FREE = {
     "run.speed",
     "run.teacher_at_chance",
     "run.timeout",
+    "optim.skip_limit",
     "student.backbone",
     "expect",
 }

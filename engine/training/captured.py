@@ -35,7 +35,7 @@ class CudaGraph:
     """A graph of the current device. Nothing recorded may wait for it, or draw on the host."""
 
     def __init__(self) -> None:
-        self._graph = torch.cuda.CUDAGraph()
+        self._graph: torch.cuda.CUDAGraph | None = None
         # Of the steps before as well: backward must meet no other stream's work when it records.
         self._stream = torch.cuda.Stream()
 
@@ -43,11 +43,13 @@ class CudaGraph:
         return _Aside(self._stream)
 
     def record(self, work: Callable[[], Terms]) -> Terms:
+        self._graph = torch.cuda.CUDAGraph()  # one takes a single recording
         # A loader's threads may go on to allocate memory and to ask for events meanwhile.
         with torch.cuda.graph(self._graph, stream=self._stream, capture_error_mode="thread_local"):
             return work()
 
     def replay(self) -> None:
+        assert self._graph is not None
         self._graph.replay()
 
 
@@ -71,7 +73,8 @@ class Captured:
     """The same step, from its fourth call on as a graph.
 
     What it reads beside its batch has to stay where it is: weights, optimisers' states, meters and
-    `now`, all of which are changed in place. Batches have one shape; each is copied to where the
+    `now`, all of which are changed in place. States that are loaded lie elsewhere, and it is
+    recorded anew. Batches have one shape; each is copied to where the
     first one lay. The terms that it gives are those of the last step, in one place.
     """
 
@@ -80,6 +83,8 @@ class Captured:
     ) -> None:
         self._step, self._graph = step, graph
         self._optimizers = list(optimizers)
+        for optimizer in self._optimizers:
+            optimizer.register_load_state_dict_post_hook(lambda _: self._forget())
         self._taken = 0
         self._inputs: list[Tensor] = []
         self._terms: Terms = {}
@@ -105,6 +110,9 @@ class Captured:
             held.copy_(given)
         self._graph.replay()
         return self._terms
+
+    def _forget(self) -> None:
+        self._taken, self._inputs, self._terms = 0, [], {}
 
     def _record(self, now: Now) -> None:
         for optimizer in self._optimizers:

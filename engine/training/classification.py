@@ -24,6 +24,7 @@ from . import process
 from .build import build
 from .captured import Captured, CudaGraph
 from .evaluate import accuracy, measure
+from .guard import guard_of
 from .networks import Distiller
 from .optim import build_optimizers
 from .peers import together
@@ -52,6 +53,7 @@ class Classification:
             "loader": self.loader.name,
             "decode": self.loader.decode,
         }
+        self.chance = chance_level(self.state.classes)
         self._step = step_of(self.networks, self.state, self.mixing)
 
     def _make(
@@ -108,9 +110,9 @@ class Classification:
             text = f"{where} {spec.name}: top-1 {found['top1']:.2f}, top-5 {found['top5']:.2f}"
             if self.group.first:
                 print(text, flush=True)
-            chance = 100 / self.state.classes
-            at_chance = found["top1"] <= chance + min(chance / 2, 5)
+            at_chance = found["top1"] <= self.chance
             if at_chance and self.recipe.run.teacher_at_chance == "refuse":
+                chance = 100 / self.state.classes
                 raise ValueError(
                     f"{text}; chance is {chance:.2f}, so it has nothing to teach. Check "
                     f"{where}.checkpoint = {spec.checkpoint} and {where}.normalize, or set "
@@ -126,6 +128,10 @@ class Classification:
                 self.loader.quarantine.take(found)
         return on_device(self.loader.epoch(epoch, start), self.group.device)
 
+    def images(self, epoch: int, number: int) -> list[str]:
+        """The files of this process's part of step `number` of `epoch`, both 0-based."""
+        return self.loader.names(epoch, number)
+
     def schedule(self, epoch: int, number: int) -> dict[str, float]:
         """The numbers of step `number` of `epoch`, both 0-based, beside its learning rate."""
         of_methods = self.networks.schedule(epoch + number / self.steps)
@@ -139,6 +145,12 @@ class Classification:
         """Percent: top1 and top5 of the student; slt0_top1, ema_top1 and so on of the others."""
         self.state.average_batchnorm()
         return measure(self.networks, self.val.epoch(0), self.group)
+
+
+def chance_level(classes: int) -> float:
+    """The highest top-1, in percent, that says nothing of a network."""
+    chance = 100 / classes
+    return chance + min(chance / 2, 5)
 
 
 def _pixels_of(loader: Loader, val: Loader) -> str:
@@ -214,6 +226,7 @@ def step_of(networks: Distiller, state: State, mixing: Mixing) -> Callable[..., 
         recipe.optim.clip,
         run.accumulate,
         len(part) * group.world / run.batch,
+        guard_of(recipe.optim, optimizers, networks),
     )
 
     def mixed(now: Now, images: Tensor, target: Tensor, index: Tensor) -> Terms:

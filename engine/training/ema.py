@@ -25,7 +25,10 @@ class EMA:
         self.module = copy.deepcopy(model).eval().requires_grad_(False)
 
     def share(self) -> float:
-        """What the coming update, which is counted here, takes of the new weights."""
+        """What the coming update, which is counted here, takes of the new weights.
+
+        Counted as the schedule counts steps: with those that are skipped.
+        """
         keep = min(self.decay, (1 + self.updates) / (10 + self.updates))
         self.updates += 1
         return 1 - keep

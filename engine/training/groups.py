@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from ..recipe.schema import Optim
+from ..recipe.optim import Optim
 
 
 def decay_groups(

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from ..recipe.schema import Optim
+from ..recipe.optim import Optim
 
 
 def lamb(optim: Optim, groups: list[Any], parameters: Sequence[torch.Tensor]) -> Optimizer:

@@ -11,16 +11,20 @@ from ..report.page import report
 from ..run.checkpoint import BEST, step_name
 from ..run.folder import create_folder, held
 from ..run.log import RunLog
-from ..run.resume import starts_again
 from ..run.writer import Writer
+from .alarms import of_evaluation, of_record
 from .compiled import Compilations
-from .meters import Clock
+from .meters import Clock, NotFinite
 from .optim import class_of
 from .peers import agree, together
 from .ranks import Group
 from .rate import lr_at
+from .resumption import resumed
+from .rollback import go_back
 from .stop import Stop
 from .task import Task
+
+OPENING = "opening the run's folder"
 
 
 class Loop:
@@ -46,45 +50,20 @@ class Loop:
         state, first = self.state, self.group.first
         if not first:
             self.compilations.say = lambda text: None
-        notes = state.restore(self.checkpoints) if resume else []
-        if self.group.world > 2 and 0 < state.done < self.epochs * self.epoch_steps:
-            self.rehearse()
-            state.restore(self.checkpoints)
-        if resume and state.done == 0:
-            notes += together(
-                self.group,
-                "looking at the run's folder",
-                lambda: starts_again(self.folder) if first else [],
-            )
+        steps = self.epochs * self.epoch_steps
+        notes: list[str] = []
+        if resume:
+            notes = resumed(self.task, self.group, self.folder, self.checkpoints, steps, self.lr)
         facts = self.task.facts | {"optimizer": class_of(state.optimizers)}
         agree(self.group, "where they begin", lambda: state.identity() | self.task.identity())
         facts |= self.task.check_teachers() if state.done == 0 else {}
         with ExitStack() as opened:
-            log = together(
-                self.group,
-                "opening the run's folder",
-                lambda: self.open(opened, state.done if resume else None, facts),
-            )
-            self.writer = opened.enter_context(Writer(log.note))
+            together(self.group, OPENING, lambda: self.hold(opened))
             run = self.recipe.run
             self.stop = opened.enter_context(Stop(self.group, run.time_limit, run.timeout))
-            for note in notes:
-                log.note(note)
-            self.compilations.say = log.say
-            if state.done % self.epoch_steps == 0 and state.meters.epoch.any():
-                self.finish_epoch(state.done // self.epoch_steps, log)  # it stopped before that
-            for epoch in range(state.done // self.epoch_steps, self.epochs):
-                with self.compilations.phase("training", log.note):
-                    self.train_epoch(epoch, log)
-                if self.stop.why:
-                    held_by = step_name(state.done)
-                    log.note(f"stopped by {self.stop.why}, resume=true goes on from {held_by}")
-                    break
-                self.finish_epoch(epoch + 1, log)
-            self.writer.finish()
-            if not self.stop.why:
-                results = state.results.items()
-                log.end({f"{k}_{n}": v for k, row in results for n, v in row.items()})
+            back = self.train(state.done if resume else None, notes, facts)
+            if back:
+                self.train(state.done, back, facts, save=True)
         if first and not self.stop.why:
             try:
                 report([self.folder], self.folder / "report.html")
@@ -92,25 +71,40 @@ class Loop:
                 print(f"{error}; kdfuse report {self.folder} writes the page", flush=True)
         return self.stop.why
 
-    def rehearse(self) -> None:
-        """Take the coming step of a resumed run, for its state to be restored again.
-
-        DistributedDataParallel moves gradients to other places in its buckets after its second
-        step, and with three processes or more the place decides in which order they are summed.
-        """
-        epoch, number = divmod(self.state.done, self.epoch_steps)
-        for batch in self.task.epoch(epoch, number):
-            for _ in range(min(self.state.done, 2)):
-                self.state.begin(self.lr(self.state.done), self.task.schedule(epoch, number))
-                self.task.step(batch)
-            break
-
-    def open(self, opened: ExitStack, resume_step: int | None, facts: dict[str, Any]) -> RunLog:
-        """The run's log, with the folder held by the first process as long as `opened` is."""
+    def hold(self, opened: ExitStack) -> None:
+        """Let the first process make the run's folder, and hold it as long as `opened` is."""
         if self.group.first:
             create_folder(self.folder, self.recipe, self.group.world)
             opened.enter_context(held(self.folder))
-        log = RunLog(
+
+    def train(
+        self, resume_step: int | None, notes: list[str], facts: dict[str, Any], save: bool = False
+    ) -> list[str]:
+        """From where the state stands to where the run is finished or told to stop.
+
+        The log keeps what it has up to `resume_step`, None for a new one. With `save` a checkpoint
+        comes first. What is returned are the notes of a state that went back to a checkpoint, to be
+        trained from there; [] else. Raises Diverged.
+        """
+        try:
+            with ExitStack() as opened:
+                log = together(
+                    self.group, OPENING, lambda: opened.enter_context(self.open(resume_step, facts))
+                )
+                self.writer = opened.enter_context(Writer(log.note))
+                for note in notes:
+                    log.note(note)
+                if save:
+                    self.save(step_name(self.state.done))
+                self.train_epochs(log)
+        except NotFinite as fault:  # behind the writer's end: all checkpoints are on the disk
+            self.doing = "going back to a checkpoint"
+            return go_back(fault, self.task, self.group, self.checkpoints)
+        return []
+
+    def open(self, resume_step: int | None, facts: dict[str, Any]) -> RunLog:
+        """The run's log."""
+        return RunLog(
             self.folder,
             self.epochs * self.epoch_steps,
             self.epochs,
@@ -118,7 +112,25 @@ class Loop:
             rank=self.group.rank,
             facts=facts,
         )
-        return opened.enter_context(log)
+
+    def train_epochs(self, log: RunLog) -> None:
+        """The epochs that are not done yet, each with what follows it, until told to stop."""
+        state = self.state
+        self.compilations.say = log.say
+        if state.done % self.epoch_steps == 0 and state.meters.epoch.any():
+            self.finish_epoch(state.done // self.epoch_steps, log)  # it stopped before that
+        for epoch in range(state.done // self.epoch_steps, self.epochs):
+            with self.compilations.phase("training", log.note):
+                self.train_epoch(epoch, log)
+            if self.stop.why:
+                held_by = step_name(state.done)
+                log.note(f"stopped by {self.stop.why}, resume=true goes on from {held_by}")
+                break
+            self.finish_epoch(epoch + 1, log)
+        self.writer.finish()
+        if not self.stop.why:
+            results = state.results.items()
+            log.end({f"{k}_{n}": v for k, row in results for n, v in row.items()})
 
     def train_epoch(self, epoch: int, log: RunLog) -> None:
         """The steps of an epoch that are not done yet, with their log records and checkpoints.
@@ -140,6 +152,8 @@ class Loop:
                 speed, waiting = clock.read()
                 at = state.done / self.epoch_steps
                 log.step(state.done, at, values, speed * run.batch, waiting)
+                for text in of_record(state, values):
+                    log.note(text)
             self.writer.check()
             if self.stop.asked() or (not last and self.checkpoint_is_due()):
                 self.save(step_name(state.done))
@@ -152,14 +166,17 @@ class Loop:
         end = epoch == self.epochs
         values = {f"train_{name}": value for name, value in state.meters.read_epoch().items()}
         values["lr"] = self.lr(state.done - 1)
+        found: dict[str, float] = {}
         improved = False
         self.doing = f"the end of epoch {epoch}"
         if end or epoch % run.eval_every == 0:
             with self.compilations.phase("evaluation", log.note):
                 found = self.task.evaluate()
             values = found | values
-            improved = self.keep(found, epoch)
+            improved = state.keep(found, self.task.results, epoch)
         log.epoch(epoch, values)
+        if found and (text := of_evaluation(state, self.task.results[0], self.task.chance)):
+            log.note(text)
         if end or run.checkpoint_every is None or self.checkpoint_is_due():
             self.save(step_name(state.done), best=improved)
         elif improved:
@@ -169,21 +186,11 @@ class Loop:
         """A checkpoint of the state as it is, written while the loop goes on."""
         self.state.save(self.checkpoints, name, best=best, write=self.writer.save)
 
-    def keep(self, found: dict[str, float], epoch: int) -> bool:
-        """Take down the results of an evaluation; whether they are the best so far."""
-        if not found:
-            return False
-        results, score = self.state.results, self.task.results[0]
-        last = {name: found[name] for name in self.task.results if name in found}
-        results["last"] = {**last, "epoch": float(epoch)}
-        improved = found[score] > results.get("best", {score: -1.0})[score]
-        if improved:
-            results["best"] = results["last"]
-        return improved
-
     def lr(self, step: int) -> float:
         """The learning rate of a step of the run, 0-based."""
-        return lr_at(self.recipe.optim, self.recipe.run, step / self.epoch_steps)
+        optim = self.recipe.optim
+        rate = lr_at(optim, self.recipe.run, step / self.epoch_steps)
+        return rate if self.state.went_back is None else optim.rollback_lr * rate
 
     def checkpoint_is_due(self) -> bool:
         every = self.recipe.run.checkpoint_every

@@ -18,7 +18,7 @@ from ..data.loaders.ondevice import Normalise
 from ..methods import Now, Outputs, Terms
 from ..models import FoldError, Taps, cast_weights, fold_batchnorm, fold_dirac
 from .compiled import compile_all
-from .ema import AVERAGED, EMA
+from .ema import EMA
 from .learner import Learner
 
 MAIN = "main"  # the learner of the recipe's own student
@@ -191,11 +191,11 @@ class Distiller(nn.Module):
             for short, value in learner.method.schedule(epoch).items()
         }
 
-    def update_averages(self, now: Now) -> None:
-        """Take the students' weights into their averages."""
+    def update_averages(self, share: Tensor) -> None:
+        """Take a share (0-dim) of the students' weights into their averages."""
         for learner in self.learners.values():
             if learner.average is not None:
-                learner.average.update(learner.deployed, now[AVERAGED])
+                learner.average.update(learner.deployed, share)
 
     def weights(self, whole: bool) -> dict[str, Any]:
         """What a checkpoint holds of the networks; `whole`: all that a resumed run needs."""

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
 
-from ..recipe.schema import Optim
+from ..recipe.optim import Optim
 from .groups import decay_groups, layer_scales
 from .largebatch import lamb, lars
 from .scalars import Scalars
@@ -55,7 +55,7 @@ def build_optimizer(
         return torch.optim.AdamW(
             params, lr=optim.lr, betas=optim.betas, weight_decay=optim.weight_decay, fused=fused
         )
-    return torch.optim.SGD(
+    sgd = torch.optim.SGD(
         params,
         lr=optim.lr,
         momentum=optim.momentum,
@@ -63,6 +63,12 @@ def build_optimizer(
         weight_decay=optim.weight_decay,
         fused=fused,
     )
+    if optim.momentum:
+        # A fused first step that is skipped would leave them as memory was. -0 + g is g, and so is
+        # the sum of the first step, to the bit; 0 + g is not where g is -0.
+        for parameter in flat:
+            sgd.state[parameter]["momentum_buffer"] = torch.full_like(parameter.detach(), -0.0)
+    return sgd
 
 
 def class_of(optimizers: Mapping[str, torch.optim.Optimizer]) -> str:
@@ -108,8 +114,7 @@ def saved(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
 def clip_gradients(optimizer: torch.optim.Optimizer, norm: float) -> None:
     """Scale all gradients of `optimizer` together to an L2 norm of at most `norm`.
 
-    A norm that is not finite makes the weights NaN, which stops the run at its next checkpoint:
-    asking for it here would wait for the device.
+    Asking whether the norm is finite would wait for the device; guard.py looks at the gradients.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     nn.utils.clip_grad_norm_(parameters, norm, error_if_nonfinite=False)

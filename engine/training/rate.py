@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 
+from ..recipe.optim import Optim
 from ..recipe.run import Run
-from ..recipe.schema import Optim
 
 
 def lr_at(optim: Optim, run: Run, epoch: float) -> float:

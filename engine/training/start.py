@@ -42,9 +42,10 @@ def train(recipe: AnyRecipe, out: str | Path | None = None, resume: Resume | Non
 
     Raises ValueError for a folder with something in it and no `resume`, or the other way round;
     for a recipe, data or teacher other than those that the run was started with; for a teacher at
-    chance level; for run.device=cuda without CUDA. Raises Diverged, a RuntimeError, when a loss is
-    not finite; PeerError, another one, in all processes where one of them fails, is gone or differs
-    from the first; Stopped, a SystemExit, where a signal or run.time_limit ended it (see stop.py).
+    chance level; for run.device=cuda without CUDA. Raises Diverged, a RuntimeError, when more
+    steps in a row than optim.skip_limit are not finite; PeerError, another one, in all processes
+    where one of them fails, is gone or differs from the first; Stopped, a SystemExit, where a
+    signal or run.time_limit ended it (see stop.py).
 
     Networks that have `trained_by` and no checkpoint are trained first, beside the run's folder.
     What of the numerics the recipe leaves open is as `run.speed` says; the folder's recipe has it.

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
@@ -11,19 +10,18 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils._pytree import keystr, tree_flatten_with_path
 
 from ..recipe.load import AnyRecipe
 from ..run import checkpoint, resume
 from . import process
 from .ema import AVERAGED, EMA
+from .faults import Faults
+from .identity import digest
 from .meters import Diverged, Meters
 from .optim import class_of, rates, saved, set_lr
 from .peers import from_first, together
 from .ranks import Group
 from .scalars import Scalars
-
-STATISTICS = ("running_mean", "running_var")  # of BatchNorm, by the ends of their names
 
 
 class Networks(Protocol):
@@ -73,11 +71,13 @@ class State:
         another package, will not be resumed."""
         self.recipe, self.group, self.classes = recipe, group, classes
         self.networks, self.optimizers = networks, optimizers
-        self.meters = Meters(group)
+        self.meters = Meters(group, recipe.optim.skips)
         self.now = Scalars(group.device)  # of the step at hand
         self.quarantine: Quarantine | None = None  # where the training images have one
         self.done = 0  # finished steps
         self.results: dict[str, dict[str, float]] = {}  # the best and the last evaluation
+        self.losses: list[float] = []  # of the last log records
+        self.went_back: int | None = None  # to a checkpoint, from the steps that began here
         self.sources = {**sources, "teacher's weights": networks.teacher_digest}
         made = class_of(optimizers)
         if not made.startswith("torch."):  # of LAMB there are two, which keep other states
@@ -116,8 +116,8 @@ class State:
         """Let `write` write a checkpoint: what a resumed run needs, for "best" the networks alone.
 
         With `best` that of a step is also the best one. The run goes on as if there had been none:
-        whenever it is made, the bytes stay the same. Raises Diverged instead when the losses since
-        the last log record, or the weights, are not finite.
+        whenever it is made, the bytes stay the same. Raises Diverged instead when too many
+        steps before it, or the weights, are not finite.
         """
         whole = name != checkpoint.BEST
         own = [value.clone() for value in self._statistics()]
@@ -132,11 +132,14 @@ class State:
                 "statistics": self.group.all([value.cpu() for value in own]),
                 "rng": self.group.all(process.capture()),
                 "unreadable": self.group.all(self.quarantine.found() if self.quarantine else {}),
+                "faults": self.group.all(self.meters.faults.state_dict()),
             }
         facts = {
             "step": self.done,
             "classes": self.classes,
             "results": self.results,
+            "losses": self.losses,
+            "went_back": self.went_back,
             "sources": self.sources,
             "machine": self.machine,
             "recipe": self.recipe.model_dump(mode="json"),
@@ -146,14 +149,19 @@ class State:
         for value, was in zip(self._statistics(), own, strict=True):
             value.copy_(was)
 
-    def restore(self, folder: Path) -> list[str]:
+    def restore(self, folder: Path, before: int | None = None) -> list[str]:
         """Go on from the newest checkpoint that is good to the first process, if there is one;
         notes for the log.
 
-        Raises ValueError when recipe, data or teacher are not those of the checkpoint.
+        With `before` from one of fewer steps than that. Raises ValueError when recipe, data or
+        teacher are not those of the checkpoint.
         """
         group, doing = self.group, "reading a checkpoint"
-        own = together(group, doing, lambda: checkpoint.latest(folder) if group.first else None)
+
+        def find() -> checkpoint.Latest | None:
+            return checkpoint.latest(folder, before) if group.first else None
+
+        own = together(group, doing, find)
         chosen = from_first(group, own and [own.path.name, *own.skipped], doing)
         if chosen is None:
             return []
@@ -173,8 +181,25 @@ class State:
             self.quarantine.take(found_by(self.group, state.get("unreadable", [])))
         if self.group.rank < len(state["rng"]):
             process.restore(state["rng"][self.group.rank])
+        faults = state.get("faults") or [Faults(group, 0).state_dict()]  # not counted once
+        self.meters.faults.load_state_dict(faults[min(group.rank, len(faults) - 1)])
         self.done, self.results = facts["step"], facts["results"]
+        self.losses, self.went_back = facts.get("losses", []), facts.get("went_back")
         return resume.notes(found, self.machine)
+
+    def go_back(self, folder: Path, step: int) -> list[str]:
+        """Go on from the newest good checkpoint of before `step`: once in a run, as its checkpoints
+        then say. Notes for the log; [] where there is none, or it was done before.
+        """
+        if self.went_back is not None:
+            return []
+        best = self.results.get("best")
+        notes = self.restore(folder, before=step)
+        if notes:
+            self.went_back = step
+            if best is not None:  # its checkpoint is still there
+                self.results["best"] = best
+        return notes
 
     def _read(
         self, folder: Path, name: str, *skipped: str, found: checkpoint.Latest | None
@@ -186,12 +211,24 @@ class State:
         resume.check_same_run(found, self.sources, self.recipe)
         return found
 
-    def identity(self) -> dict[str, Any]:
-        """What all processes of a run have alike before they take a step, of JSON's types.
+    def keep(self, found: dict[str, float], names: Sequence[str], epoch: int) -> bool:
+        """Take down an evaluation's results of these names; whether they are the best so far.
 
-        Running statistics are each process's own.
+        The first name decides. Without results nothing changes.
         """
-        weights = digest(self.networks.weights(whole=True), leave_out=STATISTICS)
+        if not found:
+            return False
+        score = names[0]
+        last = {name: found[name] for name in names if name in found}
+        self.results["last"] = {**last, "epoch": float(epoch)}
+        improved = found[score] > self.results.get("best", {score: -1.0})[score]
+        if improved:
+            self.results["best"] = self.results["last"]
+        return improved
+
+    def identity(self) -> dict[str, Any]:
+        """What all processes of a run have alike before they take a step, of JSON's types."""
+        weights = digest(self.networks.weights(whole=True))
         return {"step": self.done, "weights": weights, **self.sources}
 
     def _check_finite(self) -> None:
@@ -208,18 +245,3 @@ def found_by(group: Group, unreadable: list[dict[int, str]]) -> dict[int, str]:
     if len(unreadable) == group.world:
         return unreadable[group.rank]
     return {row: why for found in unreadable for row, why in found.items()}
-
-
-def digest(held: Any, leave_out: tuple[str, ...]) -> str:
-    """sha256 of all tensors in nested dicts and lists, with their places, but of those whose
-    names end like this."""
-    found = hashlib.sha256()
-    for where, value in tree_flatten_with_path(held)[0]:
-        place = keystr(where)
-        if place.rstrip("']").endswith(leave_out):
-            continue
-        found.update(place.encode())
-        if isinstance(value, torch.Tensor):
-            value = value.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
-        found.update(value if isinstance(value, bytes) else repr(value).encode())
-    return found.hexdigest()

@@ -12,6 +12,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from ..methods import Now, Terms
+from .ema import AVERAGED
+from .guard import Guard
 from .meters import COUNTS, Meters
 from .optim import clip_gradients
 
@@ -29,10 +31,11 @@ class Step:
         model: Callable[..., tuple[Tensor, Terms]],  # the loss and the terms of a batch
         optimizers: Sequence[Optimizer],
         meters: Meters,
-        averages: Callable[[Now], None] | None = None,  # called after the optimisers
+        averages: Callable[[Tensor], None] | None = None,  # called with their share, at the end
         clip: float | None = None,  # largest norm of each optimiser's gradients
         parts: int = 1,  # of a batch, each with its own forward and backward pass
         weight: float = 1.0,  # of this process's mean in that of all, times the number of processes
+        guard: Guard | None = None,  # which skips a step that is not finite
     ) -> None:
         self.model = model
         self.optimizers = optimizers
@@ -40,6 +43,7 @@ class Step:
         self.averages = averages
         self.clip = clip
         self.parts, self.weight = parts, weight
+        self.guard = guard
 
     def __call__(self, now: Now, *batch: Any) -> Terms:
         """Train on a batch, as the model takes it beside `now`, whose "step" is counted from 1.
@@ -51,6 +55,9 @@ class Step:
             [batch] if self.parts == 1 else zip(*(x.chunk(self.parts) for x in batch), strict=True)
         )
         found: list[Terms] = []
+        guard = self.guard
+        if guard is not None:
+            guard.begin(*batch)
         for part in split:
             with self._alone(len(found) + 1 < self.parts):
                 loss, terms = self.model(now, *part)
@@ -58,18 +65,23 @@ class Step:
                     for optimizer in self.optimizers:
                         optimizer.zero_grad()  # to None; FusedLAMB of apex takes no argument
                 share = self.weight / self.parts
-                (loss if share == 1 else loss * share).backward()
+                seed = None if guard is None else guard.seed(loss)
+                (loss if share == 1 else loss * share).backward(seed)
             found.append(terms)
         if self.parts > 1:
             self._check_reached()
+        bad = None if guard is None else guard.decide()
         for optimizer in self.optimizers:
             if self.clip is not None:
                 clip_gradients(optimizer, self.clip)
             optimizer.step()
-        if self.averages is not None:
-            self.averages(now)
+        if guard is not None and bad is not None:
+            guard.undo(bad)
+        if self.averages is not None and AVERAGED in now:
+            taken = now[AVERAGED]
+            self.averages(taken if bad is None else taken.masked_fill(bad, 0.0))
         terms = joined(found)
-        self.meters.add(now["step"], self._weighed(terms))
+        self.meters.add(now["step"], self._weighed(terms), bad)
         return terms
 
     def _check_reached(self) -> None:

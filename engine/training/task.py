@@ -16,6 +16,7 @@ class Task(Protocol):
     steps: int  # of an epoch
     facts: dict[str, Any]  # for the first record of the log
     results: tuple[str, ...]  # kept of the last and of the best evaluation; the first decides
+    chance: float  # what a network that has learned nothing may reach of it
 
     def identity(self) -> dict[str, Any]:
         """What decides the run's batches, of JSON's types; the same in all processes."""
@@ -26,6 +27,9 @@ class Task(Protocol):
 
     def epoch(self, epoch: int, start: int) -> Iterator[Any]:
         """The batches of an epoch from step `start`; the networks are in training mode."""
+
+    def images(self, epoch: int, number: int) -> list[str]:
+        """The files of this process's part of step `number` of `epoch`, both 0-based."""
 
     def schedule(self, epoch: int, number: int) -> dict[str, float]:
         """The numbers of step `number` of `epoch`, both 0-based, beside its learning rate."""

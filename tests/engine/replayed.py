@@ -18,12 +18,14 @@ class ReplayedOps(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.ops = []
+        self.done = False
         self.replays = 0
 
     def aside(self):
         return nullcontext()
 
     def record(self, work):
+        self.ops, self.done = [], True
         with self:
             return work()
 
@@ -38,7 +40,8 @@ class ReplayedOps(TorchDispatchMode):
 
     def replay(self):
         self.replays += 1
-        if self.replays == 1:
+        if self.done:
+            self.done = False
             return
         with torch.no_grad():
             for op, args, kwargs, out in self.ops:

@@ -65,6 +65,7 @@ class DaliLoader:
         self._feed: Feed | None = None
         self._running: weakref.WeakSet[Generator[Batch, None, None]] = weakref.WeakSet()
         self.steps, self.quarantine = schedule.steps, schedule.quarantine
+        self.names = schedule.names
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """The batches of an epoch from step `start`; nothing before it is read.

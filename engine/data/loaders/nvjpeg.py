@@ -55,6 +55,7 @@ class NvjpegLoader:
         self._refused: set[int] = set()  # rows of the manifest that PIL alone decodes
         self._told = False
         self.steps, self.quarantine = schedule.steps, schedule.quarantine
+        self.names = schedule.names
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """The batches of an epoch from step `start`; nothing before it is read."""

@@ -53,6 +53,7 @@ class ResidentLoader:
         self._border = _border(self._data, schedule.view)
         self.steps, self.quarantine = schedule.steps, schedule.quarantine
         self._images = self._decode_all().to(device)  # (n, H, W, 3) uint8
+        self.names = schedule.names
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """The batches of an epoch from step `start`."""

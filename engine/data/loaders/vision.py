@@ -82,6 +82,7 @@ class VisionLoader:
         self._pin = device.type == "cuda"
         self._pool = ThreadPoolExecutor(self._data.workers, thread_name_prefix="kdfuse-decode")
         self.steps, self.quarantine = schedule.steps, schedule.quarantine
+        self.names = schedule.names
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """The batches of an epoch from step `start`; nothing before it is read."""

@@ -256,7 +256,10 @@ def test_resident_refuses_what_follows_the_crop(few):
 @pytest.mark.parametrize("name", EVERY)
 def test_repeats_are_every_loaders(few, name):
     data = folder(few, augment="pad_crop", size=40, loader=name, repeats=3)
-    _, _, index = collect(loaded(data, batch=6))
+    loader = loaded(data, batch=6)
+    named = [file for step in range(4) for file in loader.names(0, step)]
+    _, _, index = collect(loader)
+    assert named == [open_source(data, "train").name(row) for row in index.tolist()]
     order = sampler.permutation(7, 0, 24)
     assert index.view(4, 3, 2).tolist() == [[pair] * 3 for pair in order[:8].reshape(4, 2).tolist()]
 
@@ -446,6 +449,8 @@ def test_bad_files_are_named_counted_and_replaced(few, name, later):
         part = share(4 * world, rank, world)
         loader = made(manifest, data, 4 * world, seed=7, train=True, part=part)
         batches = list(loader.epoch(4, start))
+        for step, batch in enumerate(batches, start):
+            assert loader.names(4, step) == [manifest.name(row) for row in batch.index.tolist()]
         loader.close()
         bad.update(loader.quarantine.bad)
         return batches

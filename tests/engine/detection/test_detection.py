@@ -215,6 +215,8 @@ def test_order_follows_from_seed_and_epoch_at_any_start_and_number_of_processes(
     assert rows_of(loader(), 1, start=1) == second[1:]
     halves = [rows_of(loader(2, rank, 2), 1) for rank in (0, 1)]
     assert [a + b for a, b in zip(*halves, strict=True)] == second
+    with contextlib.closing(loader(2, 1, 2)) as other:
+        assert other.names(1, 0) == [str(coco.path(row)) for row in halves[1][0]]
 
 
 def test_flipped_images_carry_flipped_boxes(data):

@@ -8,7 +8,8 @@ from kdfuse.engine.methods import METHODS
 from kdfuse.engine.recipe import yamlfile
 from kdfuse.engine.recipe.data import Data, RandAugment
 from kdfuse.engine.recipe.load import Recipe, recipes
-from kdfuse.engine.recipe.schema import Optim, RecipeError
+from kdfuse.engine.recipe.optim import Optim
+from kdfuse.engine.recipe.schema import RecipeError
 
 KD = "digits/kd:resnet20-resnet8"
 

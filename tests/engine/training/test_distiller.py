@@ -180,12 +180,13 @@ def test_meters_are_means_and_shares_and_name_the_first_bad_step():
     for step, (loss, hits) in enumerate([(1.0, 2), (4.0, 3)], 1):
         value = torch.tensor(loss)
         counts = {"top1": torch.tensor(hits), "rows": torch.tensor(4)}
-        meters.add(step, {"loss": value, "kd": 2 * value, **counts})
+        meters.add(torch.tensor(step), {"loss": value, "kd": 2 * value, **counts})
     assert meters.read() == {"loss": 2.5, "kd": 5.0, "top1": 62.5}
     assert meters.read_epoch() == {"loss": 2.5, "kd": 5.0, "top1": 62.5}
     for step, loss in enumerate([1.0, torch.inf, torch.nan, 1.0], 3):
         value = torch.tensor(loss)
-        meters.add(step, {"loss": value, "kd": value, "top1": value, "rows": value})
+        terms = {"loss": value, "kd": value, "top1": value, "rows": value}
+        meters.add(torch.tensor(step), terms)
     with pytest.raises(Diverged, match="loss of step 4 is not finite"):
         meters.read()
 

@@ -9,7 +9,7 @@ from tiny import tiny
 from torch import nn
 
 from kdfuse.engine.models import create
-from kdfuse.engine.recipe.schema import Optim
+from kdfuse.engine.recipe.optim import Optim
 from kdfuse.engine.training.classification import begin
 from kdfuse.engine.training.groups import decay_groups, layer_scales
 from kdfuse.engine.training.largebatch import timm_optim

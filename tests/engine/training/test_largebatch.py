@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from kdfuse.engine.recipe.schema import Optim
+from kdfuse.engine.recipe.optim import Optim
 from kdfuse.engine.training import largebatch
 from kdfuse.engine.training.meters import Meters
 from kdfuse.engine.training.optim import build_optimizer, class_of

@@ -10,7 +10,7 @@ from tiny import tiny
 from torch import nn
 
 from kdfuse.engine.models import Taps, create
-from kdfuse.engine.recipe.schema import Optim
+from kdfuse.engine.recipe.optim import Optim
 from kdfuse.engine.training.classification import begin
 from kdfuse.engine.training.ema import EMA
 from kdfuse.engine.training.optim import build_optimizer, clip_gradients

@@ -4,8 +4,8 @@ import math
 
 import pytest
 
+from kdfuse.engine.recipe.optim import Optim
 from kdfuse.engine.recipe.run import Run
-from kdfuse.engine.recipe.schema import Optim
 from kdfuse.engine.training.rate import lr_at
 
 

@@ -247,7 +247,7 @@ def sums():
         chance, meters = torch.Generator().manual_seed(group.rank), Meters(group)
         for step in range(1, 61):
             loss = torch.randn((), dtype=torch.float64, generator=chance).exp()
-            meters.add(step, {"loss": loss, "rows": torch.ones(())})
+            meters.add(torch.tensor(step), {"loss": loss, "rows": torch.ones(())})
             if step % every == 0:
                 state, meters = meters.state_dict(), Meters(group)
                 meters.load_state_dict(state)

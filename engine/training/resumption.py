@@ -1,0 +1,50 @@
+"""Going on with a run from its checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from ..run.resume import starts_again
+from .peers import together
+from .ranks import Group
+from .task import Task
+
+
+def resumed(
+    task: Task,
+    group: Group,
+    folder: Path,
+    checkpoints: Path,
+    steps: int,
+    lr: Callable[[int], float],
+) -> list[str]:
+    """Bring the task's state to the newest good checkpoint of a run of so many steps: notes for
+    the log. `lr`: the rate of a step of the run, 0-based.
+
+    Raises ValueError when recipe, data or teacher are not those of the checkpoint.
+    """
+    state = task.state
+    notes = state.restore(checkpoints)
+    if group.world > 2 and 0 < state.done < steps:
+        _rehearse(task, lr)
+        state.restore(checkpoints)
+    if state.done == 0:
+        doing = "looking at the run's folder"
+        notes += together(group, doing, lambda: starts_again(folder) if group.first else [])
+    return notes
+
+
+def _rehearse(task: Task, lr: Callable[[int], float]) -> None:
+    """Take the coming step of a resumed run, for its state to be restored again.
+
+    DistributedDataParallel moves gradients to other places in its buckets after its second step,
+    and with three processes or more the place decides in which order they are summed.
+    """
+    state = task.state
+    epoch, number = divmod(state.done, task.steps)
+    for batch in task.epoch(epoch, number):
+        for _ in range(min(state.done, 2)):
+            state.begin(lr(state.done), task.schedule(epoch, number))
+            task.step(batch)
+        break
