@@ -1,19 +1,17 @@
 """The folder of a run: created once, and continued only by the recipe that started it."""
 
-import fcntl
 import json
 import os
 import re
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 from ..recipe.load import load
 from ..recipe.run import LEFT_OPEN
 from ..recipe.schema import RecipeBase
-from . import job
+from . import job, lease
 from .disk import write_whole
 from .environment import environment
 
@@ -23,7 +21,7 @@ Resume = bool | Literal["auto"]
 RECIPE, ENVIRONMENT = "recipe.yaml", "environment.json"
 UNFINISHED = ".tmp"
 # What there may be of a run that was killed before it began.
-SCRAPS = {ENVIRONMENT, ENVIRONMENT + UNFINISHED, RECIPE + UNFINISHED}
+SCRAPS = {ENVIRONMENT, ENVIRONMENT + UNFINISHED, RECIPE + UNFINISHED, lease.NAME}
 
 # Settings that change nothing of what is trained, so that a resumed run may have others: of the
 # logged means of an epoch run.log_every changes the last digit, and run.eval_batch may that of an
@@ -120,27 +118,6 @@ def create_folder(folder: Path, recipe: RecipeBase, world: int) -> None:
     if not (folder / RECIPE).exists():
         write_whole(folder / ENVIRONMENT, json.dumps(environment(world), indent=2) + "\n")
         write_whole(folder / RECIPE, recipe.explain())
-
-
-@contextmanager
-def held(folder: Path) -> Iterator[None]:
-    """Keep other processes out of a run's folder; the system lets go when this one ends.
-
-    Raises ValueError when another process trains there.
-    """
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(handle)
-        raise ValueError(
-            f"out = {folder}: another process is training there; stop it first, or choose another "
-            "folder"
-        ) from error
-    try:
-        yield
-    finally:
-        os.close(handle)
 
 
 def refuse(drift: list[str], problem: str) -> None:

@@ -180,7 +180,11 @@ class RunLog:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.close()
+        try:
+            self.close()
+        except OSError:
+            if error is None:  # else what ended the run is what has to be told
+                raise
 
     def _epoch(self) -> float:
         return self.position * self.epochs / self.total_steps

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from ..recipe.load import AnyRecipe
-from ..report.page import report
 from ..run.checkpoint import BEST, step_name
-from ..run.folder import create_folder, held
+from ..run.folder import create_folder
+from ..run.lease import Lease, held
 from ..run.log import RunLog
 from ..run.writer import Writer
 from .alarms import of_evaluation, of_record
@@ -44,11 +44,12 @@ class Loop:
         self.checkpoints = folder / "checkpoints"
         self.epochs = recipe.run.stop_epoch or recipe.run.epochs
         self.doing = "making ready"  # for what is said where a process fails
+        self.lease: Lease | None = None  # of the process that writes
 
     def run(self, resume: bool) -> str:
         """From wherever the run stands to its end; why it ended before it was finished, else ""."""
-        state, first = self.state, self.group.first
-        if not first:
+        state = self.state
+        if not self.group.first:
             self.compilations.say = lambda text: None
         steps = self.epochs * self.epoch_steps
         notes: list[str] = []
@@ -61,21 +62,17 @@ class Loop:
             together(self.group, OPENING, lambda: self.hold(opened))
             run = self.recipe.run
             self.stop = opened.enter_context(Stop(self.group, run.time_limit, run.timeout))
+            notes = [*(self.lease.notes if self.lease else []), *notes]
             back = self.train(state.done if resume else None, notes, facts)
             if back:
                 self.train(state.done, back, facts, save=True)
-        if first and not self.stop.why:
-            try:
-                report([self.folder], self.folder / "report.html")
-            except OSError as error:  # a page is no reason for a finished run to fail
-                print(f"{error}; kdfuse report {self.folder} writes the page", flush=True)
         return self.stop.why
 
     def hold(self, opened: ExitStack) -> None:
         """Let the first process make the run's folder, and hold it as long as `opened` is."""
         if self.group.first:
+            self.lease = opened.enter_context(held(self.folder, self.group.world))
             create_folder(self.folder, self.recipe, self.group.world)
-            opened.enter_context(held(self.folder))
 
     def train(
         self, resume_step: int | None, notes: list[str], facts: dict[str, Any], save: bool = False
@@ -151,6 +148,7 @@ class Loop:
                 values = state.meters.read()
                 speed, waiting = clock.read()
                 at = state.done / self.epoch_steps
+                self.check_lease()
                 log.step(state.done, at, values, speed * run.batch, waiting)
                 for text in of_record(state, values):
                     log.note(text)
@@ -174,6 +172,7 @@ class Loop:
                 found = self.task.evaluate()
             values = found | values
             improved = state.keep(found, self.task.results, epoch)
+        self.check_lease()
         log.epoch(epoch, values)
         if found and (text := of_evaluation(state, self.task.results[0], self.task.chance)):
             log.note(text)
@@ -184,7 +183,13 @@ class Loop:
 
     def save(self, name: str, best: bool = False) -> None:
         """A checkpoint of the state as it is, written while the loop goes on."""
+        self.check_lease()
         self.state.save(self.checkpoints, name, best=best, write=self.writer.save)
+
+    def check_lease(self) -> None:
+        """Raise LeaseLost before anything is written into a folder that is another's by now."""
+        if self.lease is not None:
+            self.lease.check()
 
     def lr(self, step: int) -> float:
         """The learning rate of a step of the run, 0-based."""

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ..recipe.load import AnyRecipe, DetectionRecipe, Recipe, load
 from ..recipe.run import Run
+from ..report.page import report
 from ..run import job
 from ..run.chain import trained
 from ..run.folder import (
@@ -85,10 +86,20 @@ def train(recipe: AnyRecipe, out: str | Path | None = None, resume: Resume | Non
         ):
             loop = Loop(recipe, folder, group, task, compilations)
             why = loop.run(goes_on)
+            if group.first and not why:
+                _page(folder)
             group.wait()
     if why:
         raise Stopped(why)
     return folder
+
+
+def _page(folder: Path) -> None:
+    """The run's page; it is no reason for a finished run to fail."""
+    try:
+        report([folder], folder / "report.html")
+    except OSError as error:
+        print(f"{error}; kdfuse report {folder} writes the page", flush=True)
 
 
 def _begun_as(folder: Path) -> Run | None:

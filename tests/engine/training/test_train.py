@@ -10,7 +10,6 @@ from typing import get_args
 
 import pytest
 import torch
-from processes import together
 from tiny import tiny
 
 import kdfuse.engine
@@ -21,7 +20,6 @@ from kdfuse.engine.data.sources import open_source
 from kdfuse.engine.models import create
 from kdfuse.engine.run import environment
 from kdfuse.engine.run.checkpoint import load, save
-from kdfuse.engine.run.folder import held
 from kdfuse.engine.run.log import read
 from kdfuse.engine.training.build import build, deployed_by
 from kdfuse.engine.training.classification import Classification, _pixels_of, begin
@@ -305,17 +303,6 @@ def test_hits_give_ties_and_nans_no_credit():
     )
     target = torch.tensor([2, 0, 6, 0])
     assert hits(logits, target).tolist() == [1.0, 2.0, 4.0, 1.0]
-
-
-def hold(folder):
-    with held(folder):
-        pass
-
-
-def test_a_folder_in_use_is_not_shared(tmp_path):
-    with held(tmp_path), pytest.raises(AssertionError, match="another process is training there"):
-        together(1, hold, tmp_path)
-    together(1, hold, tmp_path)
 
 
 def test_a_resumed_run_is_the_checkpoints_recipe_whatever_its_folder_says(digits, tmp_path):
