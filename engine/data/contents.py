@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from .byte_range import open_range
-from .images import decode
+from .images import decode, open_file
 
 
 class Content(Protocol):
@@ -45,7 +45,7 @@ class Files:
         return _changed(self.paths[row], int(self.lengths[row]))
 
     def open(self, row: int) -> BinaryIO:
-        return open(self.paths[row], "rb")
+        return open_file(self.paths[row])
 
     def read(self, row: int) -> Image.Image:
         return decode(partial(self.open, row))

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import stat
 import struct
 from collections.abc import Callable
+from functools import partial
 from typing import BinaryIO, NamedTuple
 
 from PIL import Image, UnidentifiedImageError
@@ -21,9 +24,18 @@ class UnreadableError(Exception):
     """An image file that cannot be used; the text says why, without the file's name."""
 
 
+def open_file(path: str) -> BinaryIO:
+    """The file at `path`; OSError for what is none: a pipe would be waited for, and never end."""
+    file = open(path, "rb", opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK))
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(errno.EINVAL, "not a regular file", path)
+    return file
+
+
 def opener_of(path: str) -> Opener:
     """How to open a file that is an image as a whole."""
-    return lambda: open(path, "rb")
+    return partial(open_file, path)
 
 
 def decode(opener: Opener) -> Image.Image:

@@ -6,8 +6,13 @@ import json
 import os
 from pathlib import Path
 
+from pydantic import TypeAdapter
+
+from ..recipe import problems
 from .check import Image
 from .durable import whole_file
+
+IMAGE = TypeAdapter(Image)
 
 
 def write_listing(images: list[Image], out: Path) -> None:
@@ -22,11 +27,11 @@ def read_listing(path: Path) -> list[Image]:
     images = []
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
         try:
-            images.append(Image(**json.loads(line)))
-        except (ValueError, TypeError) as error:
+            images.append(IMAGE.validate_python(json.loads(line), strict=True))
+        except (ValueError, RecursionError) as error:
             raise ValueError(
                 f"{path} line {number} is not of a list that `kdfuse data check --out` wrote "
-                f"({error}); write it anew"
+                f"({problems.first(error)}); write it anew"
             ) from error
     return images
 

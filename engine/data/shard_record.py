@@ -5,13 +5,45 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from ..recipe import problems
+from ..recipe.schema import Strict
 
 RECORD = "shards.json"
 FORMAT = "kdfuse-shards-1"
-KEYS = {"format", "plan", "images", "resized", "skipped", "shards"}
 CHUNK = 1 << 20  # bytes
 Record = dict[str, Any]
+Count = Annotated[int, Field(ge=0)]
+
+
+class Tar(Strict):
+    """A tar of a packed split, with the checksum of its bytes."""
+
+    name: Annotated[str, Field(pattern=r"^[0-9]{5}\.tar$")]
+    images: Count
+    bytes: Count
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+
+
+class MadeTar(Tar):
+    """The same while its split is packed."""
+
+    resized: Count
+    skipped: dict[str, str]
+
+
+class Whole(Strict):
+    """All of a record."""
+
+    format: Literal["kdfuse-shards-1"]
+    plan: dict[str, Any]
+    images: Count
+    resized: Count
+    skipped: dict[str, str]
+    shards: list[Tar]
 
 
 def to_json(value: dict[str, Any]) -> bytes:
@@ -22,12 +54,18 @@ def read_record(folder: Path) -> Record:
     """The record of a packed split. ValueError where it is damaged or of another format."""
     path = folder / RECORD
     try:
-        record = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}); pack the set again") from error
-    if not isinstance(record, dict) or record.get("format") != FORMAT or KEYS - record.keys():
-        raise ValueError(f"{path} is no record of format {FORMAT}; pack the set again")
-    return record
+        return Whole.model_validate(json.loads(path.read_bytes())).model_dump()
+    except (ValueError, RecursionError) as error:
+        why = problems.first(error)
+        raise ValueError(f"{path} is no record of {FORMAT} ({why}); pack the set again") from error
+
+
+def made_before(path: Path) -> Record | None:
+    """The record of a tar of a split that is packed; None where it is not there or damaged."""
+    try:
+        return MadeTar.model_validate(json.loads(path.read_bytes())).model_dump()
+    except (FileNotFoundError, ValueError, RecursionError):
+        return None
 
 
 def wrong_lengths(folder: Path, record: Record) -> list[tuple[Path, str]]:

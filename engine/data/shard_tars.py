@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import os
 import shutil
 import tarfile
@@ -23,7 +22,7 @@ from .durable import whole_file
 from .images import UnreadableError, decode
 from .manifest import Manifest
 from .plan import Ints, permutation
-from .shard_record import FORMAT, Record, to_json
+from .shard_record import FORMAT, Record, made_before, to_json
 
 
 @dataclass(frozen=True)
@@ -112,11 +111,10 @@ def _shard(
     """Make one tar, unless its record says that it is there and nothing of it was left out."""
     tar = work.whole / f"{number:05d}.tar"
     kept = work.part / f"{number:05d}.json"
-    if kept.is_file():
-        record: Record = json.loads(kept.read_bytes())
-        if not record["skipped"]:
-            told(len(rows))
-            return record  # else what could not be read is tried again
+    record = made_before(kept)
+    if record is not None and not record["skipped"]:
+        told(len(rows))
+        return record  # else what could not be read is tried again
     skipped: dict[str, str] = {}
     digest, images, resized = hashlib.sha256(), 0, 0
     with whole_file(tar, work.part / f"{tar.name}.part") as file:

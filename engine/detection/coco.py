@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ NEEDED: dict[str, dict[str, type]] = {
     "annotations": {"image_id": int, "category_id": int, "bbox": list},
     "categories": {"id": int, "name": str},
 }
+MOST, LONGEST = 1 << 63, 1 << 20  # of a number; pixels of an image's side
 SMALLEST = 1.0  # pixels; a box that is narrower or lower inside its image is left out
 
 
@@ -113,7 +113,7 @@ def _load(path: Path, root: Path) -> dict[str, list[dict[str, Any]]]:
         held = json.loads(path.read_bytes())
     except FileNotFoundError as error:
         raise FileNotFoundError(f"data.root={root}: no file {path}; {LAYOUT}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
     for part, keys in NEEDED.items():
         entries = held.get(part) if isinstance(held, dict) else None
@@ -145,6 +145,13 @@ def _images(held: dict[str, list[dict[str, Any]]]) -> dict[int, dict[str, Any]]:
     for entry in held["images"]:
         if entry["id"] in found:
             raise ValueError(f"image id {entry['id']} stands twice")
+        if not -MOST < entry["id"] < MOST:
+            raise ValueError(f"image id {entry['id']} is beyond 64 bits")
+        for side in ("height", "width"):
+            if not 1 <= entry[side] <= LONGEST:
+                raise ValueError(
+                    f"image id {entry['id']} has {side} {entry[side]}, wants 1 to {LONGEST} pixels"
+                )
         found[entry["id"]] = entry
     return found
 
@@ -173,8 +180,8 @@ def _boxes(
 
 
 def _four(box: list[Any], where: str) -> list[float]:
-    numbers = all(type(v) in (int, float) for v in box)
-    if not numbers or len(box) != 4 or not all(math.isfinite(v) for v in box):
+    numbers = all(type(v) in (int, float) and -MOST < v < MOST for v in box)
+    if not numbers or len(box) != 4:
         raise ValueError(f"{where}: bbox {box!r}, wants [left, top, width, height] in pixels")
     if box[2] < 0 or box[3] < 0:
         raise ValueError(f"{where}: bbox {box!r} has a negative width or height")

@@ -106,6 +106,15 @@ def lines(error: ValidationError, known: list[str], tags: set[str]) -> list[str]
     return found
 
 
+def first(error: Exception) -> str:
+    """What is wrong with a file, in a line: of pydantic's findings the first."""
+    if not isinstance(error, ValidationError):
+        return str(error)
+    one = error.errors(include_url=False, include_context=False)[0]
+    where = ".".join(map(str, one["loc"]))
+    return f"{where}: {one['msg']}" if where else one["msg"]
+
+
 def _lines_of(key: str, one: dict[str, Any], known: list[str]) -> list[str]:
     kind, value, context = one["type"], one["input"], one.get("ctx", {})
     if kind == "value_error":

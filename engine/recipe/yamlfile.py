@@ -12,6 +12,8 @@ import yaml
 
 from .schema import RecipeError
 
+MOST = 100_000  # values of a file
+
 
 class _Loader(yaml.SafeLoader):
     """PyYAML's safe loader follows YAML 1.1, where `off` is false, `1e-4` text and `010` eight."""
@@ -30,6 +32,12 @@ class _Loader(yaml.SafeLoader):
             seen[key] = line
         return super().construct_mapping(node, deep=deep)
 
+
+PLAIN = ("null", "bool", "int", "float", "str", "seq", "map")
+_kept = {f"tag:yaml.org,2002:{tag}" for tag in PLAIN} | {None}
+_Loader.yaml_constructors = {
+    tag: made for tag, made in yaml.SafeLoader.yaml_constructors.items() if tag in _kept
+}
 
 for _tag, _pattern, _first in (
     ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
@@ -54,13 +62,29 @@ def parse(text: str) -> Any:
     that is not text, or a tag that would make anything but a plain value.
     """
     try:
-        return yaml.load(text, Loader=_Loader)  # noqa: S506 - _Loader is a SafeLoader
+        value = yaml.load(text, Loader=_Loader)  # noqa: S506 - _Loader is a SafeLoader
+        if _size(value, {}) > MOST:
+            raise RecipeError(f"more than {MOST} values, counting each alias as what it stands for")
+        return value
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f"line {mark.line + 1}: " if mark else ""
         raise RecipeError(f"{where}not valid YAML: {error.problem or error.context}") from error
-    except yaml.YAMLError as error:
-        raise RecipeError(f"not valid YAML: {error}") from error
+    except RecipeError:
+        raise
+    except Exception as error:  # of a number, or of lists in lists in lists
+        raise RecipeError(f"not valid YAML: {error!r}") from error
+
+
+def _size(value: Any, known: dict[int, int]) -> int:
+    """Values in a value. A few aliases of aliases are more than any memory; `known`: by id."""
+    if not isinstance(value, dict | list):
+        return 1
+    if id(value) not in known:
+        known[id(value)] = MOST  # of what holds itself
+        inner = value.values() if isinstance(value, dict) else value
+        known[id(value)] = 1 + sum(_size(one, known) for one in inner)
+    return known[id(value)]
 
 
 def read(path: Path) -> dict[str, Any]:

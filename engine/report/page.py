@@ -43,7 +43,7 @@ def report(runs: list[Path], out: Path) -> Path:
         ],
         runs=[_section(run) for run in read],
     )
-    write_whole(out, text)
+    write_whole(out, text.encode(errors="backslashreplace").decode())  # of names of files
     return out
 
 

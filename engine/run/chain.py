@@ -8,9 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..recipe.load import Recipe
+from ..recipe.load import AnyRecipe, Recipe
 from ..recipe.run import LEFT_OPEN
-from .folder import RECIPE, Resume, flat
+from .folder import RECIPE, Resume, flat, kept_recipe
 
 # What a run shares with those that train its teachers: where it runs, not what it computes.
 SHARED = (
@@ -76,13 +76,13 @@ def _one(
     folder = runs / "-".join(_slug(part) for part in (name, *words, f"seed{loaded.run.seed}"))
     begun = (folder / RECIPE).exists()
     if begun:
-        as_begun = _words(Recipe.load(folder / RECIPE), NUMERICS)
+        as_begun = _words(kept_recipe(folder), NUMERICS)
         loaded = Recipe.load(name, [*shared, *as_begun, *words])
     first = _trained(loaded, runs, train, (*way, name))
     return train(first, folder, begun)
 
 
-def _words(recipe: Recipe, keys: tuple[str, ...]) -> list[str]:
+def _words(recipe: AnyRecipe, keys: tuple[str, ...]) -> list[str]:
     """The settings of a recipe as words that override another's; JSON is YAML."""
     given = flat(recipe.model_dump(mode="json"))
     return [f"{key}={json.dumps(given[key])}" for key in keys if given[key] is not None]

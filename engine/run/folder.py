@@ -1,16 +1,15 @@
 """The folder of a run: created once, and continued only by the recipe that started it."""
 
 import json
-import os
 import re
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from ..recipe.load import load
+from ..recipe.load import AnyRecipe, load
 from ..recipe.run import LEFT_OPEN
-from ..recipe.schema import RecipeBase
+from ..recipe.schema import RecipeBase, RecipeError
 from . import job, lease
 from .disk import write_whole
 from .environment import environment
@@ -76,8 +75,16 @@ def begun_here(folder: Path) -> bool:
     """Whether this command began the run, or a run of the set, in a folder: in this job, where
     there is one."""
     facts = [folder / ENVIRONMENT, *folder.glob(f"*/{ENVIRONMENT}")]
-    read = [json.loads(path.read_text(encoding="utf-8")) for path in facts if path.is_file()]
-    return any((one.get("job"), one.get("command")) == (job.name(), sys.argv) for one in read)
+    return any(_begun_by(path) == (job.name(), sys.argv) for path in facts if path.is_file())
+
+
+def _begun_by(path: Path) -> tuple[Any, Any]:
+    """Job and command in an environment.json; one that is damaged is nobody's."""
+    try:
+        facts = json.loads(path.read_bytes())
+        return facts.get("job"), facts.get("command")
+    except (ValueError, AttributeError):
+        return None, None
 
 
 def occupied(folder: Path) -> bool:
@@ -96,7 +103,7 @@ def check_folder(folder: Path, recipe: RecipeBase, resume: bool) -> None:
                 f"out = {folder}: not empty; choose another folder, or resume=true to go on with it"
             )
         if (folder / RECIPE).exists():
-            drift = changes(plain(load(folder / RECIPE)), plain(recipe))
+            drift = changes(plain(kept_recipe(folder)), plain(recipe))
             refuse(drift, f"cannot resume {folder}: the recipe is not the one it was started with")
     elif occupied(folder):
         raise ValueError(f"out = {folder}: not empty, and no run is in it; choose another folder")
@@ -110,6 +117,16 @@ def nothing_there(folder: Path) -> ValueError:
         f"resume=true: there is nothing in {folder} to go on with; leave the word out to begin "
         "there, or set resume=auto, which does either"
     )
+
+
+def kept_recipe(folder: Path) -> AnyRecipe:
+    """The recipe in a run's folder; RecipeError names the file for one that cannot be used."""
+    path = folder / RECIPE
+    try:
+        return load(path)
+    except RecipeError as error:
+        problems = [line.removeprefix(f"{path}: ") for line in str(error).splitlines()]
+        raise RecipeError("\n".join(f"{path}: {line}" for line in problems)) from error
 
 
 def create_folder(folder: Path, recipe: RecipeBase, world: int) -> None:

@@ -25,6 +25,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from .board import Board
 from .disk import FULL, Growing, write_whole
+from .records import check, gap
 
 NAME = "log.jsonl"
 LATER = "the run goes on, and what the file lacks is written as soon as there is room"
@@ -38,14 +39,16 @@ def read(path: Path) -> list[dict[str, Any]]:
     records = []
     lines = path.read_bytes().split(b"\n")
     for number, line in enumerate(lines, 1):
+        if not line:
+            continue
         try:
-            record = json.loads(line) if line else None
-        except ValueError as error:
+            record = json.loads(line)
+            check(record)
+        except (ValueError, RecursionError) as error:
             if number == len(lines):
                 break
-            raise ValueError(f"{path} line {number} is not JSON: {error}") from error
-        if record is not None:
-            records.append(record)
+            raise ValueError(f"{path} line {number} is no record: {error}; remove it") from error
+        records.append(record)
     return records
 
 
@@ -88,6 +91,8 @@ class RunLog:
                 self._file.close()
                 raise
         self._progress = _progress(total_steps, self.position)
+        if lost := gap(kept, self.position, total_steps // epochs):
+            self.note(lost)
         try:
             purge = None if resume_step is None else resume_step + 1
             self._board = Board(run_dir / "tensorboard", purge)

@@ -10,10 +10,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..recipe import yamlfile
-from ..recipe.load import AnyRecipe, Recipe, load
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from ..recipe import problems, yamlfile
+from ..recipe.load import AnyRecipe, Recipe
 from . import checkpoint, log
-from .folder import ENVIRONMENT, RECIPE
+from .folder import ENVIRONMENT, RECIPE, kept_recipe
 
 
 class Score(NamedTuple):
@@ -123,22 +125,18 @@ class Seeds:
 
 
 def read_run(path: Path) -> PastRun:
-    """Read a run directory. Raises FileNotFoundError for a folder that is none, by its name."""
+    """Read a run directory. Raises FileNotFoundError for a folder that is none, by its name, and
+    ValueError for a file in it that is damaged."""
     _check_is_run(path)
-    facts = path / ENVIRONMENT
     written = path / log.NAME
-    return PastRun(
-        path,
-        yamlfile.read(path / RECIPE),
-        json.loads(facts.read_text(encoding="utf-8")) if facts.is_file() else {},
-        log.read(written) if written.is_file() else [],
-    )
+    records = log.read(written) if written.is_file() else []
+    return PastRun(path, _recipe(path / RECIPE), _environment(path / ENVIRONMENT), records)
 
 
 def any_recipe_of(path: Path) -> AnyRecipe:
     """The recipe of a run's folder. Raises FileNotFoundError for a folder that is no run."""
     _check_is_run(path)
-    return load(path / RECIPE)
+    return kept_recipe(path)
 
 
 def recipe_of(path: Path) -> Recipe:
@@ -196,6 +194,51 @@ def mean_and_spread(values: list[float]) -> str | None:
         return None
     mean = f"{statistics.mean(values):.2f}"
     return f"{mean} \u00b1 {statistics.stdev(values):.2f}" if len(values) > 1 else mean
+
+
+class _Method(BaseModel):
+    name: str = ""
+
+
+class _Run(BaseModel):
+    seed: int = 0
+
+
+class _Expect(BaseModel):
+    top1: float | None = None
+    ap: float | None = None
+    source: str = ""
+
+
+class _Held(BaseModel):
+    """What is read of any recipe, of whatever version."""
+
+    model_config = ConfigDict(strict=True)
+
+    name: str = ""
+    description: str = ""
+    method: _Method = _Method()
+    run: _Run = _Run()
+    expect: _Expect | None = None
+
+
+def _recipe(path: Path) -> dict[str, Any]:
+    raw = yamlfile.read(path)
+    try:
+        _Held.model_validate(raw, strict=True)
+    except ValidationError as error:
+        raise ValueError(f"{path} is damaged ({problems.first(error)})") from error
+    return raw
+
+
+def _environment(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_bytes()) if path.is_file() else {}
+        if not isinstance(found, dict):
+            raise ValueError("wants keys and values")
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged ({error}); remove it") from error
+    return found
 
 
 def _check_is_run(path: Path) -> None:

@@ -52,9 +52,7 @@ class Loop:
         if not self.group.first:
             self.compilations.say = lambda text: None
         steps = self.epochs * self.epoch_steps
-        notes: list[str] = []
-        if resume:
-            notes = resumed(self.task, self.group, self.folder, self.checkpoints, steps, self.lr)
+        notes = resumed(self.task, self.group, self.folder, steps, self.lr) if resume else []
         facts = self.task.facts | {"optimizer": class_of(state.optimizers)}
         agree(self.group, "where they begin", lambda: state.identity() | self.task.identity())
         facts |= self.task.check_teachers() if state.done == 0 else {}

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from ..run.checkpoint import BEST, CheckpointError, load
 from ..run.resume import starts_again
-from .peers import together
+from .peers import from_first, together
 from .ranks import Group
 from .task import Task
 
@@ -15,7 +16,6 @@ def resumed(
     task: Task,
     group: Group,
     folder: Path,
-    checkpoints: Path,
     steps: int,
     lr: Callable[[int], float],
 ) -> list[str]:
@@ -24,15 +24,29 @@ def resumed(
 
     Raises ValueError when recipe, data or teacher are not those of the checkpoint.
     """
-    state = task.state
+    state, checkpoints = task.state, folder / "checkpoints"
     notes = state.restore(checkpoints)
     if group.world > 2 and 0 < state.done < steps:
         _rehearse(task, lr)
         state.restore(checkpoints)
+    doing = "looking at the run's folder"
     if state.done == 0:
-        doing = "looking at the run's folder"
         notes += together(group, doing, lambda: starts_again(folder) if group.first else [])
+    if "best" in state.results:
+        lost = together(group, doing, lambda: _lost(checkpoints / BEST) if group.first else "")
+        if lost := from_first(group, lost, doing):
+            del state.results["best"]
+            notes.append(f"{lost}: the best one is lost, and is sought anew from here on")
     return notes
+
+
+def _lost(best: Path) -> str:
+    """What is wrong with a checkpoint, "" for nothing."""
+    try:
+        load(best)
+    except CheckpointError as error:
+        return str(error)
+    return ""
 
 
 def _rehearse(task: Task, lr: Callable[[int], float]) -> None:

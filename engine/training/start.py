@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import closing
 from pathlib import Path
 
-from ..recipe.load import AnyRecipe, DetectionRecipe, Recipe, load
+from ..recipe.load import AnyRecipe, DetectionRecipe, Recipe
 from ..recipe.run import Run
 from ..report.page import report
 from ..run import job
@@ -18,6 +18,7 @@ from ..run.folder import (
     changes,
     check_folder,
     default_folder,
+    kept_recipe,
     plain,
     refuse,
 )
@@ -69,6 +70,8 @@ def train(recipe: AnyRecipe, out: str | Path | None = None, resume: Resume | Non
     def look() -> None:
         if group.first:
             check_folder(folder, recipe, goes_on)
+            if (folder / RECIPE).exists():
+                read_run(folder)  # whose files are whole, or the page could not be made at the end
 
     together(group, doing, look)
     if finished:
@@ -104,7 +107,7 @@ def _page(folder: Path) -> None:
 
 def _begun_as(folder: Path) -> Run | None:
     """How the run of this folder was begun."""
-    return load(folder / RECIPE).run if (folder / RECIPE).exists() else None
+    return kept_recipe(folder).run if (folder / RECIPE).exists() else None
 
 
 def open_task(recipe: AnyRecipe, group: Group) -> Task:

@@ -6,6 +6,7 @@ https://www.cs.toronto.edu/~kriz/cifar.html describes both versions.
 
 from __future__ import annotations
 
+import gzip
 import tarfile
 import zlib
 from collections.abc import Callable
@@ -20,9 +21,11 @@ from ...recipe.data import Data
 from ..manifest import Manifest
 from .plain_pickle import UnpicklingError, load_plain
 from .splits import Split, in_memory, root_of
+from .tar_headers import Headers
 
 SIDE = 32  # pixels
 BYTES = 3 * SIDE * SIDE  # of an image: the red plane, the green, the blue
+LARGEST = 1 << 28  # bytes of a file; the largest official one has 155,249,918
 Part = tuple[NDArray[np.uint8], NDArray[np.int64]]  # (n, BYTES) and (n,)
 
 
@@ -92,6 +95,7 @@ def _from(folder: Path, names: tuple[str, ...]) -> dict[str, bytes]:
     for name in names:
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder / name} is missing; unpack the official archive anew")
+        _check_size(folder / name, (folder / name).stat().st_size)
     return {name: (folder / name).read_bytes() for name in names}
 
 
@@ -99,13 +103,13 @@ def _from_archive(path: Path, version: Version, names: tuple[str, ...]) -> dict[
     """The files of these names, in one pass over the archive."""
     found = {}
     try:
-        with tarfile.open(path, "r:gz") as tar:
-            for info in tar:
+        with gzip.open(path) as file:
+            for info in Headers(file):
                 folder, _, name = info.name.removeprefix("./").partition("/")
                 if folder == version.folder and name in names and info.isreg():
-                    file = tar.extractfile(info)
-                    assert file is not None  # a regular member
-                    found[name] = file.read()
+                    _check_size(path / folder / name, info.size)
+                    file.seek(info.offset_data)
+                    found[name] = file.read(info.size)
     except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
         raise ValueError(f"{path} is damaged ({error}); download it again") from error
     for name in names:
@@ -114,6 +118,15 @@ def _from_archive(path: Path, version: Version, names: tuple[str, ...]) -> dict[
                 f"{path} does not hold {version.folder}/{name}; download the official archive"
             )
     return found
+
+
+def _check_size(path: Path, size: int) -> None:
+    """Before that much memory is asked for."""
+    if size > LARGEST:
+        raise ValueError(
+            f"{path}: {size} bytes, the official files have at most {LARGEST}; unpack or download "
+            "the archive again"
+        )
 
 
 def _parsed(path: Path, parse: Callable[[bytes], Any], raw: bytes) -> Any:
@@ -153,13 +166,17 @@ def _pickled(key: str) -> Callable[[bytes], Part]:
         pixels, target = entries.get("data"), entries.get(key)
         if not isinstance(pixels, np.ndarray) or pixels.shape[1:] != (BYTES,):
             raise ValueError(f"'data' is not an array of {BYTES} bytes an image")
-        if not isinstance(target, list) or not all(type(label) is int for label in target):
-            raise ValueError(f"{key!r} is not a list of numbers")
+        if not isinstance(target, list) or not all(_is_label(label) for label in target):
+            raise ValueError(f"{key!r} is not a list of classes' numbers")
         if len(target) != len(pixels):
             raise ValueError(f"{len(pixels)} images with {len(target)} labels")
         return pixels, np.array(target, np.int64)
 
     return read
+
+
+def _is_label(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 1 << 31
 
 
 def _pickled_names(key: str) -> Callable[[bytes], list[str]]:
@@ -184,7 +201,7 @@ def _text(value: Any) -> str:
     if isinstance(value, bytes):
         return value.decode("latin1")
     if not isinstance(value, str):
-        raise ValueError(f"{value!r} is not a name")
+        raise ValueError(f"a {type(value).__name__} is not a name")
     return value
 
 

@@ -53,13 +53,20 @@ def _classes(root: Path, split: Split) -> list[str]:
 
 
 def _files(folder: Path) -> list[tuple[str, int, int]]:
-    """Path, modification time in ns and length of the images in one class folder, by name."""
+    """Path, modification time in ns and length of the images in one class folder, by name.
+
+    Both are 0 of what leads nowhere, whose header cannot be read then.
+    """
     found = []
     with os.scandir(folder) as entries:
         for entry in entries:
             if entry.name.lower().endswith(EXTENSIONS) and not entry.is_dir():
-                stat = entry.stat()
-                found.append((entry.path, stat.st_mtime_ns, stat.st_size))
+                try:
+                    stat = entry.stat()
+                except OSError:
+                    found.append((entry.path, 0, 0))
+                else:
+                    found.append((entry.path, stat.st_mtime_ns, stat.st_size))
     if not found:
         raise ValueError(
             f"class folder {folder} holds no image ({', '.join(EXTENSIONS)}); add its images or "

@@ -6,11 +6,10 @@ import hashlib
 import os
 import tempfile
 import warnings
-from collections.abc import Callable
 from pathlib import Path
-from typing import IO
 
 THREADS = 8  # header reads wait for the disk more than they compute
+DIGEST = hashlib.sha256().digest_size  # bytes
 
 
 def fact(path: str, time: int, size: int) -> str:
@@ -18,14 +17,14 @@ def fact(path: str, time: int, size: int) -> str:
     return f"{os.path.abspath(path)}\0{time}\0{size}"
 
 
-def kept_under(kind: str, facts: list[str], suffix: str) -> Path:
+def kept_under(kind: str, facts: list[str]) -> Path:
     """The path for what follows from these facts: when one of them changes, so does the path."""
     name = hashlib.sha256(os.fsencode("\n".join(facts))).hexdigest()
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kdfuse"
-    return folder / f"{kind}-{name}{suffix}"
+    return folder / f"{kind}-{name}"
 
 
-def keep(path: Path, write: Callable[[IO[bytes]], None], what: str) -> None:
+def keep(path: Path, data: bytes, what: str) -> None:
     """Written under another name and renamed: another process may read or write it now.
 
     A folder that cannot be written is a warning that names `what` is learnt anew each time.
@@ -33,7 +32,8 @@ def keep(path: Path, write: Callable[[IO[bytes]], None], what: str) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:
-            write(file)
+            file.write(hashlib.sha256(data).digest())
+            file.write(data)
         os.replace(file.name, path)
     except OSError as error:
         warnings.warn(
@@ -41,3 +41,13 @@ def keep(path: Path, write: Callable[[IO[bytes]], None], what: str) -> None:
             "headers again; set XDG_CACHE_HOME to a folder that can be written",
             stacklevel=2,
         )
+
+
+def kept(path: Path) -> bytes | None:
+    """What `keep` put there; None where nothing is, or something else: learn it anew."""
+    try:
+        raw = path.read_bytes()
+    except OSError:
+        return None
+    data = raw[DIGEST:]
+    return data if hashlib.sha256(data).digest() == raw[:DIGEST] else None

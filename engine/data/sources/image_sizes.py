@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..images import Opener, UnreadableError, inspect, opener_of
-from .header_cache import THREADS, fact, keep, kept_under
+from .header_cache import THREADS, fact, keep, kept, kept_under
 
 Sizes = NDArray[np.int32]
 
@@ -28,8 +27,11 @@ def sizes_of(facts: list[str], openers: Sequence[Opener]) -> tuple[Sizes, dict[i
     read anew. Unreadable images are tried again each time: the cause may have been the disk or the
     rights.
     """
-    kept = kept_under("headers-1", facts, ".npy")
-    sizes = _load(kept, len(facts))
+    place = kept_under("headers-2", facts)
+    known = kept(place)
+    sizes = np.zeros((len(facts), 2), np.int32)
+    if known is not None:
+        sizes = np.frombuffer(known, np.int32).reshape(sizes.shape).copy()
     missing = np.flatnonzero(sizes[:, 0] == 0).tolist()
     with ThreadPoolExecutor(THREADS) as pool:
         results = list(pool.map(_inspect, [openers[row] for row in missing]))
@@ -40,7 +42,7 @@ def sizes_of(facts: list[str], openers: Sequence[Opener]) -> tuple[Sizes, dict[i
         else:
             sizes[row] = result
     if len(bad) < len(missing):
-        keep(kept, lambda file: np.save(file, sizes), "image sizes")
+        keep(place, sizes.tobytes(), "image sizes")
     return sizes, bad
 
 
@@ -49,12 +51,3 @@ def _inspect(opener: Opener) -> tuple[int, int] | str:
         return inspect(opener)
     except UnreadableError as error:
         return str(error)
-
-
-def _load(path: Path, n: int) -> Sizes:
-    """The sizes kept, 0 where there are none."""
-    try:
-        sizes = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError):  # not there, or torn: read the headers again
-        return np.zeros((n, 2), np.int32)
-    return sizes if sizes.shape == (n, 2) else np.zeros((n, 2), np.int32)

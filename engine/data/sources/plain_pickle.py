@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import pickle
+import pickletools
+from collections.abc import Iterator
 from pickle import UnpicklingError
 from typing import Any, Literal
 
@@ -13,6 +15,16 @@ from numpy.typing import NDArray
 __all__ = ["UnpicklingError", "load_plain"]
 
 BYTE = ("u1", b"u1")
+MOST = 4_000_000  # steps; CIFAR's have 300,000
+OPCODES = {ord(opcode.code): opcode for opcode in pickletools.opcodes}
+# Bytes of the number before what has its length stated, by what pickletools has for a length.
+COUNTED = {
+    pickletools.TAKEN_FROM_ARGUMENT1: 1,
+    pickletools.TAKEN_FROM_ARGUMENT4: 4,
+    pickletools.TAKEN_FROM_ARGUMENT4U: 4,
+    pickletools.TAKEN_FROM_ARGUMENT8U: 8,
+}
+LINES = {"GLOBAL": 2, "INST": 2}  # of text after an opcode; others have one
 
 
 def load_plain(raw: bytes) -> Any:
@@ -21,11 +33,52 @@ def load_plain(raw: bytes) -> Any:
     UnpicklingError for a pickle that holds anything else or is damaged.
     """
     try:
+        _check_sizes(raw)
         return _arrays(_Plain(io.BytesIO(raw), encoding="bytes").load())
     except UnpicklingError:
         raise
     except Exception as error:  # damage shows as nearly any error
         raise UnpicklingError(f"a damaged pickle ({error!r})") from error
+
+
+def _check_sizes(raw: bytes) -> None:
+    """Refuse what would make the unpickler ask for more memory than the file can fill.
+
+    It makes room for a text before it reads it, and for all numbers of its memo up to the one that
+    is written, though every pickler counts them up from 0 or 1.
+    """
+    memo = 0
+    for steps, (name, number) in enumerate(_steps(raw)):
+        if name in ("PUT", "BINPUT", "LONG_BINPUT"):
+            memo += 1
+            if number > memo:
+                raise UnpicklingError(f"a damaged pickle (memo {number} after {memo - 1})")
+        if name == "BYTEARRAY8" or steps >= MOST:
+            raise UnpicklingError(f"a pickle with {name} at step {steps}, which CIFAR's have not")
+
+
+def _steps(raw: bytes) -> Iterator[tuple[str, int]]:
+    """Names of the opcodes, each with its number or the length of its text, 0 for neither."""
+    at, name = 0, ""
+    while name != "STOP":
+        opcode = OPCODES[raw[at]]
+        name, argument, at, number = opcode.name, opcode.arg, at + 1, 0
+        if argument is None:
+            pass
+        elif argument.n == pickletools.UP_TO_NEWLINE:
+            for _ in range(LINES.get(name, 1)):
+                end = raw.index(b"\n", at)
+                line, at = raw[at:end], end + 1
+            number = int(line) if name == "PUT" else 0
+        else:
+            width = COUNTED.get(argument.n, argument.n)
+            number = int.from_bytes(raw[at : at + width], "little")
+            at += width
+            if argument.n in COUNTED:
+                at += number
+        if at > len(raw):
+            raise UnpicklingError("pickle data was truncated")
+        yield name, number
 
 
 class _Plain(pickle.Unpickler):

@@ -74,6 +74,8 @@ def _tars(root: Path, split: Split) -> Stats:
                     "it to a plain .tar"
                 )
             if entry.name.endswith(".tar"):
+                if not entry.is_file():
+                    raise ValueError(f"{entry.path} is no file; remove it, or put a tar there")
                 stat = entry.stat()
                 found.append((entry.path, stat.st_mtime_ns, stat.st_size))
     if not found:
@@ -93,6 +95,12 @@ def _classes(folder: Path, stats: Stats, index: Index) -> tuple[list[str], Ints,
         if not labelled.all():
             row = int(labelled.argmin())
             raise ValueError(f"{_name(stats, index, row)} has no KEY.cls, though others have one")
+        row = int(index.label.argmax())
+        if index.label[row] >= len(index.label):
+            raise ValueError(
+                f"{_name(stats, index, row)}: its KEY.cls holds {index.label[row]}, and there are "
+                f"{len(index.label)} images; number the classes from 0 without a gap"
+            )
         counts = np.bincount(index.label)
         if not counts.all():
             raise ValueError(

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import io
 import os
 import tarfile
-import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..images import EXTENSIONS, UnreadableError
-from .header_cache import THREADS, fact, keep, kept_under
+from .header_cache import THREADS, fact, keep, kept, kept_under
+from .tar_headers import Headers
 
 GZIP = b"\x1f\x8b"
 PACKED = tuple(f"{extension}.gz" for extension in EXTENSIONS)
 UNLABELLED = -1
+LONGEST_LABEL = 18  # bytes: below 2^63
 Ints = NDArray[np.int64]
 
 
@@ -47,14 +49,12 @@ def read_index(stats: list[tuple[str, int, int]]) -> Index:
 
     ValueError names the first tar that cannot be read, the reason and the cure.
     """
-    kept = kept_under("tars-1", [fact(*stat) for stat in stats], ".npz")
-    index = _load(kept)
+    place = kept_under("tars-2", [fact(*stat) for stat in stats])
+    index = _index_of(kept(place))
     if index is None:
         with ThreadPoolExecutor(THREADS) as pool:
             index = _joined(list(pool.map(_members, [path for path, _, _ in stats])))
-        names = np.frombuffer(os.fsencode("\0".join(index.names)), np.uint8)
-        columns = np.stack([index.tar, index.offset, index.length, index.label])
-        keep(kept, lambda file: np.savez(file, names=names, columns=columns), "the tars' members")
+        keep(place, _bytes_of(index), "the tars' members")
     return index
 
 
@@ -67,13 +67,12 @@ def members(path: str) -> list[Member]:
                     "compressed, so its images cannot be read one by one; gunzip it"
                 )
             file.seek(0)
-            with tarfile.open(fileobj=file, mode="r:") as tar:
-                infos = tar.getmembers()
+            infos = list(headers := Headers(file))
             # tarfile takes a damaged header, and the end of the file, for the end of the tar.
-            file.seek(tar.offset)
+            file.seek(headers.end)
             if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
                 raise UnreadableError(
-                    f"truncated or damaged after byte {tar.offset}; make or download it again"
+                    f"truncated or damaged after byte {headers.end}; make or download it again"
                 )
             labels = {_key(i.name): _label(file.fileno(), i) for i in infos if _is_label(i)}
     except tarfile.TarError as error:
@@ -101,6 +100,8 @@ def _members(path: str) -> list[Member]:
 def _is_image(info: tarfile.TarInfo) -> bool:
     """Whether a member is an image; UnreadableError for one that cannot be read in place."""
     name = info.name.lower()
+    if "\0" in name:
+        raise UnreadableError(f"member {info.name!r} has a name that no file can have")
     if name.endswith(PACKED):
         raise UnreadableError(f"member {info.name} is gzipped; make the tar of plain images")
     if not name.endswith(EXTENSIONS):
@@ -119,8 +120,8 @@ def _is_label(info: tarfile.TarInfo) -> bool:
 
 
 def _label(file: int, info: tarfile.TarInfo) -> int:
-    text = os.pread(file, info.size, info.offset_data).strip()
-    if not text.isdigit():
+    text = os.pread(file, min(info.size, LONGEST_LABEL), info.offset_data).strip()
+    if info.size > LONGEST_LABEL or not text.isdigit():
         raise UnreadableError(
             f"member {info.name} holds {text[:20]!r}, wants the number of a class, from 0"
         )
@@ -148,10 +149,16 @@ def _joined(found: list[list[Member]]) -> Index:
     )
 
 
-def _load(path: Path) -> Index | None:
-    try:
-        with np.load(path, allow_pickle=False) as kept:
-            text, columns = os.fsdecode(kept["names"].tobytes()), kept["columns"]
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile):
-        return None  # not there, or torn: read the tars again
+def _bytes_of(index: Index) -> bytes:
+    names = np.frombuffer(os.fsencode("\0".join(index.names)), np.uint8)
+    columns = np.stack([index.tar, index.offset, index.length, index.label])
+    np.savez(file := io.BytesIO(), names=names, columns=columns)
+    return file.getvalue()
+
+
+def _index_of(known: bytes | None) -> Index | None:
+    if known is None:
+        return None
+    with np.load(io.BytesIO(known), allow_pickle=False) as held:
+        text, columns = os.fsdecode(held["names"].tobytes()), held["columns"]
     return Index(text.split("\0") if text else [], *columns)

@@ -105,7 +105,7 @@ def test_what_the_cache_holds_is_what_is_used(root, cache):
     path.unlink()
     assert read_sizes(stats)[0].tolist() == [[10, 20]]
     (kept,) = cache.iterdir()
-    kept.write_bytes(kept.read_bytes()[:50])  # a torn file is not trusted
+    kept.write_bytes(kept.read_bytes()[:-4])  # a torn file is not trusted
     sizes, bad = read_sizes(stats)
     assert sizes.tolist() == [[0, 0]] and bad == {0: "No such file or directory"}
     Image.new("RGB", (20, 10)).save(path)  # a fault may pass, so it is not kept

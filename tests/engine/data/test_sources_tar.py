@@ -350,6 +350,7 @@ def test_layouts_that_contradict_themselves_are_named(root, tmp_path):
     refused("0.tar/b.jpg has no KEY.cls", ("a.jpg", image), ("a.cls", b"0"), ("b.jpg", image))
     refused("member a.cls holds b'ant', wants the number", ("a.jpg", image), ("a.cls", b"ant"))
     gap = [("a.jpg", image), ("a.cls", b"0"), ("b.jpg", image), ("b.cls", b"2")]
+    gap += [("c.jpg", image), ("c.cls", b"2")]
     refused("go up to 2, but none is 1; number the classes from 0", *gap)
     refused("hold no image .*where they hold tars, unpack those", ("n01440764.tar", b""))
     with pytest.raises(FileNotFoundError, match="nowhere is not a folder; expected ROOT/train/"):

@@ -60,12 +60,12 @@ def run(
     folder.mkdir(parents=True)
     changed = recipe.model_copy(update={"run": recipe.run.model_copy(update=words)})
     (folder / "recipe.yaml").write_text(changed.explain())
-    records = [{"kind": "start", "step": 0, "steps": 5 * len(scores)}]
+    records = [{"kind": "start", "step": 0, "epoch": 0, "steps": 5 * len(scores)}]
     records += [
         {"kind": "epoch", "step": 5 * n, "epoch": float(n), key: value}
         for n, value in enumerate(scores, 1)
     ]
-    records += [{"kind": "end", "step": 5 * len(scores)}] if end else []
+    records += [{"kind": "end", "step": 5 * len(scores), "epoch": len(scores)}] if end else []
     (folder / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
 
 

@@ -113,7 +113,8 @@ def test_plain_lines_without_a_terminal(tmp_path: Path, capsys: pytest.CaptureFi
 
 def test_broken_line_in_the_middle_is_named(tmp_path: Path) -> None:
     path = tmp_path / "log.jsonl"
-    path.write_text('{"kind": "start", "step": 0}\nnonsense\n{"kind": "end", "step": 1}\n')
+    record = '{"kind": "start", "step": 0, "epoch": 0.0}\n'
+    path.write_text(f"{record}nonsense\n{record}")
     with pytest.raises(ValueError, match=r"log\.jsonl line 2"):
         log.read(path)
 
