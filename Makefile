@@ -7,7 +7,7 @@ C_SOURCES = $(wildcard csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu tests/kernels/*.cu te
     tests/simulator/*.cu tests/simulator/include/*.h)
 PACKAGES := kernels engine kdfuse tests setup.py
 
-.PHONY: demo test test-variants test-simulator lint format bench gpu clean install
+.PHONY: demo test test-variants test-simulator test-faults lint format bench gpu clean install
 
 install: $(INSTALLED)
 
@@ -46,6 +46,10 @@ test-variants: install
 test-simulator: install
 	$(BIN)/python tests/simulator/sanitizers.py
 	$(BIN)/python tests/simulator/mutations.py $(ONLY)
+
+# Each fault of tests/faults many times (docs/reliability.md), where make test takes a few.
+test-faults: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/faults --long -n 2 --dist loadfile $(WORDS)
 
 lint: install
 	$(BIN)/ruff check $(PACKAGES)
