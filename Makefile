@@ -33,9 +33,11 @@ $(INSTALLED): pyproject.toml setup.py $(SOURCES)
 demo: install
 	$(BIN)/kdfuse demo demo
 
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --max-worker-restart 0
+
 # WORDS are more words for pytest: make test WORDS="--durations=20"
 test: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(WORDS)
+	$(PYTEST) --no-loadscope-reorder $(WORDS)
 
 # The tests that compute numbers, once for each kind of machine that this one can be; ONLY=order runs
 # the variants whose name has that word.
@@ -49,7 +51,7 @@ test-simulator: install
 
 # Each fault of tests/faults many times (docs/reliability.md), where make test takes a few.
 test-faults: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/faults --long -n 2 --dist loadfile $(WORDS)
+	$(PYTEST) tests/faults --long $(WORDS)
 
 lint: install
 	$(BIN)/ruff check $(PACKAGES)

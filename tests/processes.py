@@ -22,16 +22,17 @@ def together(world: int, run: Callable[..., Any], *arguments: Any, lost: int | N
     to fail, and the others go on without it.
     """
     started, said = begin(world, run, *arguments)
-    if lost is not None:
-        del started[lost]
-    running = list(started)
-    while running:
-        multiprocessing.connection.wait([child.sentinel for child in running])
-        if any(child.exitcode for child in started):
-            for child in running:
-                child.kill()
-        running = [child for child in running if child.exitcode is None]
-    assert not any(child.exitcode for child in started), said()
+    others = [child for rank, child in enumerate(started) if rank != lost]
+    try:
+        running = others
+        while running and not any(child.exitcode for child in others):
+            multiprocessing.connection.wait([child.sentinel for child in running])
+            running = [child for child in running if child.exitcode is None]
+        assert not any(child.exitcode for child in others), said()
+    finally:
+        for child in started:
+            child.kill()  # the one that fails may do so by stopping
+            child.join()
 
 
 def begin(

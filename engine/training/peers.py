@@ -17,7 +17,9 @@ import torch.distributed as dist
 
 from ..recipe.problems import for_users
 from ..run.folder import changes
+from .alive import Watch
 from .ranks import Group
+from .rendezvous import board
 
 SHOWN_AFTER = 60.0  # seconds of waiting, and again after as many
 LAST_WORDS = 5.0  # seconds in which a process that met a failure says where it was
@@ -34,16 +36,17 @@ def told(group: Group, value: Any, doing: str) -> list[Any]:
     """The value, of JSON's types, of every process in order of rank.
 
     Waits until all have come here, and says for whom while they are `doing` what takes so long.
-    Raises PeerError for a process that has failed elsewhere, and where the store is gone.
+    Raises PeerError for a process that has failed elsewhere, for one that shows no sign of life
+    for the group's timeout, and where the store is gone.
     """
     if group.world == 1:
         return [value]
     call = next(_calls)
     with _store_errors():
-        store = _store()
+        store = board()
         store.set(f"{call}/{group.rank}", json.dumps(value))
         for rank in range(group.world):
-            _wait(store, call, rank, doing, shown=group.first)
+            _wait(group, store, call, rank, doing)
         return [json.loads(store.get(f"{call}/{rank}")) for rank in range(group.world)]
 
 
@@ -100,7 +103,7 @@ def agree(group: Group, what: str, facts: Callable[[], Mapping[str, Any]]) -> No
 def _part(group: Group) -> None:
     """Let the first process, which may keep the store, end after those who still read there."""
     with suppress(dist.DistError):
-        store, call = _store(), next(_calls)
+        store, call = board(), next(_calls)
         store.set(f"{call}/{group.rank}", "")
         end = time.monotonic() + LAST_WORDS
         every = [f"{call}/{rank}" for rank in range(group.world)]
@@ -125,7 +128,7 @@ def named_failures(group: Group, doing: Callable[[], str]) -> Iterator[None]:
     except Exception as error:
         met = _of_communication(error)
         try:
-            store = _store()
+            store = board()
             words = {"met": met, "text": f"{doing()}: {_kind(error)}{error}"}
             store.set(f"ended/{group.rank}", json.dumps(words))
             if not met:
@@ -170,21 +173,23 @@ def _said(store: Any, rank: int) -> dict[str, Any] | None:
     return json.loads(store.get(key)) if store.check([key]) else None
 
 
-def _wait(store: Any, call: int, rank: int, doing: str, *, shown: bool) -> None:
-    began = time.monotonic()
+def _wait(group: Group, store: Any, call: int, rank: int, doing: str) -> None:
+    began, watch = time.monotonic(), Watch(store, rank)
     say, pause = began + SHOWN_AFTER, 0.002
     while not store.check([f"{call}/{rank}"]):
         if (found := _said(store, rank)) is not None:
             raise PeerError(f"process {rank} failed in {found['text']}")
-        if shown and time.monotonic() > say:
+        if watch.silent() > group.timeout:
+            _part(group)
+            raise PeerError(
+                f"process {rank} has ended or hangs: process {group.rank} waited for it, {doing}, "
+                f"and saw no sign of life for {group.timeout:g} s (run.timeout)"
+            )
+        if group.first and time.monotonic() > say:
             print(f"waiting for process {rank}, {doing}: {say - began:.0f} s", flush=True)
             say += SHOWN_AFTER
         time.sleep(pause)
         pause = min(2 * pause, 0.5)
-
-
-def _store() -> Any:
-    return dist.PrefixStore("kdfuse", dist.distributed_c10d._get_default_store())
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..data.schedule import share
 from ..recipe.run import Run
+from . import alive
 from .rendezvous import meet
 
 # The option's name changed: newer releases warn about the old one, older ones lack the new.
@@ -32,6 +33,7 @@ class Group:
     world: int
     device: torch.device
     local_rank: int = 0  # among those of this machine
+    timeout: float = dist.default_pg_timeout.total_seconds()  # of a wait for one that is silent
 
     @property
     def first(self) -> bool:
@@ -120,7 +122,8 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
 def join(device: str, timeout: float | None = None) -> Group:
     """Join the processes that torchrun started, or be the only one; see `choose_device`.
 
-    `timeout`: seconds that one may wait for the others in a collective; None: as PyTorch has it.
+    `timeout`: seconds that one may wait for the others in a collective, or for one that shows no
+    sign of life elsewhere; None: as PyTorch has it.
     A process group that is there already is used as it is. One made here stays until the process
     ends, for its next run.
     """
@@ -129,15 +132,17 @@ def join(device: str, timeout: float | None = None) -> Group:
     chosen = choose_device(device, local_rank)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
+    timeout = dist.default_pg_timeout.total_seconds() if timeout is None else timeout
     if dist.is_initialized():
-        return Group(dist.get_rank(), dist.get_world_size(), chosen, local_rank)
-    if world > 1:
+        rank, world = dist.get_rank(), dist.get_world_size()
+    elif world > 1:
         place: dict[str, Any] = dict(zip(("store", "rank", "world_size"), meet(), strict=True))
-        if timeout is not None:
-            place["timeout"] = timedelta(seconds=timeout)
+        place["timeout"] = timedelta(seconds=timeout)
         if chosen.type == "cuda":
             dist.init_process_group("nccl", device_id=chosen, **place)
         else:
             dist.init_process_group("gloo", **place)
         atexit.register(dist.destroy_process_group)
-    return Group(rank, world, chosen, local_rank)
+    if world > 1:
+        alive.show(rank)
+    return Group(rank, world, chosen, local_rank, timeout)

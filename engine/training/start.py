@@ -33,6 +33,8 @@ from .speed import settled
 from .stop import Stopped
 from .task import Task
 
+PAGE = "report.html"
+
 
 def train(recipe: AnyRecipe, out: str | Path | None = None, resume: Resume | None = None) -> Path:
     """Train what the recipe says and return the run's folder (default: runs/NAME).
@@ -77,6 +79,8 @@ def train(recipe: AnyRecipe, out: str | Path | None = None, resume: Resume | Non
     if finished:
         if group.first:
             print(f"{folder}: finished before, nothing is trained", flush=True)
+            if not (folder / PAGE).exists():  # killed on the way to it
+                _page(folder)
         group.wait()  # the first one leads the place where all of them have just agreed
         return folder
     if isinstance(recipe, Recipe):
@@ -100,7 +104,7 @@ def train(recipe: AnyRecipe, out: str | Path | None = None, resume: Resume | Non
 def _page(folder: Path) -> None:
     """The run's page; it is no reason for a finished run to fail."""
     try:
-        report([folder], folder / "report.html")
+        report([folder], folder / PAGE)
     except OSError as error:
         print(f"{error}; kdfuse report {folder} writes the page", flush=True)
 

@@ -248,7 +248,9 @@ def test_what_starts_a_command_again_goes_on_with_its_run(kd, tmp_path, monkeypa
     assert kd(*words).code == 0  # both steps are done, it only had to be evaluated
     run = tmp_path / "runs" / "digits-ce-resnet8-1"
     before = (run / "log.jsonl").read_bytes()
+    (run / "report.html").unlink()  # as if it had been killed at the very end
     done = kd(*words)
+    assert (run / "report.html").exists()
     assert done.code == 0 and "finished before, nothing is trained" in done.out
     assert f"{run.name}/report.html" in done.out and (run / "log.jsonl").read_bytes() == before
     assert [path.name for path in run.parent.iterdir()] == [run.name]

@@ -89,6 +89,44 @@ def test_one_process_says_nothing():
         raise RuntimeError("gloo")
 
 
+def waits(folder, kind):
+    """Two processes wait for a third one in words, and keep why they no longer do."""
+    group = join("cpu", 4.0)
+
+    def work():
+        if group.rank == 1:
+            SILENCES[kind]()
+
+    said = caught(PeerError, together, group, "counting", work)
+    (folder / str(group.rank)).write_text(said)
+
+
+SILENCES = {"dead": lambda: os._exit(9), "stopped": lambda: os.kill(os.getpid(), signal.SIGSTOP)}
+
+
+@pytest.mark.parametrize("kind", SILENCES)
+def test_nobody_waits_for_one_that_is_gone(tmp_path, kind):
+    processes(3, waits, tmp_path, kind, lost=1)
+    for rank in (0, 2):
+        assert (tmp_path / str(rank)).read_text() == (
+            f"process 1 has ended or hangs: process {rank} waited for it, counting, and saw no "
+            "sign of life for 4 s (run.timeout)"
+        )
+
+
+def works_long(rank):
+    group = join("cpu", 2.0)
+    assert together(group, "counting", lambda: group.rank == rank and not time.sleep(5)) in (0, 1)
+    again = join("cpu", 2.0)  # which shows it once more
+    assert told(again, group.rank, "counting") == [0, 1]
+    group.wait()  # for whoever reads what the first one keeps
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_one_that_works_is_waited_for_beyond_the_limit(rank):
+    processes(2, works_long, rank)
+
+
 def disks(folder):
     """Runs whose processes do not see the same: what all of them say."""
     rank = join("cpu").rank
@@ -151,13 +189,10 @@ def faulty(folder, kind):
     """A run of which one process fails in step 4; the other keeps what it says, and ends both."""
     group = join("cpu", 4.0)
     at_step(4, 1, FAULTS[kind])
-    pids = group.all(os.getpid())
     try:
         train(recipe_of(folder), folder / kind)
     except Exception as error:
         (folder / f"{kind}-{group.rank}").write_text(f"{type(error).__name__}: {error}")
-    if group.rank == 0 and kind == "stopped":
-        os.kill(pids[1], signal.SIGKILL)
 
 
 @pytest.mark.parametrize("kind", FAULTS)
