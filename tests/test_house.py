@@ -28,8 +28,8 @@ ARROWS = {
 }
 # A file of training may import those before it.
 TRAINING = (
-    "rendezvous ranks peers process speed compiled scalars ema rate groups largebatch optim faults "
-    "meters guard step captured learner networks build identity state alarms evaluate task "
+    "rendezvous alive ranks peers process speed compiled scalars ema rate groups largebatch optim "
+    "faults meters guard step captured learner networks build identity state alarms evaluate task "
     "classification rollback resumption stop loop start"
 ).split()
 # What a file leaves to others, by folder or file.

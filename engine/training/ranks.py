@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..data.schedule import share
 from ..recipe.run import Run
-from . import alive
+from .alive import show
 from .rendezvous import meet
 
 # The option's name changed: newer releases warn about the old one, older ones lack the new.
@@ -144,5 +144,5 @@ def join(device: str, timeout: float | None = None) -> Group:
             dist.init_process_group("gloo", **place)
         atexit.register(dist.destroy_process_group)
     if world > 1:
-        alive.show(rank)
+        show(rank)
     return Group(rank, world, chosen, local_rank, timeout)
