@@ -24,7 +24,7 @@ MASS_TYPES = (torch.float32, torch.float64)
 
 @dataclass(frozen=True, eq=False)  # == of tensors is no bool
 class SparseTeacher:
-    """k of a teacher's C logits a row, which kd_loss, nkd_loss and wttm_loss take for whole ones.
+    """k of a teacher's C logits a row, which kd_loss, dkd_loss, nkd_loss and wttm_loss take.
 
     Args:
         values: (N, k) floating-point logits, in any order; 1 <= k < C.
