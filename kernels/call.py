@@ -21,7 +21,7 @@ from .op import (
 )
 from .parts import ClassPart
 from .sharded import call as sharded
-from .sparse import Teacher, check_teachers
+from .teachers import Teacher, check_teachers
 
 
 def run(

@@ -3,7 +3,8 @@
 Zhao et al. 2022, "Decoupled Knowledge Distillation", equations 6 and 7: with b = softmax(./T)[y],
     TCKD = KL over the pair (b, 1 - b)          NCKD = KL over the classes other than y
     loss = T^2 * (alpha * TCKD + beta * NCKD) + ce_weight * CE(z, y)
-Memory traffic of forward and backward together: 3 elements a logit.
+Memory traffic of forward and backward together: 3 elements a logit, or 2 and k a row for
+a teacher of k logits a row.
 """
 
 import torch
@@ -15,6 +16,7 @@ from .checks import positive, scale, weight
 from .op import Loss, LossModule, Op, Options
 from .parts import Logits
 from .sharded import whole
+from .sparse import SparseTeacher
 from .triton.lang import jit, tl
 from .triton.rows import gated, kl_rest, number, param, spread
 
@@ -68,11 +70,12 @@ def coefficients(params, z, taught, REAL: tl.constexpr):
     square, alpha = param(params, 1, REAL), param(params, 2, REAL)
     beta, ce_weight = param(params, 3, REAL), param(params, 4, REAL)
     step = square / param(params, 0, REAL)
+    # Before TCKD: after it a number more is alive, and on sm_90 a top-k teacher's row spills.
+    value, a, b = kl_rest(z_total, t_total, crossed)
+    nckd = square * value
     # log((1 - q_y) / (1 - p_y)) as a difference of log-sum-exps.
     others_ratio = (tl.log(t_total) - t[0]) - (tl.log(z_total) - at[0])
     tckd = square * (gated(t[1], t[3] - at[3]) + gated(t[2], others_ratio))
-    value, a, b = kl_rest(z_total, t_total, crossed)
-    nckd = square * value
     # d TCKD / d z_j = -gap * p_j / (1 - p_y), and p_j / (1 - p_y) = e_j / sum.
     gap = gated(alpha, at[1] - t[1])
     a = step * (gated(beta, a) - gap * spread(z_total))
@@ -88,13 +91,14 @@ OP = Op(
     coefficients,
     from_stats,
     labels=0,
+    sparse=True,
     rest_weight=3,
 )
 
 
 def dkd_loss(
     student: Logits,  # (N, C)
-    teacher: Tensor,  # (N, C)
+    teacher: Tensor | SparseTeacher,  # (N, C), or k of the C logits a row
     target: Tensor,  # (N,) int64
     *,
     alpha: float = 1.0,
@@ -112,9 +116,9 @@ def dkd_loss(
     """Decoupled knowledge distillation (Zhao et al. 2022), with cross-entropy.
 
     alpha weighs the target part (TCKD), beta the non-target part (NCKD). Where the teacher has no
-    mass outside the label, NCKD is 0. Class probabilities as a target are refused: the method
-    needs one label. `kd_loss` describes the other arguments, the terms (here tckd, nckd, ce, top1,
-    top5, rows), the returned value and the errors.
+    mass outside the label, NCKD is 0. A SparseTeacher's mass belongs to `temperature`. Class
+    probabilities as a target are refused: the method needs one label. `kd_loss` describes the other
+    arguments, the terms (here tckd, nckd, ce, top1, top5, rows), the returned value and the errors.
 
     Raises:
         ValueError: also for C == 2 with beta != 0, where NCKD has a single class.

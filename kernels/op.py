@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from . import backends, reference
 from .checks import check_range
-from .sparse import Teacher, lists_of, logits_of, whole_logits
+from .teachers import Teacher, lists_of, logits_of, whole_logits
 
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 # The namespaces of torch.ops: of the compiled module, for CPU and CUDA, and of the Triton kernels.

@@ -9,14 +9,13 @@ Distillation Framework for Visual Recognition" (FKD).
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from . import backends
-from .checks import check_logits, check_teacher, positive
+from . import backends, reference, sampled
+from .checks import check_logits, positive
 
 INDEX_TYPES = (torch.int64, torch.int32, torch.int16)
 MASS_TYPES = (torch.float32, torch.float64)
@@ -24,10 +23,11 @@ MASS_TYPES = (torch.float32, torch.float64)
 
 @dataclass(frozen=True, eq=False)  # == of tensors is no bool
 class SparseTeacher:
-    """k of a teacher's C logits a row, which kd_loss, nkd_loss and wttm_loss take for whole ones.
+    """k of a teacher's C logits a row, which kd_loss, dkd_loss, nkd_loss and wttm_loss take.
 
     Args:
-        values: (N, k) floating-point logits, in any order; 1 <= k < C.
+        values: (N, k) floating-point logits, in any order; 1 <= k < C. A class at -inf has
+            probability 0: so rows of fewer classes are filled up, with any that are left.
         indices: (N, k) int64, int32 or int16: their classes, each at most once a row.
         mass: (N,) float32 or float64 in [0, 1): the softmax's mass of the classes left out, which
             they share evenly; None drops them. It belongs to one temperature: a loss at another
@@ -119,6 +119,79 @@ class SparseTeacher:
         softmax = ((x - x.amax(1, keepdim=True)) / temperature).softmax(1)
         return cls(values, indices, softmax.scatter(1, indices, 0.0).sum(1))
 
+    @classmethod
+    def sample(
+        cls,
+        teacher: Tensor,  # (N, C)
+        n: int,
+        *,
+        temperature: float,
+        keep: int = 0,
+        seed: int | Tensor,  # or (N,) int64
+        target: Tensor | None = None,  # (N,) int64
+        ignore_index: int = -100,
+    ) -> "SparseTeacher":
+        """n classes drawn from softmax(teacher / T), and the k largest as they are.
+
+        Random sampling KD (Anshumann et al. 2025, "Sparse Logit Sampling", arXiv 2503.16870). Of
+        the softmax's probabilities p the `keep` largest, and the label's where a target is given,
+        stay exact; m, the mass of all others, is drawn: of n draws c_i of class i stand for m c_i /
+        n, and for 0 of a class that was not drawn. In the mean over the draws this is p, which no
+        choice of the largest is. So is a loss's gradient in the mean that of the whole teacher,
+        where it is linear in p:
+            kd_loss                    at this T
+            wttm_loss                  at this T with weighted=False; the weight U is not linear
+            dkd_loss                   at this T with a target: it divides by 1 - p_y
+            nkd_loss                   at T = 1 with a target: it divides by 1 - p_y, and takes p_y
+                                       at T = 1 from the logits that stand for p at this T
+        The draws are stratified: each falls into its own of n equal parts of m. So the gradient's
+        variance is at most that of the paper's independent draws, which falls as 1 / n; keeping
+        the largest lowers it. A loss's value is above that of the whole teacher in the mean, by the
+        entropy that the draws lack; nkd_loss has no such term.
+
+        The draws are a function of the row's key, n, and its probabilities: the same in any batch
+        and order of rows, and on any device but where the last bits of its softmax decide.
+        Nothing waits for a GPU. A call takes several float64 and int64 tensors of (N, C).
+
+        A row of a cache needs the drawn classes with their counts, 2 bytes each where 10 bits hold
+        a class and 6 a count, and the kept ones with their probabilities.
+
+        Args:
+            teacher: (N, C) floating-point logits.
+            n: draws of each row, at least 1.
+            temperature: T of the loss that the result is for.
+            keep: how many of the largest stay exact, 0 <= keep <= C - 2 (C - 3 with a target); of
+                equal ones the first.
+            seed: an int from 0 to 2^63 - 1, under which a row's key is its place in the batch, so
+                that each batch wants another one; or a key for each row, as of (image, view).
+            target: labels whose probability stays exact, too. Of class probabilities those of the
+                class that the loss takes for the label, their argmax(1).
+            ignore_index: rows with this target are drawn as if it were 0.
+
+        Returns:
+            values T * log of the probabilities, float64 for float64 logits, else float32; (N, k)
+            with k = keep + n (+ 1 with a target), C - 1 at most: the exact classes, the drawn ones
+            by falling count, then classes at -inf that were not drawn. No mass, unless k would be C
+            or more: then that of the one class that has no place.
+
+        Raises:
+            ValueError: settings, shapes, devices, or a target outside the classes (on a GPU a
+                device-side assert).
+            TypeError: arguments of the wrong type.
+        """
+        check_logits("teacher", teacher)
+        positive("temperature", temperature)
+        sampled.check_counts(n, keep, target is not None, teacher.shape[1])
+        keys = sampled.row_keys(seed, teacher)
+        label = None
+        if target is not None:
+            label = sampled.label_of(target, teacher, ignore_index, backends.is_tracing())
+        values, indices, mass = sampled.sample(
+            teacher.detach(), n, temperature=temperature, keep=keep, label=label, keys=keys
+        )
+        dtype = torch.promote_types(teacher.dtype, torch.float32)
+        return cls(values.to(dtype), indices, None if mass is None else mass.to(dtype))
+
     def dense(self, classes: int, temperature: float) -> Tensor:
         """(N, classes): the whole logits that these stand for in a loss at this temperature.
 
@@ -132,6 +205,44 @@ class SparseTeacher:
             check_entries("", self, classes, every)
         dtype = torch.promote_types(self.values.dtype, torch.float32)
         return spread(self.values.to(dtype), self.indices.long(), self.mass, classes, temperature)
+
+    def bucket(self, student: Tensor, temperature: float) -> Tensor:
+        """(N, C): the whole logits for a kd_loss that takes the classes left out as one.
+
+        That is KL over k + 1 outcomes, the last one "none of the k" with the mass m, where the
+        student has the sum of its probabilities: of what the teacher says of these classes among
+        themselves nothing is invented, but nothing is learnt either. Here the mass is spread as
+        the student spreads its own, so that they cancel; kd_loss has the value and the gradient of
+        the k + 1 outcomes, but not the second derivative. The result holds for this student alone
+        and is as large as its logits; on every backend it is made in plain PyTorch, in passes of
+        its own over the student.
+
+        Args:
+            student: (N, C) logits, which get no gradient from here.
+            temperature: T of the loss and of the mass.
+        """
+        check_logits("student", student)
+        positive("temperature", temperature)
+        if self.mass is None:
+            raise ValueError(
+                "mass is None, but a bucket holds the mass of the classes left out; make the "
+                "teacher with it, as top_k(rest='spread') does"
+            )
+        check_sparse("teacher", self, student)
+        if not backends.is_tracing():
+            every = torch.ones_like(self.values[:, 0], dtype=torch.bool)
+            check_entries("", self, student.shape[1], every)
+        dtype = torch.promote_types(self.values.dtype, student.dtype)
+        dtype = torch.promote_types(dtype, torch.float32)
+        indices, mass = self.indices.long(), self.mass.double()[:, None]
+        z = student.detach().to(dtype) / temperature
+        listed = torch.zeros_like(z, dtype=torch.bool).scatter(1, indices, True)
+        rest = reference.log_softmax(z, listed)
+        # Where the student has no mass there, any spread of it gives the infinite loss.
+        rest = torch.where(torch.isneginf(rest).all(1, keepdim=True), 0.0, rest)
+        rest = rest + mass.log().to(dtype)
+        kept = (self.values.to(dtype) / temperature).log_softmax(1) + (-mass).log1p().to(dtype)
+        return temperature * rest.scatter(1, indices, kept)
 
 
 def spread(
@@ -152,78 +263,12 @@ def spread(
     return whole.scatter(1, indices, values)
 
 
-Teacher = Tensor | SparseTeacher
-
-
-def logits_of(teacher: Teacher) -> Tensor:
-    """(N, C), or (N, k) of a SparseTeacher."""
-    return teacher.values if isinstance(teacher, SparseTeacher) else teacher
-
-
-def whole_logits(
-    teachers: Sequence[Teacher],
-    valid: Tensor,  # (N,) bool: in other rows a SparseTeacher may hold anything
-    classes: int,
-    temperature: float,
-    dtype: torch.dtype,
-) -> list[Tensor]:
-    """(N, C) each: the teachers of the reference, those of k logits with the softmax of `dense`."""
-    whole = []
-    for name, x in zip(names_of(teachers), teachers, strict=True):
-        if not isinstance(x, SparseTeacher):
-            whole.append(x.to(dtype))
-            continue
-        if not backends.is_tracing():
-            check_entries(name, x, classes, valid)
-        values = x.values.to(dtype)
-        if x.mass is not None:
-            # Far from 0 the fill would be rounded at the size of the logits; softmax sees no shift.
-            peak = values.amax(1, keepdim=True)
-            far = (peak.abs() > 32 * min(1.0, temperature)) & peak.isfinite()
-            values = values - torch.where(far, peak, 0.0)
-        indices = torch.where(valid[:, None], x.indices.long(), 0)
-        whole.append(spread(values, indices, x.mass, classes, temperature))
-    return whole
-
-
-def lists_of(teachers: Sequence[Teacher], student: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-    """The compiled op's `indices` and `masses`; see `op.py`."""
-    if not any(isinstance(x, SparseTeacher) for x in teachers):
-        return [], []
-    indices, masses = [], []
-    for x in teachers:
-        sparse = x if isinstance(x, SparseTeacher) else None
-        index = sparse.indices.long().contiguous() if sparse else None
-        mass = sparse.mass if sparse else None
-        indices.append(student.new_empty(0, dtype=torch.int64) if index is None else index)
-        masses.append(student.new_empty(0, dtype=torch.float32) if mass is None else mass)
-    return indices, masses
-
-
-def names_of(teachers: Sequence[Teacher]) -> list[str]:
-    return ["teacher"] if len(teachers) == 1 else [f"teacher[{k}]" for k in range(len(teachers))]
-
-
 def check_count(name: str, k: int, classes: int) -> None:
     if not 1 <= k < classes:
         raise ValueError(
             f"{name} is {k}, but of {classes} classes 1 to {classes - 1} can be listed; "
             "pass all of them as whole logits"
         )
-
-
-def check_teachers(op: str, sparse: bool, teachers: Sequence[Teacher], student: Tensor) -> None:
-    """sparse: whether the op takes a SparseTeacher."""
-    for name, x in zip(names_of(teachers), teachers, strict=True):
-        if not isinstance(x, SparseTeacher):
-            check_teacher(name, x, student)
-        elif sparse:
-            check_sparse(name, x, student)
-        else:
-            raise TypeError(
-                f"{op}_loss takes whole teacher logits, got a SparseTeacher; pass "
-                f"teacher.dense(classes={student.shape[1]}, temperature=...)"
-            )
 
 
 def check_sparse(name: str, x: SparseTeacher, student: Tensor) -> None:

@@ -8,7 +8,7 @@ namespace kdfuse {
 
 struct Dkd {
   static constexpr int kTerms = 2, kParams = 5, kCeWeight = 4;
-  static constexpr bool kManyTeachers = false, kTakesTopK = false, kNeedsTarget = true;
+  static constexpr bool kManyTeachers = false, kTakesTopK = true, kNeedsTarget = true;
   static constexpr bool kStudentAt1 = false, kTeacherAt1 = false, kEntropy = true, kSoftmaxAtT = true;
 
   template <class R>

@@ -32,7 +32,8 @@ from ..op import (
     unit_stride,
 )
 from ..parts import ClassPart
-from ..sparse import SparseTeacher, Teacher
+from ..sparse import SparseTeacher
+from ..teachers import Teacher
 from . import rows
 from .merge import Layout, layout, merge
 

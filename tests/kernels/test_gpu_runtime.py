@@ -7,6 +7,8 @@ import torch
 from calls import FULL, NAMES, WITH_TOP_K, Case, call, cast, make
 from on_gpu import MARKS, kernels_of, run, same_bits, to_gpu
 
+from kdfuse import SparseTeacher
+
 pytestmark = MARKS
 
 CLUSTERS = bool(torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 9)
@@ -106,6 +108,28 @@ def test_top_k_teachers_wait_for_nothing(name):
         torch.autograd.grad(loss_of(name, case), case.students)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_draws_wait_for_nothing_and_are_those_of_a_cpu():
+    t, keys = torch.randn(70, 1000, generator=torch.Generator().manual_seed(0)), torch.arange(70)
+
+    def drawn(t, keys):
+        return SparseTeacher.sample(t, 40, temperature=2.0, keep=8, seed=keys, target=keys)
+
+    want, t, keys = drawn(t, keys), t.cuda(), keys.cuda()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        got = drawn(t, keys)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.use_deterministic_algorithms(True)  # which refuses sums of floats along a row
+    try:
+        again = drawn(t, keys)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert torch.equal(again.indices, got.indices)
+    assert torch.equal(got.indices.cpu(), want.indices)
+    torch.testing.assert_close(got.values.cpu(), want.values, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("dtype", (f32, bf16, f64), ids=str)

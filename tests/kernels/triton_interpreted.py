@@ -536,8 +536,10 @@ def test_listed_teachers(name, dtype_by_residency, held):
     if held is not None:
         mass = torch.tensor([0.1, 0.0, 0.9, 1e-4, 0.5], dtype=held)
     t = FULL[name]["temperature"]
+    teachers[0][1, 3:] = -INF  # so that classes at -inf are listed
     values, indices, whole = listed(teachers[0], k, mass if held else None, t, 1)
     target[3] = indices[3, 0]
+    target[1] = indices[1][values[1] == -INF][0]
     upstream = torch.linspace(-2, 3, n).double()
     sparse = kdfuse.SparseTeacher(values, indices.int(), mass if held else None)
     mixed = Case(students, [sparse, *teachers[1:]], target)

@@ -171,6 +171,7 @@ def test_top_k_teachers(library, name, dtype, k, rest):
     case = cast(make(name, 9, 41, teachers=2), dtype)
     wide = case.teachers[0].double()
     wide += torch.arange(9)[:, None] * 400.0  # some rows far from 0
+    wide[1, 3:] = -torch.inf  # so that classes at -inf are listed
     top = kdfuse.SparseTeacher.top_k(wide, k, temperature=2.0, rest=rest)
     case.target[0], case.target[-1] = top.indices[0, 0], wide[-1].argmin()
     top = replace(top, values=top.values.to(dtype))
@@ -210,6 +211,7 @@ def test_the_list_of_a_top_k_teacher_takes_the_place_of_its_row(library, kernel)
     for k, (n, c) in zip((1, 20, 50, 5), sizes(kernel), strict=False):
         case, settings = a_case(kernel, n, c)
         wide = case.teachers[0].double() + torch.arange(n)[:, None] * 300.0
+        wide[-1, 4:] = -torch.inf  # so that classes at -inf are listed
         top = kdfuse.SparseTeacher.top_k(wide, min(k, c - 1), temperature=settings["temperature"])
         if kernel.variant != "soft":
             case.target[0], case.target[-1] = top.indices[0, -1], wide[-1].argmin()
