@@ -16,21 +16,22 @@ OPS = set(re.findall(r"^KDFUSE_\w+\((\w+)", (ROOT / "csrc/losses/all.def").read_
 # What a folder of the engine may import beside itself. cli and bench stand on top.
 ARROWS = {
     "recipe": {"methods", "detection"},  # their options are sections of a recipe
+    "cache": {"recipe", "methods", "data"},
     "methods": {"recipe"},
     "data": {"recipe"},
     "run": {"recipe"},
     "models": {"run"},
     "report": {"recipe", "run"},
-    "training": {"recipe", "methods", "data", "models", "run", "report", "detection"},
+    "training": {"recipe", "methods", "data", "cache", "models", "run", "report", "detection"},
     "detection": {"recipe", "data", "models", "run", "training"},
     "bench": {"recipe", "methods", "data", "models", "training"},
-    "cli": {"recipe", "data", "models", "run", "report", "training", "detection", "bench"},
+    "cli": {"recipe", "cache", "data", "models", "run", "report", "training", "detection", "bench"},
 }
 # A file of training may import those before it.
 TRAINING = (
     "rendezvous alive ranks peers process speed compiled scalars ema rate groups largebatch optim "
-    "faults meters guard step captured learner networks build identity state alarms evaluate task "
-    "classification rollback resumption stop loop start"
+    "faults meters guard step captured learner frozen networks build identity state alarms "
+    "evaluate task inputs recorded classification rollback resumption stop loop start recording"
 ).split()
 # What a file leaves to others, by folder or file.
 NEVER = {

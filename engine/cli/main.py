@@ -1,4 +1,4 @@
-"""The command line: kdfuse train, eval, export, report, recipes, data, demo, doctor, bench.
+"""The command line: kdfuse train, cache, eval, export, report, recipes, data, demo, doctor, bench.
 
 Each verb imports what it needs when it runs, so that --help is quick.
 """
@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from . import data, recipes
+from . import cache, data, recipes
 from .recipes import wide
 from .train import print_published, train
 
@@ -34,6 +34,7 @@ bench_app = typer.Typer(help="Measure speed.", no_args_is_help=True)
 app.command()(train)
 app.add_typer(recipes.app, name="recipes")
 app.add_typer(data.app, name="data")
+app.add_typer(cache.app, name="cache")
 app.add_typer(bench_app, name="bench")
 
 

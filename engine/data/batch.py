@@ -19,3 +19,4 @@ class Batch:
     target: Tensor  # (B,) int64
     index: Tensor  # (B,) int64, row of the manifest
     valid: int
+    answers: tuple[Tensor, ...] = ()  # of a recorded teacher, each with a row for each image

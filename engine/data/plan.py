@@ -20,7 +20,7 @@ GOLDEN = 0x9E3779B97F4A7C15
 ATTEMPTS = 10  # of random_resized_crop before it falls back to the centre
 DRAWS = 2 * ATTEMPTS + 3  # areas, ratios, top, left, flip
 # Streams of draws that must not meet.
-ORDER, AUGMENT, MIX, RANK, RANDAUGMENT, ERASE = 1, 2, 3, 4, 5, 6
+ORDER, AUGMENT, MIX, RANK, RANDAUGMENT, ERASE, RECORD = 1, 2, 3, 4, 5, 6, 7
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
@@ -63,6 +63,11 @@ def key(*words: int) -> int:
 def uniforms(stream: int, counters: NDArray[Any]) -> Floats:
     """Draws in [0, 1) of the stream with this key, one for each non-negative counter."""
     return (_hash(stream, counters) >> np.uint64(11)) * 2.0**-53
+
+
+def keys(stream: int, counters: NDArray[Any]) -> Ints:
+    """A key of its own, any int64, of the stream for each non-negative counter."""
+    return _hash(stream, counters).view(np.int64)
 
 
 def permutation(seed: int, epoch: int, n: int) -> Ints:

@@ -61,9 +61,10 @@ class Schedule:
         seed: int,
         train: bool,
         part: range | None = None,  # None: all
+        views: int | None = None,  # epochs after which the first comes again; None: never
     ) -> None:
         self.manifest, self.data, self.whole = manifest, data, batch
-        self.seed, self.train = seed, train
+        self.seed, self.train, self.views = seed, train, views
         self.part = range(batch) if part is None else part
         self.batch = len(self.part)  # of this process
         n = len(manifest.target)
@@ -93,7 +94,9 @@ class Schedule:
         """The epoch and step that follow: over the end of an epoch; evaluation begins anew."""
         if step + 1 < self.steps:
             return epoch, step + 1
-        return (epoch + 1 if self.train else epoch), 0
+        if not self.train:
+            return epoch, 0
+        return (epoch + 1 if self.views is None else (epoch + 1) % self.views), 0
 
     def task(self, epoch: int, step: int) -> Task:
         """The plan of one step; rows now known as unreadable are replaced."""

@@ -16,7 +16,7 @@ from torchvision.models.detection.roi_heads import fastrcnn_loss
 
 from ..training.compiled import compile_all
 from ..training.ema import EMA
-from ..training.networks import digest
+from ..training.frozen import digest
 from .method import Baseline, Distillation, Terms
 
 Features = Mapping[str, Tensor]  # levels of the pyramid, each (N, channels, H, W)

@@ -58,6 +58,10 @@ class CTKD(Method):
             raise ValueError("\n".join(found))
         return self
 
+    @property
+    def takes_recorded(self) -> Literal["none", "whole", "dense", "listed"]:
+        return "whole"
+
     def schedule(self, epoch: float) -> dict[str, float]:
         """The factor of the temperature's gradient: a step a whole epoch, as released."""
         done = min((math.floor(epoch) + 1) / self.warmup, 1.0) if self.warmup else 1.0

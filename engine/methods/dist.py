@@ -32,6 +32,10 @@ class DIST(Method):
     gather: bool = Field(False, description="columns run over the images of all processes")
 
     @property
+    def takes_recorded(self) -> Literal["none", "whole", "dense", "listed"]:
+        return "whole"
+
+    @property
     def gathers(self) -> bool:
         return self.gather
 

@@ -21,6 +21,7 @@ class DKD(Method):
 
     name: Literal["dkd"] = "dkd"
     uses_teacher: ClassVar[bool] = True
+    splits_target: ClassVar[bool] = True
 
     temperature: float = Field(4.0, gt=0, description="T of both networks' probabilities")
     alpha: float = Field(1.0, ge=0, description="weight of the target-class part")
@@ -33,6 +34,10 @@ class DKD(Method):
         False, description="TCKD and NCKD of both networks' z-scored logits; CE of the logits"
     )
 
+    @property
+    def takes_recorded(self) -> Literal["none", "whole", "dense", "listed"]:
+        return "whole" if self.standardise else "listed"
+
     def schedule(self, epoch: float) -> dict[str, float]:
         """The share of the distillation terms: a step a whole epoch, as published."""
         if self.warmup == 0:
@@ -40,11 +45,11 @@ class DKD(Method):
         return {"warm": min((math.floor(epoch) + 1) / self.warmup, 1.0)}
 
     def loss(self, out: Outputs, target: Tensor, now: Now) -> tuple[Tensor, Terms]:
-        assert out.teacher is not None
         apart = self.standardise or self.warmup > 0
-        student, teacher = out.student, out.teacher
+        student, teacher = out.student, out.taught
         if self.standardise:
-            student, teacher = standardised(student), standardised(teacher)
+            assert out.teacher is not None
+            student, teacher = standardised(student), standardised(out.teacher)
         loss, terms = with_terms(
             dkd_loss(
                 student,

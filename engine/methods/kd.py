@@ -34,15 +34,19 @@ class KD(Method):
     )
 
     @property
+    def takes_recorded(self) -> Literal["none", "whole", "dense", "listed"]:
+        return "whole" if self.standardise else "listed"
+
+    @property
     def takes_soft_labels(self) -> bool:
         return True
 
     def loss(self, out: Outputs, target: Tensor, now: Now) -> tuple[Tensor, Terms]:
         """As every method; the term kd is T^2 KL as a batch mean with either reduction."""
-        assert out.teacher is not None
-        student, teacher = out.student, out.teacher
+        student, teacher = out.student, out.taught
         if self.standardise:
-            student, teacher = standardised(student), standardised(teacher)
+            assert out.teacher is not None
+            student, teacher = standardised(student), standardised(out.teacher)
         loss, terms = with_terms(
             kd_loss(
                 student,

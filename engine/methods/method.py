@@ -13,6 +13,7 @@ from typing import ClassVar, Literal
 
 from torch import Size, Tensor, nn
 
+from ...kernels.sparse import SparseTeacher
 from ..recipe.schema import Strict
 
 Terms = dict[str, Tensor]
@@ -28,6 +29,7 @@ class Outputs:
 
     student: Tensor  # (N, C) logits
     teacher: Tensor | None = None  # (N, C) logits, never with a gradient
+    listed: SparseTeacher | None = None  # a recorded teacher's, where it kept some of them
     assistants: list[Tensor] = field(default_factory=list)  # further frozen teachers' (N, C) logits
     slts: list[Tensor] = field(default_factory=list)  # each (N, C) logits
     average: Tensor | None = None  # (N, C) logits of the student's average, never with a gradient
@@ -36,6 +38,13 @@ class Outputs:
     slt_taps: list[Taps] = field(default_factory=list)
     head: dict[str, Tensor] = field(default_factory=dict)  # what the method's head made
     features: Terms = field(default_factory=dict)  # what Method.features made
+
+    @property
+    def taught(self) -> Tensor | SparseTeacher:
+        """What the teacher says, for the losses that take either."""
+        found = self.teacher if self.listed is None else self.listed
+        assert found is not None
+        return found
 
 
 @dataclass
@@ -60,12 +69,27 @@ class Method(Strict):
     uses_assistants: ClassVar[bool] = False  # further frozen teachers
     deploys_head: ClassVar[bool] = False  # whether the head is part of the network that is kept
     waits: ClassVar[bool] = False  # for the device, in each step
+    splits_target: ClassVar[bool] = False  # whether it treats the teacher's target class apart
     reads_student: ClassVar[Literal["logits", "taps"]] = "logits"  # taps: not what is behind them
 
     @property
     def teacher_mode(self) -> Literal["eval", "train"]:
         """Whether the teacher's BatchNorm takes its running statistics or those of the batch."""
         return "eval"
+
+    @property
+    def takes_recorded(self) -> Literal["none", "whole", "dense", "listed"]:
+        """What of a recorded teacher the loss takes: all logits, `Outputs.teacher`, be they made of
+        those that were kept (dense) or not (whole); or `Outputs.taught` (listed).
+
+        A method that reads the teacher's features, or builds on its layers, takes none.
+        """
+        return "none"
+
+    @property
+    def nonlinear(self) -> str:
+        """Why the loss is not linear in the probabilities of a teacher; "" where it is."""
+        return ""
 
     @property
     def slt_count(self) -> int:

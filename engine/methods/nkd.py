@@ -21,6 +21,7 @@ class NKD(Method):
 
     name: Literal["nkd"] = "nkd"
     uses_teacher: ClassVar[bool] = True
+    splits_target: ClassVar[bool] = True
 
     temperature: float = Field(1.0, gt=0, description="T of the non-target part")
     gamma: float = Field(1.5, ge=0, description="weight of the non-target part")
@@ -28,15 +29,24 @@ class NKD(Method):
     target_term: Form = Field("t1", description="of the teacher's binary cross-entropy")
 
     @property
+    def takes_recorded(self) -> Literal["none", "whole", "dense", "listed"]:
+        return "listed" if self.target_term == "t1" else "whole"
+
+    @property
+    def nonlinear(self) -> str:
+        if self.temperature == 1:
+            return ""
+        return f"it takes the target's probability at T = 1, not at {self.temperature:g}"
+
+    @property
     def takes_soft_labels(self) -> bool:
         return True
 
     def loss(self, out: Outputs, target: Tensor, now: Now) -> tuple[Tensor, Terms]:
-        assert out.teacher is not None
         loss, terms = with_terms(
             nkd_loss(
                 out.student,
-                out.teacher,
+                out.taught,
                 target,
                 gamma=self.gamma,
                 temperature=self.temperature,
@@ -47,6 +57,7 @@ class NKD(Method):
         if self.target_term == "t1":
             return loss, terms
         # nkd_loss always has T1, with weight 1: it is taken out again.
+        assert out.teacher is not None
         label = hard(target)
         weight = target_probability(out.teacher, label)
         wanted = target_loss(out.student, label, weight, self.target_term)

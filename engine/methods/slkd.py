@@ -25,6 +25,10 @@ class SLKD(SelfLearning):
     )
 
     @property
+    def takes_recorded(self) -> Literal["none", "whole", "dense", "listed"]:
+        return "dense"
+
+    @property
     def slt_count(self) -> int:
         return self.slts
 

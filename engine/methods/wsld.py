@@ -29,6 +29,10 @@ class WSLD(Method):
     ce_weight: float = Field(1.0, ge=0, description="weight of the cross-entropy")
     kd_weight: float = Field(2.25, ge=0, description="weight of the weighted T^2 KL")
 
+    @property
+    def takes_recorded(self) -> Literal["none", "whole", "dense", "listed"]:
+        return "whole"
+
     def loss(self, out: Outputs, target: Tensor, now: Now) -> tuple[Tensor, Terms]:
         assert out.teacher is not None
         loss, terms = from_labels(out, target, self.ce_weight)

@@ -25,15 +25,22 @@ class WTTM(Method):
     weighted: bool = Field(True, description="rows count by the teacher's power sum")
 
     @property
+    def takes_recorded(self) -> Literal["none", "whole", "dense", "listed"]:
+        return "listed"
+
+    @property
+    def nonlinear(self) -> str:
+        return "its rows are weighted by a power of the probabilities" if self.weighted else ""
+
+    @property
     def takes_soft_labels(self) -> bool:
         return True
 
     def loss(self, out: Outputs, target: Tensor, now: Now) -> tuple[Tensor, Terms]:
-        assert out.teacher is not None
         return with_terms(
             wttm_loss(
                 out.student,
-                out.teacher,
+                out.taught,
                 target,
                 temperature=self.temperature,
                 kd_weight=self.kd_weight,

@@ -15,6 +15,7 @@ from ..detection.recipe import DetectionRecipe
 from ..methods import METHODS
 from ..methods.method import Method
 from . import problems, yamlfile
+from .cache import Cache
 from .data import Data
 from .misfits import misfits
 from .optim import Optim
@@ -59,6 +60,7 @@ class Recipe(RecipeBase):
     )
     optim: Optim
     run: Run
+    cache: Cache = Cache.model_validate({})
     expect: Expect | None = None
 
     @model_validator(mode="after")
@@ -83,7 +85,7 @@ class Recipe(RecipeBase):
         for part in (plain, *plain["also"].values()):
             for role in ("student", "teacher", "slt"):
                 if part.get(role):
-                    part[role]["checkpoint"] = None
+                    part[role]["checkpoint"] = part[role]["cache"] = None
         for assistant in plain["assistants"]:
             assistant["checkpoint"] = None
         return type(self).model_validate(plain)

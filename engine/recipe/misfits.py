@@ -56,13 +56,35 @@ def _shared(recipe: Recipe, methods: list[Method]) -> Iterator[str]:
             f"run.capture: optim.name {optim.name} takes its rate from the host in each step; set "
             "run.capture=false"
         )
-    there = {"student": True, "teacher": recipe.teacher is not None}
+    runs = recipe.teacher is not None and recipe.teacher.cache is None
+    there = {"student": True, "teacher": runs}
+    yield from _of_caches(recipe, methods)
     there["slts"] = any(method.slt_count > 0 for method in methods)
     for role in run.compile_only or ():
         if not there[role]:
             yield f"run.compile_only: {role} is not among this recipe's networks; leave it out"
     if recipe.assistants and not any(method.uses_assistants for method in methods):
         yield f"assistants: method {recipe.method.name} reads none; leave them out"
+
+
+def _of_caches(recipe: Recipe, methods: list[Method]) -> Iterator[str]:
+    """Where recorded answers stand for a network, and who cannot learn from them."""
+    others = {f"assistants.{i}": network for i, network in enumerate(recipe.assistants)}
+    for name, learner in recipe.learners("").items():
+        key = f"also.{name}." if name else ""
+        others |= {f"{key}student": learner.student}
+        others |= {f"{key}slt": learner.slt} if learner.slt else {}
+    for where, network in others.items():
+        if network.cache is not None:
+            yield f"{where}.cache: only a teacher's answers are recorded; leave it out"
+    if recipe.teacher is None or recipe.teacher.cache is None:
+        return
+    for method in methods:
+        if method.uses_teacher and method.takes_recorded == "none":
+            yield (
+                f"teacher.cache: method {method.name} needs more of its teacher than recorded "
+                "logits; give it a checkpoint instead"
+            )
 
 
 def _of_slts(key: str, learner: Also, teacher: Network | None) -> Iterator[str]:

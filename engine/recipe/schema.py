@@ -75,6 +75,9 @@ class Network(Strict):
         description="resnet8x4, torchvision:resnet18, timm:deit_tiny_patch16_224, run:FOLDER",
     )
     checkpoint: FilePath | None = Field(None, description="file of weights; null: random weights")
+    cache: FilePath | None = Field(
+        None, description="the teacher's: folder of its recorded answers, in place of its weights"
+    )
     normalize: Normalize | None = Field(None, description="null: the statistics of data.normalize")
     trained_by: str | None = Field(
         None, description="recipe that trains it first, unless a checkpoint or run: gives weights"
@@ -87,6 +90,11 @@ class Network(Strict):
     def _works(self) -> Network:
         if self.trained_with and self.trained_by is None:
             raise ValueError(f"trained_with: {list(self.trained_with)} needs trained_by, a recipe")
+        if self.cache is not None and self.checkpoint is not None:
+            raise ValueError(
+                f"checkpoint: {self.checkpoint} has no effect with cache {self.cache}, which holds "
+                "what the network said; leave one of them out"
+            )
         if self.kept and self.checkpoint is not None:
             raise ValueError(
                 f"checkpoint: {self.checkpoint} has no effect with name {self.name}, which comes "

@@ -46,7 +46,9 @@ def _trained(recipe: Recipe, runs: Path, train: Train, way: tuple[str, ...]) -> 
     ]
     changed = False
     for where, network in networks:
-        given = network and (network["checkpoint"] or network["name"].startswith("run:"))
+        given = network and (
+            network["checkpoint"] or network["cache"] or network["name"].startswith("run:")
+        )
         if network and network["trained_by"] and not given:
             network["checkpoint"] = _one(where, network, recipe, runs, train, way)
             changed = True

@@ -46,6 +46,8 @@ FREE = {
     "student.backbone",
     "expect",
 }
+NO_PART = ("expect.", "cache.")  # sections of what others do with a recipe
+FILES = (".checkpoint", ".cache")  # whose contents are compared, not where they lie
 
 # How a run is carried out: a result counts with any of these, and a published number is to be
 # reached. A resumed run keeps them, since its bytes may depend on them.
@@ -165,7 +167,7 @@ def changes(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 
 def _free(name: str) -> bool:
-    return name in FREE or name.startswith("expect.") or name.endswith(".checkpoint")
+    return name in FREE or name.startswith(NO_PART) or name.endswith(FILES)
 
 
 def _flat(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ..cache.forms import Form
 from ..data.loaders.ondevice import Normalise
 from ..models import create
 from ..recipe.load import Recipe
@@ -17,13 +18,19 @@ from .networks import MAIN, Distiller, role
 
 
 def build(
-    recipe: Recipe, classes: int, device: torch.device, labels: Tensor | None = None
+    recipe: Recipe,
+    classes: int,
+    device: torch.device,
+    labels: Tensor | None = None,
+    recorded: Form | None = None,
 ) -> Distiller:
     """The networks that a recipe needs, on `device`; the caller seeds their random weights first.
 
     An SL-T is the teacher's architecture with random weights unless the recipe says otherwise.
-    `labels` are the training set's (images,); None to evaluate. Each learner's random weights are
-    those that it would have alone. Raises ValueError and FileNotFoundError as `create` does.
+    `labels` are the training set's (images,); None to evaluate. `recorded` is the form of the
+    teacher's answers where the recipe has a cache of them in place of the network. Each learner's
+    random weights are those that it would have alone. Raises ValueError and FileNotFoundError as
+    `create` does.
     """
     seed = torch.random.get_rng_state()
     data, run, ema = recipe.data, recipe.run, recipe.optim.ema
@@ -32,12 +39,7 @@ def build(
 
     def make(name: str, network: Network | None) -> nn.Module:
         assert network is not None  # a recipe has the networks that its method needs
-        if network.kept is not None:
-            made, normalize = deployed_by(network.kept, classes)
-            network = network.model_copy(update={"normalize": network.normalize or normalize})
-        else:
-            made = create(network.name, classes, network.checkpoint)
-        found[name] = network
+        made, found[name] = _made(network, classes)
         return made.to(device).to(memory_format=layout)
 
     drawn: dict[str, tuple[nn.Module, list[nn.Module], Tensor]] = {}
@@ -46,7 +48,7 @@ def build(
         torch.random.set_rng_state(seed)
         slt = part.slt
         if slt is None and recipe.teacher is not None:
-            slt = recipe.teacher.model_copy(update={"checkpoint": None})
+            slt = recipe.teacher.model_copy(update={"checkpoint": None, "cache": None})
         student = make(role(name, "student"), part.student)
         slts = [make(role(name, "slts"), slt) for _ in range(part.method.slt_count)]
         drawn[name] = student, slts, torch.random.get_rng_state()
@@ -54,7 +56,7 @@ def build(
     teachers: list[nn.Module] = []
     torch.random.set_rng_state(drawn[MAIN][2])
     reused = any(part.method.deploys_head for part in parts.values())
-    if recipe.teacher and (labels is not None or reused):
+    if recipe.teacher and not recipe.teacher.cache and (labels is not None or reused):
         teachers.append(make("teacher", recipe.teacher).eval().requires_grad_(False))
     learners = {}
     for name, part in parts.items():
@@ -72,12 +74,39 @@ def build(
         teachers,
         {name: inputs[norm] for name, norm in norms.items()},
         amp=run.amp == "bf16",
+        recorded=recorded,
     )
     distiller.to(device).to(memory_format=layout)
     if ema is not None:
         for learner in learners.values():
             learner.follow(ema)
     return distiller
+
+
+def frozen(recipe: Recipe, classes: int, device: torch.device) -> Distiller:
+    """The teachers whose answers `kdfuse cache` records, without anybody to learn from them.
+
+    Raises ValueError and FileNotFoundError as `create` does.
+    """
+    data, run = recipe.data, recipe.run
+    layout = torch.channels_last if run.channels_last else torch.contiguous_format
+    teachers, inputs = [], {}
+    for i, network in enumerate((recipe.teacher, *recipe.cache.teachers)):
+        assert network is not None
+        made, found = _made(network, classes)
+        teachers.append(made.to(device).to(memory_format=layout))
+        norm = Normalise(found.normalize or data.normalize, run.channels_last)
+        inputs["teacher" if i == 0 else f"assistant{i - 1}"] = norm
+    made = Distiller({}, teachers, inputs, amp=run.amp == "bf16")
+    return made.to(device).to(memory_format=layout)
+
+
+def _made(network: Network, classes: int) -> tuple[nn.Module, Network]:
+    """A network with its weights, on the CPU, and what is known of its input's statistics."""
+    if network.kept is None:
+        return create(network.name, classes, network.checkpoint), network
+    made, normalize = deployed_by(network.kept, classes)
+    return made, network.model_copy(update={"normalize": network.normalize or normalize})
 
 
 def deployed_by(run: Path, classes: int) -> tuple[nn.Module, Normalize]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from functools import partial
@@ -11,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..cache.replay import Recorded
 from ..data.batch import Batch
-from ..data.loaders import Loader, make_loader
+from ..data.loaders import make_loader
 from ..data.loaders.feed import on_device
 from ..data.loaders.ondevice import Mixing
 from ..data.manifest import Manifest
 from ..data.schedule import plan_digest
-from ..data.sources import open_source
 from ..methods import Now, Terms
 from ..recipe.load import Recipe
 from . import process
@@ -25,10 +24,12 @@ from .build import build
 from .captured import Captured, CudaGraph
 from .evaluate import accuracy, measure
 from .guard import guard_of
+from .inputs import maker, open_splits, part_of, pixels_of
 from .networks import Distiller
 from .optim import build_optimizers
 from .peers import together
 from .ranks import Group
+from .recorded import answered, opened, views_of
 from .state import State
 from .step import Step
 
@@ -41,13 +42,14 @@ class Classification:
     def __init__(self, recipe: Recipe, group: Group) -> None:
         """Raises ValueError and FileNotFoundError for data and networks that do not fit."""
         self.recipe, self.group = recipe, group
-        with ExitStack() as opened:
+        with ExitStack() as held:
+            self.cache = together(group, "opening teacher.cache", lambda: opened(recipe))
             sets = open_splits(recipe, group)
             doing = "making loaders and networks"
-            self.networks, self.state = together(group, doing, lambda: self._make(opened, *sets))
+            self.networks, self.state = together(group, doing, lambda: self._make(held, *sets))
             self.state.quarantine = self.loader.quarantine
             self._images = sets[0]
-            self._opened = opened.pop_all()
+            self._opened = held.pop_all()
         self.steps = self.loader.steps
         self.facts: dict[str, Any] = {
             "loader": self.loader.name,
@@ -57,17 +59,19 @@ class Classification:
         self._step = step_of(self.networks, self.state, self.mixing)
 
     def _make(
-        self, opened: ExitStack, train_set: Manifest, val_set: Manifest
+        self, held: ExitStack, train_set: Manifest, val_set: Manifest
     ) -> tuple[Distiller, State]:
         """What needs no other process: the loaders, the networks and their state."""
         recipe, group, run, data = self.recipe, self.group, self.recipe.run, self.recipe.data
-        part = part_of(recipe, group)
-        make = partial(make_loader, seed=run.seed, device=group.device)
-        loader = make(train_set, data, run.batch, train=True, part=part)
-        self.loader = opened.enter_context(closing(loader))
+        cache, part = self.cache, part_of(recipe, group)
+        self.part, self.seed = part, run.seed if cache is None else cache.header.seed
+        views = None if cache is None else cache.header.views
+        make = partial(make_loader, seed=self.seed, device=group.device)
+        loader = make(train_set, data, run.batch, train=True, part=part, views=views)
+        self.loader = held.enter_context(closing(loader))
         eval_part = group.part(run.eval_batch, "run.eval_batch")
         val = make(val_set, data, run.eval_batch, train=False, part=eval_part)
-        self.val = opened.enter_context(closing(val))
+        self.val = held.enter_context(closing(val))
         if group.first:
             by = f"loader {self.loader.name}: {self.loader.decode}"
             if self.val.name != self.loader.name:
@@ -80,13 +84,17 @@ class Classification:
         sources = {
             "training images": train_set.digest,
             "validation images": val_set.digest,
-            "loader": _pixels_of(self.loader, self.val),  # what "auto" stands for may change
+            "loader": pixels_of(self.loader, self.val),  # what "auto" stands for may change
         }
         if data.mixup or data.cutmix:
             sources["mixed images"] = "pairs"  # as ondevice.partners; it was another way once
         classes = len(train_set.classes)
-        self.mixing = Mixing(data, classes, len(part), run.seed)
-        return begin(recipe, group, classes, torch.from_numpy(train_set.target), sources)
+        self.mixing = Mixing(data, classes, len(part), self.seed)
+        if cache is not None:
+            cache.check(views_of(recipe, train_set, maker(self.loader), self.seed))
+            self.loader.quarantine.take(cache.unreadable)
+        labels = torch.from_numpy(train_set.target)
+        return begin(recipe, group, classes, labels, sources, cache)
 
     def close(self) -> None:
         """Ends the loaders."""
@@ -94,11 +102,15 @@ class Classification:
 
     def identity(self) -> dict[str, Any]:
         """What decides the run's batches, of JSON's types; the same in all processes."""
-        run = self.recipe.run
-        return {"plan": plan_digest(self._images, self.recipe.data, run.batch, run.seed)}
+        batch = self.recipe.run.batch
+        return {"plan": plan_digest(self._images, self.recipe.data, batch, self.seed)}
 
     def check_teachers(self) -> dict[str, float]:
         """Evaluate the frozen teachers and print how good they are; ValueError at chance level."""
+        if self.cache is not None:
+            if self.group.first:
+                print(f"teacher {self.cache.folder}: {self.cache.header.summary()}", flush=True)
+            return {f"teacher_{k}": value for k, value in self.cache.header.facts.items()}
         specs = {f"assistants.{i}": network for i, network in enumerate(self.recipe.assistants)}
         if self.recipe.teacher is not None:
             specs = {"teacher": self.recipe.teacher, **specs}
@@ -126,20 +138,28 @@ class Classification:
         if start == 0:  # all from the same step on, whatever was found ahead of it
             for found in self.group.all(self.loader.quarantine.found()):
                 self.loader.quarantine.take(found)
-        return on_device(self.loader.epoch(epoch, start), self.group.device)
+        batches = self.loader.epoch(self._view(epoch), start)
+        if self.cache is not None:
+            batches = answered(batches, self.loader, self.cache, epoch, start, self.part)
+        return on_device(batches, self.group.device)
 
     def images(self, epoch: int, number: int) -> list[str]:
         """The files of this process's part of step `number` of `epoch`, both 0-based."""
-        return self.loader.names(epoch, number)
+        return self.loader.names(self._view(epoch), number)
 
     def schedule(self, epoch: int, number: int) -> dict[str, float]:
         """The numbers of step `number` of `epoch`, both 0-based, beside its learning rate."""
         of_methods = self.networks.schedule(epoch + number / self.steps)
-        return of_methods | self.mixing.schedule(epoch, number)
+        return of_methods | self.mixing.schedule(self._view(epoch), number)
+
+    def _view(self, epoch: int) -> int:
+        """The epoch of the plan that an epoch of the run sees."""
+        return epoch if self.cache is None else self.cache.epoch(epoch)
 
     def step(self, batch: Batch) -> Terms:
         """Train on a batch with the numbers in the state: its detached 0-dim terms."""
-        return self._step(self.state.now, batch.images, batch.target, batch.index)
+        now = self.state.now
+        return self._step(now, batch.images, batch.target, batch.index, *batch.answers)
 
     def evaluate(self) -> dict[str, float]:
         """Percent: top1 and top5 of the student; slt0_top1, ema_top1 and so on of the others."""
@@ -153,47 +173,24 @@ def chance_level(classes: int) -> float:
     return chance + min(chance / 2, 5)
 
 
-def _pixels_of(loader: Loader, val: Loader) -> str:
-    """What decides the pixels of a run's batches, beside the plan: the training loader.
-
-    For the CPU its name alone. The one for evaluation is named where its pixels are others: those
-    that work with PIL show the same.
-    """
-    found, evaluation = _maker(loader), _maker(val)
-    same = found == evaluation or "dali" not in (loader.name, val.name)
-    return found if same else f"{found}, evaluation {evaluation}"
-
-
-def _maker(loader: Loader) -> str:
-    return loader.name if loader.mode == "cpu" else f"{loader.name}, decode {loader.mode}"
-
-
-def part_of(recipe: Recipe, group: Group) -> range:
-    """A process's places in each training batch.
-
-    Raises ValueError for a batch that does not go round in pairs of mixed images and in the parts
-    of run.accumulate, or not evenly where the method wants as many images of each process.
-    """
-    run, data = recipe.run, recipe.data
-    unit = math.lcm(2 if data.mixup or data.cutmix else 1, run.accumulate)
-    methods = [learner.method for learner in recipe.learners("").values()]
-    if run.batch % group.world and (uneven := [m.name for m in methods if m.gathers]):
-        raise ValueError(
-            f"run.batch={run.batch}: method {uneven[0]} gathers as many images of each of "
-            f"{group.world} processes; set it to a multiple of {group.world}"
-        )
-    return group.part(run.batch, "run.batch", unit)
-
-
 def begin(
-    recipe: Recipe, group: Group, classes: int, labels: Tensor, sources: dict[str, str]
+    recipe: Recipe,
+    group: Group,
+    classes: int,
+    labels: Tensor,
+    sources: dict[str, str],
+    cache: Recorded | None = None,
 ) -> tuple[Distiller, State]:
     """The networks of a recipe as they are before the first step, and the state of their run.
 
-    `labels` are the training set's (images,).
+    `labels` are the training set's (images,); `cache` has the teacher's answers where the recipe
+    has one in place of the network.
     """
     process.seed_weights(recipe.run.seed)
-    networks = build(recipe, classes, group.device, labels)
+    recorded = None if cache is None else cache.header.form
+    networks = build(recipe, classes, group.device, labels, recorded)
+    if cache is not None:
+        networks.teacher_digest = cache.layout.digest
     if recipe.run.sync_batchnorm:
         if group.device.type == "cpu":
             raise ValueError(
@@ -229,8 +226,8 @@ def step_of(networks: Distiller, state: State, mixing: Mixing) -> Callable[..., 
         guard_of(recipe.optim, optimizers, networks),
     )
 
-    def mixed(now: Now, images: Tensor, target: Tensor, index: Tensor) -> Terms:
-        return step(now, *mixing(now, images, target), index)
+    def mixed(now: Now, images: Tensor, target: Tensor, index: Tensor, *answers: Tensor) -> Terms:
+        return step(now, *mixing(now, images, target), index, *answers)
 
     if not run.capture:
         return mixed
@@ -241,16 +238,3 @@ def step_of(networks: Distiller, state: State, mixing: Mixing) -> Callable[..., 
             f"{where}; set run.capture=false"
         )
     return Captured(mixed, optimizers, CudaGraph())
-
-
-def open_splits(recipe: Recipe, group: Group) -> tuple[Manifest, Manifest]:
-    """The training and the validation set; on each machine one process goes first, it may write
-    files that the others read."""
-
-    def work() -> tuple[Manifest, Manifest]:
-        return open_source(recipe.data, "train"), open_source(recipe.data, "val")
-
-    leads = group.local_rank == 0
-    doing = "reading the list of images"
-    found = together(group, doing, lambda: work() if leads else None)
-    return together(group, doing, lambda: found or work())

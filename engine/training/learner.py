@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...kernels.sparse import SparseTeacher
+from ..cache.forms import Form
 from ..methods import Method, Networks, Now, Outputs, Role, Terms
 from ..models import Taps, Until, points, shapes, unreached
 from .compiled import compile_call
@@ -62,6 +64,7 @@ class Learner(nn.Module):
         self._taps: list[Taps] = []  # of the student and of each SL-T
         self._average: tuple[EMA, ...] = ()
         self._features: Callable[[Outputs, Tensor], Terms] = method.features
+        self.recorded: Form | None = None  # of the teacher's answers, where they are
 
     @property
     def deployed(self) -> nn.Module:
@@ -111,6 +114,8 @@ class Learner(nn.Module):
             student=self.student(made["student"]),
             slts=[slt(made["slts"]) for slt in self.slts],
         )
+        if out.listed is not None:
+            self._complete(out, out.listed)
         out.student_taps = self._taps[0].take()
         out.teacher_taps = {n: taught.teacher_taps[n] for n in self.reads.get("teacher", ())}
         out.slt_taps = [taps.take() for taps in self._taps[1:]]
@@ -120,6 +125,17 @@ class Learner(nn.Module):
         if self.head is not None:
             out.head = self.head(out, target, index)
         return out
+
+    def _complete(self, out: Outputs, listed: SparseTeacher) -> None:
+        """Make whole logits of recorded ones, where the method or the form wants that."""
+        form = self.recorded
+        assert form is not None
+        if form.rest == "bucket":
+            assert form.temperature is not None
+            out.teacher, out.listed = listed.bucket(out.student, form.temperature), None
+        elif self.method.takes_recorded == "dense":
+            temperature = form.temperature or 1.0  # without one there is no mass to spread
+            out.teacher, out.listed = listed.dense(form.classes, temperature), None
 
     def loss(self, out: Outputs, target: Tensor, now: Now) -> tuple[Tensor, Terms]:
         """The method's loss and terms for what `forward` gave."""

@@ -6,19 +6,19 @@ train() and no optimiser ever reaches them.
 
 from __future__ import annotations
 
-import hashlib
-import warnings
 from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..cache.forms import Form
 from ..data.loaders.ondevice import Normalise
 from ..methods import Now, Outputs, Terms
-from ..models import FoldError, Taps, cast_weights, fold_batchnorm, fold_dirac
+from ..models import Taps, cast_weights
 from .compiled import compile_all
 from .ema import EMA
+from .frozen import digest, folded
 from .learner import Learner
 
 MAIN = "main"  # the learner of the recipe's own student
@@ -33,8 +33,12 @@ class Distiller(nn.Module):
         teachers: list[nn.Module],  # the teacher and the assistants, to be frozen
         inputs: dict[str, Normalise],  # by role (see `role`); equal ones are one object
         amp: bool,
+        recorded: Form | None = None,  # of the teacher's answers, which then come with the images
     ) -> None:
         super().__init__()
+        self.recorded = recorded
+        for learner in learners.values():
+            learner.recorded = recorded
         self.learners = learners
         self.tree = nn.ModuleDict(learners)
         self.inputs = nn.ModuleDict(inputs)
@@ -94,7 +98,7 @@ class Distiller(nn.Module):
         return self
 
     def forward(
-        self, now: Now, images: Tensor, target: Tensor, index: Tensor
+        self, now: Now, images: Tensor, target: Tensor, index: Tensor, *answers: Tensor
     ) -> tuple[Tensor, Terms]:
         """The loss of all learners together (0-dim), and what `terms` says; see `outputs`.
 
@@ -103,7 +107,7 @@ class Distiller(nn.Module):
         """
         losses: list[Tensor] = []
         found: Terms = {}
-        for name, out in self.outputs(images, target, index).items():
+        for name, out in self.outputs(images, target, index, *answers).items():
             own = self.learners[name].method.schedule(0)
             loss, terms = self.learners[name].loss(
                 out, target, {short: now[f"{prefix(name)}{short}"] for short in own}
@@ -115,17 +119,19 @@ class Distiller(nn.Module):
             losses.append(loss)
         return sum(losses[1:], start=losses[0]), found
 
-    def outputs(self, images: Tensor, target: Tensor, index: Tensor) -> dict[str, Outputs]:
+    def outputs(
+        self, images: Tensor, target: Tensor, index: Tensor, *answers: Tensor
+    ) -> dict[str, Outputs]:
         """What the networks of every learner give, by its name.
 
         `images` (N, 3, H, W) of 0..255, uint8 or float32, are on the networks' device; `target` are
         their labels (N,) int64, or class probabilities (N, C) where all methods take them; `index`
-        (N,) int64 their numbers in the training set.
+        (N,) int64 their numbers in the training set, `answers` those of a recorded teacher.
         """
         made = {inputs: inputs(images) for inputs in dict.fromkeys(self.inputs.values())}
         named = {name: made[inputs] for name, inputs in self.inputs.items()}
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self.amp):
-            taught = self._taught(named)
+            taught = self._taught(named) if self.recorded is None else self._told(answers)
             found = {}
             for name, learner in self.learners.items():
                 roles = {own: role(name, own) for own in ("student", "slts")}
@@ -146,6 +152,24 @@ class Distiller(nn.Module):
             else:
                 out.assistants.append(logits)
         return out
+
+    def _told(self, answers: tuple[Tensor, ...]) -> Outputs:
+        """The same of a recorded teacher."""
+        assert self.recorded is not None
+        found, out = self.recorded.answer(answers), Outputs(student=torch.empty(0))
+        if isinstance(found, Tensor):
+            out.teacher = found
+        else:
+            out.listed = found
+        return out
+
+    def teach(self, images: Tensor) -> list[Tensor]:
+        """The logits (N, C) of the frozen teachers for images as `outputs` takes them."""
+        named = {role: self.inputs[role](images) for _, role in self.frozen().values()}
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.amp):
+            out = self._taught(named)
+        assert out.teacher is not None
+        return [out.teacher, *out.assistants]
 
     @torch.no_grad()
     def predict(self, network: nn.Module, role: str, images: Tensor) -> Tensor:
@@ -216,22 +240,3 @@ def prefix(learner: str) -> str:
 def role(learner: str, network: str) -> str:
     """The name in `inputs` of a learner's "student" or "slts"."""
     return network if learner == MAIN else f"{learner}/{network}"
-
-
-def folded(teacher: nn.Module) -> nn.Module:
-    """The teacher with its BatchNorm folded; itself, with a warning, where that cannot be done."""
-    try:
-        return fold_batchnorm(fold_dirac(teacher))
-    except FoldError as error:
-        warnings.warn(f"the teacher runs with its BatchNorm layers unfolded: {error}", stacklevel=2)
-        return teacher
-
-
-def digest(networks: list[nn.Module]) -> str:
-    """sha256 of all weights and buffers."""
-    found = hashlib.sha256()
-    for network in networks:
-        for name, value in network.state_dict().items():
-            found.update(name.encode())
-            found.update(value.cpu().contiguous().numpy().tobytes())
-    return found.hexdigest()

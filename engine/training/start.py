@@ -84,7 +84,7 @@ def train(recipe: AnyRecipe, out: str | Path | None = None, resume: Resume | Non
         group.wait()  # the first one leads the place where all of them have just agreed
         return folder
     if isinstance(recipe, Recipe):
-        recipe = trained(recipe, folder.parent, _train_once)
+        recipe = trained(recipe, folder.parent, train_once)
     with settings(recipe.run), compiling(bool(recipe.run.compile)) as compilations:
         loop: Loop | None = None
         with (
@@ -123,7 +123,7 @@ def open_task(recipe: AnyRecipe, group: Group) -> Task:
     return Classification(recipe, group)
 
 
-def _train_once(recipe: Recipe, folder: Path, resume: Resume) -> Path:
+def train_once(recipe: Recipe, folder: Path, resume: Resume) -> Path:
     """Train, unless the folder holds the finished run of the same recipe."""
     if resume and read_run(folder).finished:
         was, now = plain(Recipe.load(folder / RECIPE)), plain(recipe)

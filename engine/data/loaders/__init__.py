@@ -34,6 +34,7 @@ def make_loader(
     train: bool,
     part: range | None = None,
     device: torch.device = CPU,
+    views: int | None = None,
 ) -> Loader:
     """The loader of `data.loader` for a process that takes the places `part` (None: all) of each
     step of `batch` images.
@@ -47,7 +48,7 @@ def make_loader(
     """
     kind = kind_of(manifest, data, train)
     check_loader(data, kind, device)
-    schedule = Schedule(manifest, data, batch, seed=seed, train=train, part=part)
+    schedule = Schedule(manifest, data, batch, seed=seed, train=train, part=part, views=views)
     if kind == "torchvision" and data.decode == "gpu":
         return NvjpegLoader(schedule, device)
     return LOADERS[kind](schedule, device)

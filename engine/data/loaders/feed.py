@@ -26,7 +26,7 @@ def on_device(batches: Iterator[Batch], device: torch.device) -> Generator[Batch
     for batch, copied in one_ahead(copies(batches, side)):
         current = torch.cuda.current_stream(device)
         current.wait_event(copied)
-        for part in (batch.images, batch.target, batch.index):
+        for part in (batch.images, batch.target, batch.index, *batch.answers):
             part.record_stream(current)  # or its memory is used anew while the step still reads
         yield batch
 
@@ -37,13 +37,14 @@ def copies(
     """Copies under way on a stream, and what tells the end of each."""
     for batch in batches:
         with torch.cuda.stream(side):
-            images, target, index = (
+            images, target, index, *answers = (
                 part.to(side.device, non_blocking=True)
-                for part in (batch.images, batch.target, batch.index)
+                for part in (batch.images, batch.target, batch.index, *batch.answers)
             )
             copied = torch.cuda.Event()
             copied.record(side)
-        yield replace(batch, images=images, target=target, index=index), copied
+        made = replace(batch, images=images, target=target, index=index, answers=tuple(answers))
+        yield made, copied
 
 
 def one_ahead(items: Iterator[Item]) -> Generator[Item, None, None]:

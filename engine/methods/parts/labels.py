@@ -33,10 +33,7 @@ def from_labels(out: Outputs, target: Tensor, weight: float) -> tuple[Tensor, Te
     For methods with a teacher whose own loss is not fused with cross-entropy, or not of these
     logits. It is the fused KD with weight 0: the teacher's logits are read, and change nothing.
     """
-    assert out.teacher is not None
     loss, terms = with_terms(
-        kd_loss(
-            out.student, out.teacher, target, kd_weight=0.0, ce_weight=weight, return_terms=True
-        )
+        kd_loss(out.student, out.taught, target, kd_weight=0.0, ce_weight=weight, return_terms=True)
     )
     return loss, {name: terms[name] for name in ("ce", "top1", "top5", "rows")}

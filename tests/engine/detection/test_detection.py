@@ -29,7 +29,7 @@ from kdfuse.engine.recipe.schema import RecipeError
 from kdfuse.engine.run import log
 from kdfuse.engine.run.checkpoint import load as load_checkpoint
 from kdfuse.engine.run.past import mean_and_spread, read_run
-from kdfuse.engine.training.networks import digest
+from kdfuse.engine.training.frozen import digest
 from kdfuse.engine.training.ranks import Group
 from kdfuse.engine.training.start import train
 

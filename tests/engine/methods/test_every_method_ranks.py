@@ -10,7 +10,8 @@ from test_every_method import NARROW, images, narrow_plain_networks, recipe_for 
 from kdfuse.engine.methods import METHODS
 from kdfuse.engine.models import plain
 from kdfuse.engine.recipe.load import Recipe
-from kdfuse.engine.training.classification import begin, part_of
+from kdfuse.engine.training.classification import begin
+from kdfuse.engine.training.inputs import part_of
 from kdfuse.engine.training.ranks import Group, join
 
 pytestmark = pytest.mark.slow(45)

@@ -1,0 +1,76 @@
+"""Answers of a teacher that a cache holds, for the steps of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from .header import Header, read
+from .shards import CacheError, look, mapped
+
+OPEN = 64  # shards that are mapped at a time
+
+
+class Recorded:
+    """A whole cache, opened: every file is there and has its size."""
+
+    def __init__(self, folder: Path) -> None:
+        """Raises CacheError for one that is not whole, or whose files are damaged."""
+        self.folder = folder
+        self.header: Header = read(folder)
+        self.layout = self.header.layout()
+        self.unreadable: dict[int, str] = {}  # rows of the training set, when it was recorded
+        missing, places = 0, list(self.layout.shards())
+        for view, steps in places:
+            try:
+                path = self.layout.path(folder, view, steps.start)
+                self.unreadable |= look(path, self.layout, view, steps)["unreadable"]
+            except FileNotFoundError:
+                missing += 1
+        if missing:
+            raise CacheError(
+                f"teacher.cache: {folder} is not whole, {missing} of its {len(places)} files are "
+                "not there yet; the command that recorded it goes on with it"
+            )
+        self._map = lru_cache(OPEN)(self._open)
+
+    def epoch(self, epoch: int) -> int:
+        """The view, an epoch of the plan, that an epoch of a run sees."""
+        return epoch % self.header.views
+
+    def at(self, epoch: int, step: int, part: range) -> tuple[Tensor, ...]:
+        """The answers to the images at these places of a step, as the form decodes them."""
+        first = step - step % self.layout.length
+        place = (step - first) * self.layout.batch
+        rows = self._map(self.epoch(epoch), first)
+        return self.header.form.decode(rows[place + part.start : place + part.stop])
+
+    def check(self, now: Mapping[str, Any]) -> None:
+        """Raise CacheError unless these, of Header's fields, are as they were recorded."""
+        was, lines = self.header.key(), []
+        for name, value in now.items():
+            if isinstance(value, Mapping):
+                own = was[name]
+                both = sorted({*own, *value})
+                lines += [
+                    f"{name}.{key}: {own.get(key)} -> {value.get(key)}"
+                    for key in both
+                    if own.get(key) != value.get(key)
+                ]
+            elif was[name] != value:
+                lines.append(f"{name}: {was[name]} -> {value}")
+        if lines:
+            raise CacheError(
+                f"teacher.cache: {self.folder} was recorded for other views (recorded -> asked "
+                "for):\n  " + "\n  ".join(lines) + "\nundo that, or record a cache for it"
+            )
+
+    def _open(self, view: int, first: int) -> NDArray[np.void]:
+        steps = range(first, min(first + self.layout.length, self.layout.steps))
+        return mapped(self.layout.path(self.folder, view, first), self.layout, steps)

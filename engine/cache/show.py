@@ -1,0 +1,74 @@
+"""What `kdfuse cache show` and `kdfuse cache check` say."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from .header import read
+from .shards import CacheError, look, verify
+
+
+def lines(folder: Path) -> list[str]:
+    """What a cache holds and what training from it needs, a line each. CacheError for none."""
+    header = read(folder)
+    layout = header.layout()
+    images, there, size, views = header.steps * header.batch, 0, 0, 0
+    sums = {"right": 0.0, "entropy": 0.0}
+    places = list(layout.shards())
+    for view, steps in places:
+        path = layout.path(folder, view, steps.start)
+        try:
+            found = look(path, layout, view, steps)["sums"]
+        except FileNotFoundError:
+            continue
+        there += 1
+        views += len(steps) * header.batch
+        size += path.stat().st_size
+        sums = {name: sums[name] + found[name] for name in sums}
+    form = header.form
+    settings = {
+        "full": f"{form.number}",
+        "top_k": f"k {form.k}, the rest {form.rest}",
+        "sampled": f"{form.draws} draws, {form.keep} of the largest exact",
+    }[form.form]
+    if form.label and form.form != "full":
+        settings += ", the label's probability exact"
+    found = [
+        f"teacher         {' and '.join(header.teachers)} ({header.digest[:12]})",
+        f"form            {form.form}: {settings}",
+        f"temperature     {'any' if form.temperature is None else f'{form.temperature:g}'}",
+        f"views           {header.views} of {images} images, in batches of {header.batch}",
+        f"files           {there} of {len(places)}",
+        f"size            {size:,} bytes, {size / max(views, 1):.2f} a view",
+    ]
+    if views:
+        found += [
+            f"top-1           {100 * sums['right'] / views:.2f} % of the views' labels",
+            f"entropy         {sums['entropy'] / views:.4f} nats, at T = 1",
+        ]
+    found += [
+        f"{name:<15} {value:.2f} % of the validation set" for name, value in header.facts.items()
+    ]
+    found.append(
+        f"to train        teacher.cache={folder} teacher.name={header.teachers[0]}, with the "
+        "section data and run.batch as recorded"
+        + ("" if form.temperature is None else f", method.temperature={form.temperature:g}")
+    )
+    return found
+
+
+def damaged(folder: Path, told: Callable[[int, int], None]) -> list[str]:
+    """A line for each file of a cache that is missing or whose bytes are not those written."""
+    layout = read(folder).layout()
+    places, found = list(layout.shards()), []
+    for view, steps in places:
+        path = layout.path(folder, view, steps.start)
+        try:
+            verify(path, layout, view, steps)
+        except FileNotFoundError:
+            found.append(f"{path}: not there; `kdfuse cache RECIPE --out {folder}` makes it")
+        except CacheError as error:
+            found.append(str(error))
+        told(1, len(places))
+    return found
