@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
 from torch import Tensor
 
 from .header import Header, read
-from .shards import CacheError, look, mapped
-
-OPEN = 64  # shards that are mapped at a time
+from .shards import CacheError, look, rows_of
 
 
 class Recorded:
@@ -38,7 +33,6 @@ class Recorded:
                 f"teacher.cache: {folder} is not whole, {missing} of its {len(places)} files are "
                 "not there yet; the command that recorded it goes on with it"
             )
-        self._map = lru_cache(OPEN)(self._open)
 
     def epoch(self, epoch: int) -> int:
         """The view, an epoch of the plan, that an epoch of a run sees."""
@@ -48,8 +42,9 @@ class Recorded:
         """The answers to the images at these places of a step, as the form decodes them."""
         first = step - step % self.layout.length
         place = (step - first) * self.layout.batch
-        rows = self._map(self.epoch(epoch), first)
-        return self.header.form.decode(rows[place + part.start : place + part.stop])
+        path = self.layout.path(self.folder, self.epoch(epoch), first)
+        rows = rows_of(path, self.layout, place + part.start, len(part))
+        return self.header.form.decode(rows)
 
     def check(self, now: Mapping[str, Any]) -> None:
         """Raise CacheError unless these, of Header's fields, are as they were recorded."""
@@ -70,7 +65,3 @@ class Recorded:
                 f"teacher.cache: {self.folder} was recorded for other views (recorded -> asked "
                 "for):\n  " + "\n  ".join(lines) + "\nundo that, or record a cache for it"
             )
-
-    def _open(self, view: int, first: int) -> NDArray[np.void]:
-        steps = range(first, min(first + self.layout.length, self.layout.steps))
-        return mapped(self.layout.path(self.folder, view, first), self.layout, steps)

@@ -7,6 +7,7 @@ on nothing but what it holds, so any number of processes makes the same files in
 from __future__ import annotations
 
 import json
+import os
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -125,10 +126,20 @@ def verify(path: Path, layout: Layout, view: int, steps: range) -> None:
         raise _damaged(path, "its rows do not match their checksum")
 
 
-def mapped(path: Path, layout: Layout, steps: range) -> NDArray[Any]:
-    """The rows of a shard that `look` has seen; read where they are used."""
-    rows = len(steps) * layout.batch
-    return np.memmap(path, layout.row, mode="r", shape=(rows,))
+def rows_of(path: Path, layout: Layout, first: int, count: int) -> NDArray[Any]:
+    """So many rows of a shard that `look` has seen. CacheError where they are gone since.
+
+    They are read and not mapped: where a mapped file is cut off, the process is killed.
+    """
+    size = layout.row.itemsize
+    try:
+        with open(path, "rb", buffering=0) as file:
+            held = os.pread(file.fileno(), count * size, first * size)
+    except OSError as error:
+        raise CacheError(f"{path}: {error.strerror}; it was there when the run began") from error
+    if len(held) < count * size:
+        raise _damaged(path, "it was cut off since the run began")
+    return np.frombuffer(held, layout.row)
 
 
 def _damaged(path: Path, why: str) -> CacheError:

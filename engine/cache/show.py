@@ -45,7 +45,7 @@ def lines(folder: Path) -> list[str]:
     if views:
         found += [
             f"top-1           {100 * sums['right'] / views:.2f} % of the views' labels",
-            f"entropy         {sums['entropy'] / views:.4f} nats, at T = 1",
+            f"entropy         {sums['entropy'] / views:.4f} nats, at T = {form.temperature or 1:g}",
         ]
     found += [
         f"{name:<15} {value:.2f} % of the validation set" for name, value in header.facts.items()

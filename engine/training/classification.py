@@ -186,6 +186,11 @@ def begin(
     `labels` are the training set's (images,); `cache` has the teacher's answers where the recipe
     has one in place of the network.
     """
+    if cache is None and recipe.teacher is not None and recipe.teacher.cache is not None:
+        raise ValueError(
+            "teacher.cache: its answers are to the views of a run, and these batches are not; "
+            "leave it out"
+        )
     process.seed_weights(recipe.run.seed)
     recorded = None if cache is None else cache.header.form
     networks = build(recipe, classes, group.device, labels, recorded)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -21,11 +22,13 @@ from ..cache.shards import CacheError, look, write
 from ..data.loaders import Loader, make_loader
 from ..data.loaders.feed import on_device
 from ..data.loaders.ondevice import Mixing
-from ..data.plan import RECORD, key, keys
+from ..data.plan import RECORD, key, keys, permutation, places
 from ..methods.parts.labels import hard
 from ..recipe.load import Recipe
 from ..run.chain import trained
 from ..run.folder import flat
+from ..run.lease import NAME as LEASE
+from ..run.lease import held
 from . import process
 from .build import frozen
 from .classification import chance_level
@@ -79,7 +82,15 @@ def _record(recipe: Recipe, group: Group, folder: Path, told: Told) -> Header:
     networks.prepare(run.compiled)
     networks.eval()
     make = partial(make_loader, seed=run.seed, device=group.device)
-    with closing(make(images, data, run.batch, train=True)) as loader:
+    with ExitStack() as opened:
+        loader = opened.enter_context(closing(make(images, data, run.batch, train=True)))
+
+        def open_folder() -> bool:
+            if not first:
+                return False
+            opened.enter_context(held(folder, group.world))
+            return _begun(folder, own)
+
         own = Header(
             form=form,
             views=recipe.cache.views or run.epochs,
@@ -87,12 +98,11 @@ def _record(recipe: Recipe, group: Group, folder: Path, told: Told) -> Header:
             seed=run.seed,
             teachers=tuple(n.name for n in (recipe.teacher, *recipe.cache.teachers) if n),
             digest=networks.teacher_digest or "",
-            numerics={"amp": run.amp, "compile": run.compiled},
+            numerics=_numerics(recipe),
             facts={},
             **views_of(recipe, images, maker(loader), run.seed),
         )
-        begun = together(group, OPENING, lambda: first and _begun(folder, own))
-        if not from_first(group, begun, OPENING):
+        if not from_first(group, together(group, OPENING, open_folder), OPENING):
             part = group.part(run.eval_batch, "run.eval_batch")
             with closing(make(val_images, data, run.eval_batch, train=False, part=part)) as val:
                 measured = accuracy(networks, networks.frozen(), val.epoch(0), group)
@@ -117,11 +127,23 @@ def _record(recipe: Recipe, group: Group, folder: Path, told: Told) -> Header:
     return headers.read(folder)
 
 
+def _numerics(recipe: Recipe) -> dict[str, Any]:
+    """What the answers depend on beside the teachers' weights and their images."""
+    run, teachers = recipe.run, (recipe.teacher, *recipe.cache.teachers)
+    own = [t and t.normalize and t.normalize.model_dump(mode="json") for t in teachers]
+    return {
+        "amp": run.amp,
+        "tf32": run.tf32,
+        "channels_last": run.channels_last,
+        "compile": run.compiled,
+        "normalize": own,
+    }
+
+
 def _begun(folder: Path, own: Header) -> bool:
     """Whether this cache is begun in the folder. CacheError where another one is."""
-    folder.mkdir(parents=True, exist_ok=True)
     if not (folder / headers.NAME).exists():
-        if left := sorted(path.name for path in folder.iterdir()):
+        if left := sorted({path.name for path in folder.iterdir()} - {LEASE}):
             raise CacheError(f"out = {folder}: not empty, it has {left[0]}; choose another folder")
         return False
     was, now = flat(headers.read(folder).key()), flat(own.key())
@@ -147,7 +169,7 @@ class _Shards:
         device: torch.device,
     ) -> None:
         self.networks, self.loader, self.header, self.folder = networks, loader, header, folder
-        self.device = device
+        self.device, self.data = device, recipe.data
         self.layout = header.layout()
         self.mixing = Mixing(recipe.data, header.form.classes, header.batch, header.seed)
         self.now = Scalars(device)
@@ -168,12 +190,31 @@ class _Shards:
             logits = averaged(self.networks.teach(images), self.header.form.temperature)
             label = hard(target)
             right += int((logits.argmax(1) == label).sum())
-            log_p = logits.double().log_softmax(1)
+            log_p = (logits.double() / (self.header.form.temperature or 1.0)).log_softmax(1)
             entropy -= float((log_p.exp() * log_p).nan_to_num(0.0).sum())
             made.append(self._rows(view, step, logits.cpu(), label.cpu()))
-        bad = self.loader.quarantine.found()
+        bad = self._unreadable(view, steps)
         sums = {"right": float(right), "entropy": round(entropy, 3)}
         write(path, self.layout, view, np.concatenate(made), bad, sums)
+
+    def _unreadable(self, view: int, steps: range) -> dict[int, str]:
+        """The rows without which these steps had to do: those planned, and those on the way from
+        there to a readable one. Not what was found elsewhere, by chance of order."""
+        quarantine, data = self.loader.quarantine, self.data
+        batch, targets = self.header.batch, quarantine.manifest.target
+        order = permutation(self.header.seed, view, len(targets))
+        positions = np.arange(steps.start * batch, steps.stop * batch)
+        planned = order[places(positions, batch, data.repeats)]
+        found = quarantine.found()
+        bad: dict[int, str] = {}
+        for row in planned[np.isin(planned, list(found))].tolist():
+            own = np.flatnonzero(targets == targets[row])
+            start = int(np.searchsorted(own, row))
+            for other in np.roll(own, -start).tolist():
+                if other not in quarantine.bad:
+                    break
+                bad |= {other: found[other]} if other in found else {}
+        return bad
 
     def _rows(self, view: int, step: int, logits: Tensor, label: Tensor) -> NDArray[Any]:
         first = step * self.header.batch
@@ -187,5 +228,5 @@ def averaged(logits: list[Tensor], temperature: float | None) -> Tensor:
     if len(logits) == 1:
         return logits[0].float()
     assert temperature is not None
-    means = torch.stack([(x.float() / temperature).softmax(1) for x in logits]).mean(0)
-    return temperature * means.log()
+    each = torch.stack([(x.float() / temperature).log_softmax(1) for x in logits])
+    return temperature * (each.logsumexp(0) - math.log(len(logits)))

@@ -22,6 +22,7 @@ from kdfuse.engine.cache.shards import CacheError
 from kdfuse.engine.data.sources import open_source
 from kdfuse.engine.models import create
 from kdfuse.engine.run.checkpoint import load
+from kdfuse.engine.run.lease import held
 from kdfuse.engine.training import classification, recording
 from kdfuse.engine.training.build import frozen
 from kdfuse.engine.training.classification import Classification
@@ -92,7 +93,8 @@ def test_a_student_ends_with_the_bytes_of_the_live_teachers(method, loader, digi
         pytest.skip("the loader knows nothing of the method")
     of_data = {"loader": loader, "flip": True}
     of_data |= {"mixup": 0.4, "cutmix": 1.0} if method in ("kd", "slkd", "wttm") else {}
-    recipe = recipe_of(digits, method, data=of_data, optim={"ema": 0.9})
+    run = {"accumulate": 2 if method == "wttm" else 1}
+    recipe = recipe_of(digits, method, data=of_data, optim={"ema": 0.9}, run=run)
     record(recipe, tmp_path / "cache")
     live = train(recipe, tmp_path / "live")
     replayed = train(from_cache(recipe, tmp_path / "cache"), tmp_path / "replayed")
@@ -365,6 +367,34 @@ def test_a_damaged_file_is_named(kind, digits, recorded, kd, tmp_path):
     assert files_of(folder) == files_of(recorded())
 
 
+def test_a_file_that_is_cut_off_while_a_run_reads_it_is_named(recorded, tmp_path):
+    folder = tmp_path / "cache"
+    shutil.copytree(recorded(), folder)
+    cache = Recorded(folder)
+    path = folder / "view-00000" / "00001.shard"
+    os.truncate(path, 500)
+    with pytest.raises(CacheError, match="00001.shard: it was cut off since the run began"):
+        cache.at(0, 2, range(32))
+    path.unlink()
+    with pytest.raises(CacheError, match="No such file or directory; it was there when"):
+        cache.at(0, 2, range(32))
+    assert len(cache.at(0, 1, range(8, 20))[0]) == 12
+
+
+def test_one_command_records_in_a_folder_at_a_time(digits, recorded, tmp_path):
+    folder = tmp_path / "cache"
+    with held(folder), pytest.raises(ValueError, match="another process is training there"):
+        record(recipe_of(digits), folder)
+    record(recipe_of(digits), folder)
+    assert files_of(folder) == files_of(recorded())
+
+
+def test_measuring_steps_from_a_cache_is_refused(recorded, digits, tmp_path):
+    recipe = from_cache(recipe_of(digits), recorded())
+    with pytest.raises(ValueError, match=r"teacher\.cache: its answers are to the views of a run"):
+        classification.begin(recipe, join("cpu"), 10, torch.zeros(160, dtype=torch.int64), {})
+
+
 def test_a_file_in_anothers_place_is_named(recorded, tmp_path):
     folder = tmp_path / "cache"
     shutil.copytree(recorded(), folder)
@@ -402,7 +432,7 @@ def test_a_full_disk_leaves_what_was_recorded(digits, recorded, tmp_path):
         folder = disk / "cache"
         record(recipe_of(digits), folder)
         (folder / "view-00001" / "00001.shard").unlink()
-        filler = fill(disk)
+        filler = fill(disk, left=4096)  # for the lease
         with pytest.raises(OSError, match=r"No space left.*00001.shard"):
             record(recipe, folder)
         filler.unlink()
@@ -435,6 +465,9 @@ def test_an_image_that_could_not_be_read_stays_out_and_one_that_cannot_now_is_na
         record(recipe, tmp_path / "cache")
     first.write_bytes(whole)
     assert list(Recorded(tmp_path / "cache").unreadable) == [3]
+    # Only the file of each view that was to have it says so, whatever was found before.
+    says = [b'"unreadable": {"3": ' in p.read_bytes() for p in tmp_path.rglob("*.shard")]
+    assert says.count(True) == 2 and len(says) == 6
     learner = from_cache(recipe, tmp_path / "cache")
     train(learner, tmp_path / "run")
     without(classification, second)
