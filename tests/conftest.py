@@ -4,7 +4,7 @@ and what tests of several folders are given.
     --shuffle SEED   files, and the tests of each, in a random order
     --level NAME     the SIMD level of the compiled losses, one of kdfuse.kernels._C.levels()
     --sees FACT=X    fail unless this process finds X (see `facts`)
-    --long           try each fault of tests/faults many times
+    --long           try each fault of tests/faults many times, run what is marked `long`
 
 Without --shuffle, files marked `slow` come last, those that take longest first, so that two
 workers that share out files (--dist loadfile) end together.
@@ -35,12 +35,16 @@ ELSEWHERE = ("PYTEST_", "TORCHINDUCTOR_", "_TORCHINDUCTOR_", "TRITON_", "KMP_")
 def pytest_addoption(parser):
     parser.addoption("--shuffle", type=int, metavar="SEED", help="run in a random order")
     parser.addoption("--level", help="SIMD level of the compiled losses")
-    parser.addoption("--long", action="store_true", help="try each fault many times")
+    parser.addoption("--long", action="store_true", help="whole products, many faults")
     parser.addoption("--sees", metavar="FACT=X", help="fail unless this process finds X")
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--long"):
+        left_out = [item for item in items if item.get_closest_marker("long")]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in set(left_out)]
     seed = config.getoption("shuffle")
     seconds = {item.path: 0.0 for item in items}
     for item in items:

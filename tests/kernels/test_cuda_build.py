@@ -51,6 +51,10 @@ needs_kernels = pytest.mark.skipif(not ARCHS, reason="_C was built without its C
 needs_tool = pytest.mark.skipif(
     sass.tool("cuobjdump") is None, reason="no cuobjdump beside nvcc or in triton"
 )
+on_main_arch = pytest.mark.parametrize(
+    "arch",
+    [name if name == MAIN else pytest.param(name, marks=pytest.mark.long) for name in CUBINS],
+)
 on_every_arch = pytest.mark.parametrize("arch", CUBINS)
 
 
@@ -146,7 +150,7 @@ MOVES = {
 
 @needs_kernels
 @needs_tool
-@on_every_arch
+@on_main_arch
 def test_rows_move_in_16_bytes(arch):
     """But for those in double."""
     assert arch != MAIN or set(code(arch)) == the_table()

@@ -39,6 +39,19 @@ REGISTERS = {"kd": 64, "dkd": 80, "nkd": 80, "wttm": 80, "tf_nkd": 80, "uskd": 1
 # not, of a type each.
 HALF, SINGLE = torch.bfloat16, torch.float32
 TILED = [name for name in NAMES if name != "uskd"]
+# dkd, nkd and wttm are kd's kernel with a few lines of their own: of them one type.
+LIKE_KD = ("dkd", "nkd", "wttm")
+
+
+def longer(rows, of):
+    """The rows, of which those that `of` chooses are for --long."""
+    return [pytest.param(*row, marks=pytest.mark.long) if of(*row) else row for row in rows]
+
+
+def again(name, *row):
+    return name in LIKE_KD and row[-1] == SINGLE
+
+
 TILES = [(name, *row) for name in TILED for row in ((32000, HALF), (21841, SINGLE))]
 ROWS = [(name, 1000, dtype) for name in NAMES for dtype in (HALF, SINGLE)] + TILES
 ROWS += [("kd", 100, HALF), ("slkd", 100, HALF), ("uskd", LONGEST, SINGLE)]
@@ -77,14 +90,18 @@ def compiled(name, c, dtype, arch):
     return [triton_aot.Code(triton_aot.compile_for(arch, *launch)) for launch in launches]
 
 
-@pytest.mark.parametrize("name, c, dtype", ROWS, ids=str)
+@pytest.mark.parametrize("name, c, dtype", longer(ROWS, again), ids=str)
 def test_rows_stay_in_registers(name, c, dtype):
     for code in compiled(name, c, dtype, 90):
         assert code.stack == 0 and code.count("LDL|STL") == 0
         assert code.registers <= REGISTERS[name]
 
 
-@pytest.mark.parametrize("name, dtype, arch", ARCHS, ids=str)
+@pytest.mark.parametrize(
+    "name, dtype, arch",
+    longer(ARCHS, lambda name, dtype, arch: again(name, dtype) or (arch != 90 and name != "slkd")),
+    ids=str,
+)
 def test_1000_classes_move_in_16_bytes(name, dtype, arch):
     """8 classes a thread: one access of bfloat16, two of float32; each exponential is made once."""
     *_, code = compiled(name, 1000, dtype, arch)
@@ -101,7 +118,7 @@ def test_1000_classes_move_in_16_bytes(name, dtype, arch):
         assert code.count(r"MUFU\.EX2") <= 8 * of_row + 8
 
 
-@pytest.mark.parametrize("name, c, dtype", TILES, ids=str)
+@pytest.mark.parametrize("name, c, dtype", longer(TILES, again), ids=str)
 def test_tiles_move_in_16_bytes(name, c, dtype):
     """Where 8 divides C and the strides; other rows move an element at a time."""
     *_, code = compiled(name, c, dtype, 90)
@@ -109,7 +126,7 @@ def test_tiles_move_in_16_bytes(name, c, dtype):
     assert code.count(r"STG\.E\.(\w+\.)*128") == wide * GRADIENTS.get(name, 1)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", longer(zip(NAMES, strict=True), lambda name: name in LIKE_KD))
 def test_float64_compiles_without_spills(name):
     for code in compiled(name, 1000, torch.float64, 90):
         assert code.stack == 0 and code.count("LDL|STL") == 0
@@ -260,7 +277,7 @@ def test_what_code_is_compiled_for_is_in_its_key(monkeypatch, recorded):
     assert run([torch.zeros(4, 80)[:, 16:32]]) == 5
 
 
-@pytest.mark.parametrize("name", ("kd", "tf_nkd", "slkd"))
+@pytest.mark.parametrize("name", ("kd", "tf_nkd", pytest.param("slkd", marks=pytest.mark.long)))
 def test_triton_compiles_for_nothing_that_is_not_in_the_key(monkeypatch, recorded, name):
     """Hidden in Triton's own key, a multiple of 16 would be taken for granted in other calls."""
     monkeypatch.setattr(triton_call, "COUNTED_BY_EACH", 4)

@@ -81,12 +81,14 @@ def upstream_of(n: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("kernel", sorted(the_table(), key=str), ids=str)
-def test_kernel(library, kernel):
-    for n, c in sizes(kernel):
+def test_kernel(library, kernel, request):
+    """A schedule for each size; with --long several."""
+    every = request.config.getoption("--long")
+    for at, (n, c) in enumerate(sizes(kernel)):
         case, settings = a_case(kernel, n, c)
         upstream = upstream_of(n)
         inputs = arguments(kernel.loss, case, **settings)
-        for seed in range(SEEDS if c < 10_000 else 1):
+        for seed in range(SEEDS) if every and c < 10_000 else (at,):
             gpu = Gpu(library, of_device(kernel), seed)
             got = gpu.run(kernel.loss, *inputs, upstream=upstream)
             assert [launch.kernel for launch in got.launches] == [str(kernel)]
@@ -120,7 +122,9 @@ def test_reductions(library, name, reduction):
                 torch.testing.assert_close(a, b / n)
 
 
-@pytest.mark.parametrize("name", ("kd", "tf_nkd", "uskd"))
+@pytest.mark.parametrize(
+    "name", ("kd", *(pytest.param(name, marks=pytest.mark.long) for name in ("tf_nkd", "uskd")))
+)
 def test_many_rows_are_counted_by_all_blocks(library, name):
     """Also before a mean over the batch."""
     n = 16_400
