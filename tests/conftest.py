@@ -13,6 +13,7 @@ workers that share out files (--dist loadfile) end together.
 import os
 import random
 import re
+import shutil
 import subprocess
 import sys
 from typing import NamedTuple
@@ -89,11 +90,28 @@ def variant(request):
 
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory):
-    """A folder of scikit-learn's digits, which nothing may change."""
+    """A folder of scikit-learn's digits, half of those for validation, which nothing may change."""
     from kdfuse.engine.data.sources.digits import write_digits
 
     root = tmp_path_factory.mktemp("data") / "digits"
     write_digits(root)
+    for name in (root / "val").iterdir():
+        for image in sorted(name.iterdir())[18:]:
+            image.unlink()
+    return root
+
+
+@pytest.fixture(scope="session")
+def few(digits, tmp_path_factory):
+    """The first 32 of each digit to train on and 4 to validate with: where accuracy says nothing.
+    Nothing may change the folder."""
+    root = tmp_path_factory.mktemp("data") / "few"
+    for split, images in (("train", 32), ("val", 4)):
+        for label in (digits / split).iterdir():
+            copy = root / split / label.name
+            copy.mkdir(parents=True)
+            for image in sorted(label.iterdir())[:images]:
+                shutil.copy(image, copy)
     return root
 
 

@@ -1,6 +1,7 @@
 """Several processes of one group, as torchrun would start them, for what they do together.
 
-They come from a server that has imported PyTorch, which takes longer than what most of them do.
+They come from a server that has imported PyTorch, and what draws a run's page, which takes longer
+than what most of them do.
 """
 
 import multiprocessing
@@ -12,7 +13,8 @@ from collections.abc import Callable
 from typing import Any
 
 CHILDREN = multiprocessing.get_context("forkserver")
-CHILDREN.set_forkserver_preload(["kdfuse.engine.training.start", "torch._dynamo"])
+PAGE = ("matplotlib.figure", "matplotlib.backends.backend_svg", "torch.utils.tensorboard")
+CHILDREN.set_forkserver_preload(["kdfuse.engine.training.start", "torch._dynamo", *PAGE])
 
 
 def together(world: int, run: Callable[..., Any], *arguments: Any, lost: int | None = None) -> None:

@@ -13,14 +13,14 @@ from kdfuse.engine.run.checkpoint import load
 from kdfuse.engine.run.log import read
 from kdfuse.engine.training.start import train
 
-pytestmark = pytest.mark.slow(15)
+pytestmark = pytest.mark.slow(25)
 
 STEPS = 10
 
 
 def recipe_of(root):
-    run = {"checkpoint_every": 3, "keep": 9}
-    return tiny(root, "kd", optim={"lr": 0.05, "ema": 0.9}, run=run)
+    run = {"batch": 16, "checkpoint_every": 3, "keep": 9}
+    return tiny(root, "kd", data={"subset": 8}, optim={"lr": 0.05, "ema": 0.9}, run=run)
 
 
 def cut(path):
@@ -57,9 +57,9 @@ FILES = [
 
 
 @pytest.fixture(scope="module")
-def stopped(digits, tmp_path_factory):
+def stopped(few, tmp_path_factory):
     """A run that nothing happened to, and the same as it was after its sixth step."""
-    whole = train(recipe_of(digits), tmp_path_factory.mktemp("whole") / "run")
+    whole = train(recipe_of(few), tmp_path_factory.mktemp("whole") / "run")
     part = whole.with_name("part")
     shutil.copytree(whole, part)
     for name in ("step-00000009", "step-00000010"):
@@ -77,14 +77,14 @@ def state_of(run):
 
 @pytest.mark.parametrize("damage", DAMAGE)
 @pytest.mark.parametrize("file", FILES)
-def test_it_goes_on_or_says_why_not(file, damage, stopped, digits, tmp_path):
+def test_it_goes_on_or_says_why_not(file, damage, stopped, few, tmp_path):
     whole, part = stopped
     run = tmp_path / "run"
     shutil.copytree(part, run)
     DAMAGE[damage](run / file)
     before = state_of(run)
     try:
-        train(recipe_of(digits), run, resume=True)
+        train(recipe_of(few), run, resume=True)
     except Exception as error:
         assert for_users(error) and file in str(error)
         assert state_of(run) == before

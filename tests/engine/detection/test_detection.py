@@ -2,10 +2,8 @@
 
 import contextlib
 import json
-import multiprocessing
 import shutil
 import sys
-import time
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -41,7 +39,6 @@ RED, BLUE = 3, 7  # ids of categories; with a gap, as COCO's have
 COLOURS = {RED: (220, 30, 30), BLUE: (30, 30, 220)}
 CPU = Group(0, 1, torch.device("cpu"))
 NEEDS_COCO = pytest.mark.skipif(find_spec("pycocotools") is None, reason="needs pycocotools")
-CHILDREN = multiprocessing.get_context("forkserver")
 
 
 def draw(root: Path, split: str, images: int, seed: int) -> None:
@@ -401,23 +398,15 @@ def test_training_lowers_the_loss(data):
         assert sum(losses[-3:]) < 0.8 * sum(losses[:3]), losses  # measured: 0.35 to 0.65
 
 
-def child(recipe, out):
-    train(recipe, out)
-
-
-def test_killed_and_resumed_it_ends_with_the_same_bytes(data, tmp_path, capsys):
+def test_cut_off_and_resumed_it_ends_with_the_same_bytes(data, tmp_path, capsys):
     recipe = recipe_of(data, optim={"ema": 0.9, "clip": 1.0}, checkpoint_every=3, keep=9)
-    whole, out = tmp_path / "whole", tmp_path / "killed"
+    whole, out = tmp_path / "whole", tmp_path / "cut"
     train(recipe, whole)
-    process = CHILDREN.Process(target=child, args=(recipe, out))
-    process.start()
-    while process.is_alive() and not (out / "checkpoints/step-00000003").exists():
-        time.sleep(0.01)
-    process.kill()
-    process.join()
-    assert process.exitcode == -9
+    shutil.copytree(whole, out)
+    for name in ("step-00000006", "step-00000008"):
+        shutil.rmtree(out / "checkpoints" / name)
     train(recipe, out, resume=True)
-    assert "resumed from step-" in capsys.readouterr().out
+    assert "resumed from step-00000003" in capsys.readouterr().out
     final = "checkpoints/step-00000008/state.pt"
     assert (out / final).read_bytes() == (whole / final).read_bytes()
     facts = [load_checkpoint(run / "checkpoints/step-00000008")[1] for run in (whole, out)]

@@ -29,21 +29,21 @@ from kdfuse.engine.run.checkpoint import load
 from kdfuse.engine.run.log import read
 from kdfuse.engine.training.start import train
 
-pytestmark = pytest.mark.slow(35)
+pytestmark = pytest.mark.slow(25)
 
 
 @pytest.fixture(scope="module")
 def run(coco_root, tmp_path_factory):  # noqa: F811
-    """Two epochs of four steps, with an average of the student."""
+    """Four steps, with an average of the student."""
     data = CocoData(root=coco_root, min_size=SIDE, max_size=2 * SIDE, workers=1)
-    recipe = recipe_of(data, optim={"ema": 0.9})
+    recipe = recipe_of(data, optim={"ema": 0.9}, epochs=1)
     return train(recipe, tmp_path_factory.mktemp("runs") / "run")
 
 
 @NEEDS_COCO
 def test_the_average_is_evaluated_beside_the_student(run):
-    state, facts = load(run / "checkpoints/step-00000008")
-    assert state["ema"]["updates"] == 8 and facts["classes"] == 2
+    state, facts = load(run / "checkpoints/step-00000004")
+    assert state["ema"]["updates"] == 4 and facts["classes"] == 2
     name = "roi_heads.box_head.fc6.weight"
     assert not torch.equal(state["ema"]["module"][name], state["student"][name])
     last = [r for r in read(run / "log.jsonl") if r["kind"] == "epoch"][-1]
@@ -65,8 +65,8 @@ def test_an_onnx_model_finds_the_same_boxes_in_images_of_any_size(run, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["detector.onnx"]
     session = runtime.InferenceSession(out, providers=["CPUExecutionProvider"])
     about = json.loads(session.get_modelmeta().custom_metadata_map["kdfuse"])
-    assert about["network"] == "ema" and about["step"] == 8
-    weights, facts = load(run / "checkpoints/step-00000008")
+    assert about["network"] == "ema" and about["step"] == 4
+    weights, facts = load(run / "checkpoints/step-00000004")
     distiller = kept(DetectionRecipe.model_validate(facts["recipe"]), 2, torch.device("cpu"))
     distiller.load(weights)
     detector = distiller.evaluated()["ema"].eval()

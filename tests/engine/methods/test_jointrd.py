@@ -10,10 +10,21 @@ from steps import loss_of, step_with
 from tiny import tiny
 
 from kdfuse.engine.methods import METHODS
+from kdfuse.engine.models import plain
 from kdfuse.engine.training.build import build
+
+pytestmark = pytest.mark.slow(15)
 
 N, C = 4, 10
 CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def narrow_networks():
+    """With an eighth of their channels."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plain, "_WIDTHS", (8, 16, 32, 64))
+        yield
 
 
 def batch(seed=0):
@@ -158,7 +169,7 @@ def test_its_paths_use_the_running_statistics():
     distiller = made("jointrd_joint")
     distiller.train()
     head, guide = distiller.main.head, distiller.main.slts[0]
-    feature = torch.randn(N, 64, 16, 16)
+    feature = torch.randn(N, 8, 16, 16)
     out = distiller.outputs(*batch())["main"]
     taps = {**out.student_taps, "stage1.pre": feature}
     out.student_taps = taps

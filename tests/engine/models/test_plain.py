@@ -8,9 +8,11 @@ import torch.nn.functional as F
 import torchvision
 from torch import fx, nn
 
-from kdfuse.engine.models import fold_batchnorm
+from kdfuse.engine.models import fold_batchnorm, plain
 from kdfuse.engine.models.dirac import DiracConv2d, dirac_init_, fold_dirac
 from kdfuse.engine.models.plain import PLAIN, ReluFirstResNet, everywhere, ordinary, released
+
+pytestmark = pytest.mark.slow(15)
 
 # in, out, kernel, stride, padding: as in the networks, then kernels that no network has.
 SHAPES = [
@@ -30,6 +32,12 @@ RELEASED = {
     50: [[0, 0, 0], [1, 0, 0, 0], [1, 0, 0, 0, 0, 0], [1, 0, 0]],
 }
 DIRAC = ["", "_dirac", "_dirac_normalised", "_dirac_init"]
+
+
+@pytest.fixture
+def narrow(monkeypatch):
+    """Networks with an eighth of their channels."""
+    monkeypatch.setattr(plain, "_WIDTHS", (8, 16, 32, 64))
 
 
 def random_dirac(shape, normalised=False, seed=0):
@@ -168,7 +176,7 @@ def test_fold_keeps_shared_layers_shared_and_the_layout():
 
 
 @pytest.mark.parametrize("name", ["plain18_dirac", "imagenet_plain50_none_dirac_normalised"])
-def test_folds_of_a_network(name):
+def test_folds_of_a_network(name, narrow):
     model, x = build(name), images(size=32)
     keys = list(model.state_dict())
     with torch.no_grad():
@@ -296,7 +304,7 @@ def by_hand(state, x, depth, flags, normalised=False):
         ("plain50_none_dirac", NONE),
     ],
 )
-def test_forward_and_taps_by_hand(name, flags):
+def test_forward_and_taps_by_hand(name, flags, narrow):
     model, x = build(name), images()
     depth = next(d for d in (18, 34, 50) if str(d) in name)
     seen, logits = by_hand(model.state_dict(), x, depth, flags[depth], "normalised" in name)
@@ -323,15 +331,15 @@ def test_forward_and_taps_by_hand(name, flags):
     width = 4 if depth == 50 else 1
     sizes = [tuple(seen[f"stage{i}"].shape[1:]) for i in (1, 2, 3, 4)]
     assert sizes == [
-        (64 * width, 16, 16),
-        (128 * width, 8, 8),
-        (256 * width, 4, 4),
-        (512 * width, 2, 2),
+        (8 * width, 16, 16),
+        (16 * width, 8, 8),
+        (32 * width, 4, 4),
+        (64 * width, 2, 2),
     ]
 
 
 @pytest.mark.parametrize("name", ["jointrd_resnet18", "plain50_none", "imagenet_plain34"])
-def test_forward_from_a_stage_is_the_rest_of_the_forward(name):
+def test_forward_from_a_stage_is_the_rest_of_the_forward(name, narrow):
     model, x = build(name), images()
     read = {}
     for point in ("stage1.pre", "stage2.pre", "stage3.pre", "stage4.pre"):
@@ -377,7 +385,7 @@ def test_the_students_gradient_comes_through_the_teacher():
         "imagenet_plain50_none_dirac_init",
     ],
 )
-def test_every_parameter_learns(name):
+def test_every_parameter_learns(name, narrow):
     torch.manual_seed(0)
     model = PLAIN[name](10)
     x = torch.randn(2, 3, 32, 32) if "imagenet" not in name else torch.randn(2, 3, 64, 64)
@@ -418,7 +426,7 @@ def test_names():
     assert all(released(d) == RELEASED[d] and everywhere(d) == ONES[d] for d in depths)
 
 
-def test_one_compiled_graph_and_other_image_sizes():
+def test_one_compiled_graph_and_other_image_sizes(narrow):
     model = build("plain18_dirac")
     x = torch.randn(2, 3, 24, 16, dtype=torch.float64)
     with torch.no_grad():

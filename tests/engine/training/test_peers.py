@@ -12,7 +12,6 @@ import torch.distributed as dist
 from processes import together as processes
 from tiny import tiny
 
-from kdfuse.engine.data.sources.digits import write_digits
 from kdfuse.engine.training.classification import Classification
 from kdfuse.engine.training.peers import (
     PeerError,
@@ -28,9 +27,13 @@ from kdfuse.engine.training.start import train
 pytestmark = pytest.mark.slow(30)
 
 
+FEW = {"subset": 8}
+
+
 def recipe_of(folder, **run):
     """Ten steps of two epochs, a checkpoint each third."""
-    return tiny(folder / "digits", "kd", run={"checkpoint_every": 3, "keep": 9, **run})
+    run = {"batch": 16, "checkpoint_every": 3, "keep": 9, **run}
+    return tiny(folder / "digits", "kd", data=FEW, run=run)
 
 
 def caught(kind, work, *arguments):
@@ -139,14 +142,14 @@ def disks(folder):
     found["missing"] = caught(PeerError, train, recipe_of(folder), Path("run"), True)
     other = recipe_of(folder, epochs=2 + rank, stop_epoch=2)
     found["recipe"] = caught(PeerError, train, other, folder / "new")
-    moved = tiny(folder / f"digits{'' if rank == 0 else '-other'}", "kd")
+    moved = tiny(folder / f"digits{'' if rank == 0 else '-other'}", "kd", data=FEW)
     found["data"] = caught(PeerError, train, moved, folder / "new")
     torch.save(found, folder / f"{rank}.pt")
 
 
-def test_processes_that_differ_end_before_the_first_step(tmp_path):
-    write_digits(tmp_path / "digits")
-    other = shutil.copytree(tmp_path / "digits", tmp_path / "digits-other")
+def test_processes_that_differ_end_before_the_first_step(few, tmp_path):
+    (tmp_path / "digits").symlink_to(few)
+    other = shutil.copytree(few, tmp_path / "digits-other")
     min((other / "train" / "3").iterdir()).unlink()
     train(recipe_of(tmp_path), tmp_path / "run")
     for name in ("step-00000009", "step-00000010"):
@@ -196,8 +199,8 @@ def faulty(folder, kind):
 
 
 @pytest.mark.parametrize("kind", FAULTS)
-def test_a_process_that_fails_is_named(tmp_path, kind):
-    write_digits(tmp_path / "digits")
+def test_a_process_that_fails_is_named(few, tmp_path, kind):
+    (tmp_path / "digits").symlink_to(few)
     processes(2, faulty, tmp_path, kind, lost=None if kind == "failed" else 1)
     if kind == "failed":
         assert (tmp_path / "failed-1").read_text() == "ValueError: the fourth batch is broken"

@@ -12,13 +12,12 @@ from seen import epochs_of, planned, watched
 from tiny import tiny
 
 from kdfuse.engine.data.sources import open_source
-from kdfuse.engine.data.sources.digits import write_digits
 from kdfuse.engine.run.checkpoint import load
 from kdfuse.engine.training.start import train
 
-pytestmark = pytest.mark.slow(20)
+pytestmark = pytest.mark.slow(15)
 
-EPOCHS, STEPS, BATCH, ROWS = 3, 10, 32, 320
+EPOCHS, STEPS, BATCH, ROWS = 3, 10, 16, 160
 ROW = planned(0, ROWS)[-1]  # of the last step, and of the last process
 REPLACED = [[ROW + 1 if row == ROW else row for row in planned(e, ROWS)] for e in range(EPOCHS)]
 LOADERS = [
@@ -31,7 +30,7 @@ LOADERS = [
 
 def recipe_of(folder, loader):
     run = {"epochs": EPOCHS, "batch": BATCH, "checkpoint_every": 6, "keep": 9}
-    return tiny(folder / "digits", "ce", data={"loader": loader}, run=run)
+    return tiny(folder / "digits", "ce", data={"loader": loader, "subset": 16}, run=run)
 
 
 def losing(folder, loader, out):
@@ -65,22 +64,23 @@ def resumed(loader, folder, out):
 
 
 @pytest.fixture
-def digits(tmp_path):
-    write_digits(tmp_path / "digits")
+def folder(few, tmp_path):
+    """With digits of its own."""
+    shutil.copytree(few, tmp_path / "digits")
     return tmp_path
 
 
 @pytest.mark.parametrize("loader", LOADERS)
-def test_it_stays_out_and_a_resumed_run_knows(loader, digits):
-    losing(digits, loader, "whole")
-    assert epochs_of(digits / "whole-seen", STEPS) == REPLACED
-    resumed(loader, digits, "whole")
+def test_it_stays_out_and_a_resumed_run_knows(loader, folder):
+    losing(folder, loader, "whole")
+    assert epochs_of(folder / "whole-seen", STEPS) == REPLACED
+    resumed(loader, folder, "whole")
     last = f"checkpoints/step-{EPOCHS * STEPS:08d}"
-    assert_same(load(digits / "resumed" / last)[0], load(digits / "whole" / last)[0])
+    assert_same(load(folder / "resumed" / last)[0], load(folder / "whole" / last)[0])
 
 
 @pytest.mark.parametrize("loader", LOADERS)
-def test_all_processes_leave_it_out(loader, digits):
-    together(2, losing, digits, loader, "two")
-    assert epochs_of(digits / "two-seen", STEPS) == REPLACED
-    resumed(loader, digits, "two")  # by one process, which knows what the second had found
+def test_all_processes_leave_it_out(loader, folder):
+    together(2, losing, folder, loader, "two")
+    assert epochs_of(folder / "two-seen", STEPS) == REPLACED
+    resumed(loader, folder, "two")  # by one process, which knows what the second had found

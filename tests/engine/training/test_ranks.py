@@ -1,18 +1,14 @@
-"""Two processes of torchrun against one: the same gradients, sums and counts, one set of files."""
+"""Two processes against one: the same gradients, sums and counts, one set of files."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from processes import together
 from steps import tensors
 from tiny import tiny
 
-from kdfuse.engine.data.sources.digits import write_digits
 from kdfuse.engine.run.checkpoint import load
 from kdfuse.engine.run.log import read
 from kdfuse.engine.training.build import build
@@ -22,7 +18,7 @@ from kdfuse.engine.training.ranks import Group, join
 from kdfuse.engine.training.start import train
 from kdfuse.engine.training.step import Step
 
-pytestmark = pytest.mark.slow(35)
+pytestmark = pytest.mark.slow(20)
 
 CLOCK = ("time", "images_per_s", "data_wait")
 
@@ -56,8 +52,9 @@ def one_step(group, parts=1):
 
 
 def recipe_of(folder):
-    run = {"checkpoint_every": 3, "keep": 9}
-    return tiny(folder / "digits", "slkd", run=run, optim={"lr": 0.05, "ema": 0.9})
+    run = {"batch": 32, "checkpoint_every": 3, "keep": 9}
+    optim = {"lr": 0.05, "ema": 0.9}
+    return tiny(folder / "digits", "slkd", data={"subset": 16}, run=run, optim=optim)
 
 
 def main(folder):
@@ -76,22 +73,10 @@ def main(folder):
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(few, tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
-    write_digits(folder / "digits")
-    words = ["--standalone", "--nproc-per-node=2", __file__, str(folder)]
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join(sys.path),
-    }
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", *words],
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
+    (folder / "digits").symlink_to(few)
+    together(2, main, folder)
     return folder
 
 
@@ -138,7 +123,3 @@ def test_two_processes_resume_exactly(folder):
 def test_a_batch_that_does_not_divide_is_refused():
     with pytest.raises(ValueError, match="run.batch = 65 does not divide over 2 processes"):
         Group(0, 2, torch.device("cpu")).share(65, "run.batch")
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

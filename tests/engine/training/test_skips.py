@@ -24,7 +24,7 @@ from kdfuse.engine.training.start import train
 from kdfuse.engine.training.state import State
 from kdfuse.engine.training.stop import Stopped
 
-pytestmark = pytest.mark.slow(25)
+pytestmark = pytest.mark.slow(20)
 
 END = "step-00000010"
 
@@ -66,11 +66,11 @@ def break_steps(factors, once=False):
     return rows
 
 
-def recipe_of(digits, **changes):
+def recipe_of(few, **changes):
     """Two epochs of five steps, checkpoints after every other step."""
-    run = {"checkpoint_every": 2, "keep": 9, **changes.pop("run", {})}
+    run = {"batch": 16, "checkpoint_every": 2, "keep": 9, **changes.pop("run", {})}
     optim = {"lr": 0.05, "ema": 0.9, "skip_limit": 2, **changes.pop("optim", {})}
-    return tiny(digits, "kd", run=run, optim=optim, **changes)
+    return tiny(few, "kd", data={"subset": 8}, run=run, optim=optim, **changes)
 
 
 def notes(run):
@@ -86,18 +86,16 @@ def nan_in(*steps):
 
 
 @pytest.fixture(scope="module")
-def undisturbed(digits, tmp_path_factory):
-    return train(recipe_of(digits), tmp_path_factory.mktemp("whole") / "run")
+def undisturbed(few, tmp_path_factory):
+    return train(recipe_of(few), tmp_path_factory.mktemp("whole") / "run")
 
 
-def test_skipped_steps_are_told_and_a_resumed_run_ends_the_same(
-    digits, undisturbed, broken, tmp_path
-):
+def test_skipped_steps_are_told_and_a_resumed_run_ends_the_same(few, undisturbed, broken, tmp_path):
     assert not any("skipped" in record for record in records(undisturbed))
     broken(nan_in(4, 6, 7))  # its checkpoint of step 6 stands within a row
-    whole = train(recipe_of(digits), tmp_path / "whole")
+    whole = train(recipe_of(few), tmp_path / "whole")
     run = cut(whole, tmp_path / "run", 6)
-    train(recipe_of(digits), run, resume=True)
+    train(recipe_of(few), run, resume=True)
     for mine, theirs in zip(end_of(run), end_of(whole), strict=True):
         assert_same(mine, theirs)
     assert records(run) == records(whole)
@@ -112,10 +110,10 @@ def test_skipped_steps_are_told_and_a_resumed_run_ends_the_same(
 
 
 def test_one_row_too_long_and_it_goes_back_once_to_the_bytes_of_an_undisturbed_run(
-    digits, undisturbed, broken, tmp_path, capsys
+    few, undisturbed, broken, tmp_path, capsys
 ):
     broken(nan_in(7, 8, 9), once=True)  # as a fault of the machine; step 8 is a checkpoint
-    run = train(recipe_of(digits), tmp_path / "run")
+    run = train(recipe_of(few), tmp_path / "run")
     told = [text for text in notes(run) if text.startswith("3 steps in a row were skipped, from")]
     assert (
         len(told) == 1
@@ -132,8 +130,8 @@ def test_one_row_too_long_and_it_goes_back_once_to_the_bytes_of_an_undisturbed_r
     assert kept == {path.name for path in (undisturbed / "checkpoints").iterdir()}
 
 
-def test_it_goes_on_at_a_lower_rate_if_asked_killed_or_not(digits, broken, tmp_path):
-    recipe = recipe_of(digits, optim={"rollback_lr": 0.5})
+def test_it_goes_on_at_a_lower_rate_if_asked_killed_or_not(few, broken, tmp_path):
+    recipe = recipe_of(few, optim={"rollback_lr": 0.5})
     broken(nan_in(5, 6, 7), once=True)
     whole = train(recipe, tmp_path / "whole")
     assert last(whole, "epoch")["lr"] == 0.025
@@ -144,9 +142,9 @@ def test_it_goes_on_at_a_lower_rate_if_asked_killed_or_not(digits, broken, tmp_p
     assert records(run) == records(whole)
 
 
-def test_the_second_time_it_stops_and_names_step_rank_terms_and_images(digits, broken, tmp_path):
+def test_the_second_time_it_stops_and_names_step_rank_terms_and_images(few, broken, tmp_path):
     rows = broken(nan_in(7, 8, 9))
-    recipe = recipe_of(digits)
+    recipe = recipe_of(few)
     with pytest.raises(Diverged) as stopped:
         train(recipe, tmp_path / "run")
     said, *images = str(stopped.value).split("\n")
@@ -167,12 +165,12 @@ def test_the_second_time_it_stops_and_names_step_rank_terms_and_images(digits, b
         text for text in before if "goes back" in text
     ]
     # What follows may be allowed more.
-    train(recipe_of(digits, optim={"skip_limit": 3}), tmp_path / "run", resume=True)
+    train(recipe_of(few, optim={"skip_limit": 3}), tmp_path / "run", resume=True)
 
 
-def test_where_only_gradients_are_broken_it_stops_with_the_images_too(digits, broken, tmp_path):
+def test_where_only_gradients_are_broken_it_stops_with_the_images_too(few, broken, tmp_path):
     rows = broken(dict.fromkeys((1, 2, 3), GRADIENTS))
-    recipe = recipe_of(digits)
+    recipe = recipe_of(few)
     with pytest.raises(
         Diverged, match=r"step 1 on.*\(every term of the loss is finite\)"
     ) as stopped:
@@ -183,7 +181,7 @@ def test_where_only_gradients_are_broken_it_stops_with_the_images_too(digits, br
 
 
 def test_it_waits_for_the_checkpoint_that_is_being_written(
-    digits, undisturbed, broken, tmp_path, monkeypatch
+    few, undisturbed, broken, tmp_path, monkeypatch
 ):
     save = checkpoint.save
 
@@ -193,25 +191,25 @@ def test_it_waits_for_the_checkpoint_that_is_being_written(
 
     monkeypatch.setattr(checkpoint, "save", slowly)
     broken(nan_in(7, 8, 9), once=True)
-    run = train(recipe_of(digits, run={"checkpoint_every": 6}), tmp_path / "run")
+    run = train(recipe_of(few, run={"checkpoint_every": 6}), tmp_path / "run")
     assert "resumed from step-00000006" in notes(run)
     assert_same(end_of(run)[0], end_of(undisturbed)[0])
 
 
-def test_it_goes_back_to_a_checkpoint_that_counted_no_skips(digits, undisturbed, broken, tmp_path):
+def test_it_goes_back_to_a_checkpoint_that_counted_no_skips(few, undisturbed, broken, tmp_path):
     run = cut(undisturbed, tmp_path / "run", 6)
     state, facts = load(run / "checkpoints" / "step-00000006")
     for held, name in ((state, "faults"), (facts, "losses"), (facts, "went_back")):
         del held[name]  # as an earlier version left it
     checkpoint.save(run / "checkpoints", "step-00000006", state, facts, keep=9)
     broken(nan_in(7, 8, 9), once=True)
-    train(recipe_of(digits), run, resume=True)
+    train(recipe_of(few), run, resume=True)
     assert "the run goes back, once" in "".join(notes(run))
     assert_same(end_of(run)[0], end_of(undisturbed)[0])
 
 
-def test_it_can_be_told_to_stop_after_it_went_back(digits, broken, tmp_path, monkeypatch):
-    recipe = recipe_of(digits, optim={"rollback_lr": 0.5})
+def test_it_can_be_told_to_stop_after_it_went_back(few, broken, tmp_path, monkeypatch):
+    recipe = recipe_of(few, optim={"rollback_lr": 0.5})
     broken(nan_in(7, 8, 9), once=True)
     whole = train(recipe, tmp_path / "whole")
     broken(nan_in(7, 8, 9), once=True)
@@ -243,8 +241,8 @@ def of_two(recipe, folder):
     (folder / f"{group.rank}.json").write_text(json.dumps([str(stopped.value), rows[7]]))
 
 
-def test_two_processes_go_back_and_stop_together(digits, tmp_path):
-    recipe = recipe_of(digits, run={"batch": 63})
+def test_two_processes_go_back_and_stop_together(few, tmp_path):
+    recipe = recipe_of(few, run={"batch": 15})
     together(2, of_two, recipe, tmp_path)
     (said, _), (also, rows) = (
         json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)
@@ -254,14 +252,14 @@ def test_two_processes_go_back_and_stop_together(digits, tmp_path):
     assert "from step 7 on" in said and "(rank 1: loss, kd, ce): stopped" in said
     manifest = open_source(recipe.data, "train")
     names = [f"  {manifest.name(row)}" for row in rows]
-    assert images == ["images of step 7 on rank 1:", *names] and len(names) == 32  # of 63
+    assert images == ["images of step 7 on rank 1:", *names] and len(names) == 8  # of 15
     assert [text for text in notes(tmp_path / "run") if "the run goes back, once" in text]
 
 
-def test_where_there_is_no_checkpoint_it_stops(digits, broken, tmp_path):
+def test_where_there_is_no_checkpoint_it_stops(few, broken, tmp_path):
     broken(nan_in(2, 3, 4))
     with pytest.raises(Diverged, match="3 steps in a row were skipped, from step 2 on"):
-        train(recipe_of(digits), tmp_path / "run")
+        train(recipe_of(few), tmp_path / "run")
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000002"]
 
 

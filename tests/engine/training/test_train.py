@@ -30,7 +30,7 @@ from kdfuse.engine.training.ranks import join
 from kdfuse.engine.training.speed import settled
 from kdfuse.engine.training.start import train
 
-pytestmark = pytest.mark.slow(35)
+pytestmark = pytest.mark.slow(30)
 
 LAST = "step-00000010"
 NETWORKS = ["also", "ema", "head", "slts", "student"]
@@ -60,8 +60,8 @@ def test_a_run_learns_and_leaves_its_files(teacher):
     assert again.optim.lr == 0.1 and again.method.name == "ce"
 
 
-def test_a_run_says_how_its_images_are_decoded(digits, tmp_path, capsys):
-    run = train(tiny(digits, "ce", run={"epochs": 1}), tmp_path / "run")
+def test_a_run_says_how_its_images_are_decoded(few, tmp_path, capsys):
+    run = train(tiny(few, "ce", run={"epochs": 1}), tmp_path / "run")
     decode = "PIL, whole image (data.decode=auto: the run is on the CPU)"
     assert f"10 classes, loader torchvision: {decode}\n" in capsys.readouterr().out
     start = last(run, "start")
@@ -152,9 +152,9 @@ def test_every_method_trains(digits, teacher, name, tmp_path):
     assert not any("weak" in key for key in load(run / "checkpoints" / "best")[0]["student"])
 
 
-def test_the_same_seed_gives_the_same_bytes(digits, tmp_path):
+def test_the_same_seed_gives_the_same_bytes(few, tmp_path):
     def weights(name, seed):
-        run = train(tiny(digits, "slkd", run={"seed": seed, "epochs": 1}), tmp_path / name)
+        run = train(tiny(few, "slkd", run={"seed": seed, "epochs": 1}), tmp_path / name)
         return load(run / "checkpoints" / "step-00000005")[0]["student"]
 
     one, same, other = weights("a", 1), weights("b", 1), weights("c", 2)
@@ -162,9 +162,9 @@ def test_the_same_seed_gives_the_same_bytes(digits, tmp_path):
     assert not torch.equal(one["conv1.weight"], other["conv1.weight"])
 
 
-def test_checkpoints_and_records_come_when_they_are_due(digits, tmp_path):
+def test_checkpoints_and_records_come_when_they_are_due(few, tmp_path):
     run = {"epochs": 3, "eval_every": 2, "checkpoint_every": 4, "keep": 9, "log_every": 3}
-    folder = train(tiny(digits, "ce", run=run), tmp_path / "run")
+    folder = train(tiny(few, "ce", run=run), tmp_path / "run")
     names = sorted(path.name for path in (folder / "checkpoints").iterdir())
     assert names == ["best", "step-00000004", "step-00000008", "step-00000012", "step-00000015"]
     records = read(folder / "log.jsonl")
@@ -174,12 +174,12 @@ def test_checkpoints_and_records_come_when_they_are_due(digits, tmp_path):
 
 
 @pytest.mark.parametrize("top1", [(40.0, 60.0), (60.0, 40.0)], ids=["rises", "falls"])
-def test_the_best_is_a_steps_checkpoint_or_networks_alone(top1, digits, tmp_path, monkeypatch):
+def test_the_best_is_a_steps_checkpoint_or_networks_alone(top1, few, tmp_path, monkeypatch):
     """Readers take both. After the first epoch no checkpoint is due, at the end one is."""
     scores = iter(top1)
     monkeypatch.setattr(Classification, "evaluate", lambda task: {"top1": next(scores)})
     run = {"checkpoint_every": 4, "keep": 1}
-    folder = train(tiny(digits, "fitnet", run=run), tmp_path / "run")  # whose head is not kept
+    folder = train(tiny(few, "fitnet", run=run), tmp_path / "run")  # whose head is not kept
     monkeypatch.undo()
     best, facts = load(folder / "checkpoints" / "best")
     step = folder / "checkpoints" / LAST / "state.pt"
@@ -195,10 +195,10 @@ def test_the_best_is_a_steps_checkpoint_or_networks_alone(top1, digits, tmp_path
             assert torch.equal(value, best["student"][key]), key
 
 
-def test_an_existing_folder_is_left_alone(digits, tmp_path):
+def test_an_existing_folder_is_left_alone(few, tmp_path):
     (tmp_path / "thesis.tex").write_text("chapter 1")
     with pytest.raises(ValueError, match="not empty, and no run is in it; choose another"):
-        train(tiny(digits, "ce"), tmp_path)
+        train(tiny(few, "ce"), tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
@@ -214,22 +214,22 @@ def test_a_teacher_at_chance_is_refused(digits, teacher, checkpoint, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_missing_teacher_file_is_named(digits, tmp_path):
+def test_a_missing_teacher_file_is_named(few, tmp_path):
     given = {"name": "resnet8", "checkpoint": tmp_path / "nowhere.pt"}
     with pytest.raises(FileNotFoundError, match="nowhere.pt"):
-        train(tiny(digits, "kd", teacher=given), tmp_path / "run")
+        train(tiny(few, "kd", teacher=given), tmp_path / "run")
 
 
-def test_divergence_stops_the_run_and_names_the_step(digits, tmp_path):
+def test_divergence_stops_the_run_and_names_the_step(few, tmp_path):
     optim = {"lr": 1e30, "skip_limit": 0}
-    recipe = tiny(digits, "ce", optim=optim, run={"log_every": 4})
+    recipe = tiny(few, "ce", optim=optim, run={"log_every": 4})
     with pytest.raises(Diverged, match=r"the loss of step 2 is not finite \(rank 0: loss, ce\)"):
         train(recipe, tmp_path / "run")
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
-def test_divergence_leaves_the_best_checkpoint(digits, tmp_path):
-    recipe = tiny(digits, "ce", optim={"skip_limit": 0})
+def test_divergence_leaves_the_best_checkpoint(few, tmp_path):
+    recipe = tiny(few, "ce", optim={"skip_limit": 0})
     run = train(recipe, tmp_path / "run")
     checkpoints = run / "checkpoints"
     before = {path.name: path.read_bytes() for path in (checkpoints / "best").iterdir()}
@@ -242,9 +242,9 @@ def test_divergence_leaves_the_best_checkpoint(digits, tmp_path):
     assert [path.name for path in checkpoints.glob("step-*")] == ["step-00000005"]
 
 
-def test_weights_that_are_not_finite_are_not_saved(digits, tmp_path):
+def test_weights_that_are_not_finite_are_not_saved(few, tmp_path):
     group = join("cpu")
-    distiller, state = begin(tiny(digits, "ce"), group, 10, torch.arange(8), {})
+    distiller, state = begin(tiny(few, "ce"), group, 10, torch.arange(8), {})
     state.done = 7
     distiller.main.student.layer2[0].conv1.weight.data[3] = torch.nan
     with pytest.raises(Diverged, match="the weights after step 7 are not finite"):
@@ -252,8 +252,8 @@ def test_weights_that_are_not_finite_are_not_saved(digits, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_networks_that_are_not_finite_are_not_evaluated(digits, teacher):
-    recipe = tiny(digits, "ce")
+def test_networks_that_are_not_finite_are_not_evaluated(few, teacher):
+    recipe = tiny(few, "ce")
     group = join("cpu")
     manifest = open_source(recipe.data, "val")
     distiller = build(recipe, 10, group.device)
@@ -264,15 +264,15 @@ def test_networks_that_are_not_finite_are_not_evaluated(digits, teacher):
         measure(distiller, loader.epoch(0), group)
 
 
-def test_cuda_is_refused_without_cuda(digits, tmp_path, monkeypatch):
+def test_cuda_is_refused_without_cuda(few, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match="run.device = 'cuda'"):
-        train(tiny(digits, "ce", run={"device": "cuda"}), tmp_path / "run")
+        train(tiny(few, "ce", run={"device": "cuda"}), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
-def test_settings_of_the_process_are_given_back(digits):
-    recipe = settled(tiny(digits, "ce", run={"threads": 1, "speed": "exact"}), torch.device("cpu"))
+def test_settings_of_the_process_are_given_back(few):
+    recipe = settled(tiny(few, "ce", run={"threads": 1, "speed": "exact"}), torch.device("cpu"))
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(2)
@@ -305,20 +305,20 @@ def test_hits_give_ties_and_nans_no_credit():
     assert hits(logits, target).tolist() == [1.0, 2.0, 4.0, 1.0]
 
 
-def test_a_resumed_run_is_the_checkpoints_recipe_whatever_its_folder_says(digits, tmp_path):
-    run = train(tiny(digits, "ce"), tmp_path / "run")
+def test_a_resumed_run_is_the_checkpoints_recipe_whatever_its_folder_says(few, tmp_path):
+    run = train(tiny(few, "ce"), tmp_path / "run")
     (run / "recipe.yaml").unlink()
-    changed = tiny(digits, "ce", optim={"lr": 0.05, "schedule": "constant", "weight_decay": 0.5})
+    changed = tiny(few, "ce", optim={"lr": 0.05, "schedule": "constant", "weight_decay": 0.5})
     with pytest.raises(ValueError, match="by another recipe.*\n.*weight_decay: 0.0005 -> 0.5"):
         train(changed, run, resume=True)
 
 
-def test_a_finished_run_without_checkpoints_is_not_trained_again(digits, tmp_path):
-    run = train(tiny(digits, "ce"), tmp_path / "run")
+def test_a_finished_run_without_checkpoints_is_not_trained_again(few, tmp_path):
+    run = train(tiny(few, "ce"), tmp_path / "run")
     log = (run / "log.jsonl").read_bytes()
     shutil.rmtree(run / "checkpoints" / "best")
     assert set(evaluate(run)) == {"last"}
     shutil.rmtree(run / "checkpoints")
     with pytest.raises(ValueError, match="it is finished and its checkpoints are gone"):
-        train(tiny(digits, "ce"), run, resume=True)
+        train(tiny(few, "ce"), run, resume=True)
     assert (run / "log.jsonl").read_bytes() == log
