@@ -47,7 +47,7 @@ def main() -> None:
 
         if os.environ.get("KDFUSE_TRACEBACK") == "1" or not for_users(error):
             raise
-        if type(error).__name__ == "PeerError" and os.environ.get("LOCAL_RANK", "0") != "0":
+        if getattr(error, "alike", False) and os.environ.get("LOCAL_RANK", "0") != "0":
             sys.exit(2)  # all processes of this machine say the same
         Console(stderr=True).print(
             f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True

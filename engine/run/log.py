@@ -47,7 +47,9 @@ def read(path: Path) -> list[dict[str, Any]]:
         except (ValueError, RecursionError) as error:
             if number == len(lines):
                 break
-            raise ValueError(f"{path} line {number} is no record: {error}; remove it") from error
+            raise ValueError(
+                f"{path} line {number} is no record: {error}; remove that line"
+            ) from error
         records.append(record)
     return records
 
@@ -145,10 +147,14 @@ class RunLog:
         shown = {name: value for name, value in values.items() if not name.startswith("train_")}
         self._show(f"epoch {epoch}/{self.epochs} done  {_words(shown)}")
 
-    def note(self, text: str) -> None:
-        """Say something that a reader of the run should know; the same text is recorded once."""
+    def note(self, text: str, step: int | None = None) -> None:
+        """Say something that a reader of the run should know; the same text is recorded once.
+
+        `step`: finished steps, where there are more than the last record says.
+        """
         if self.silent:
             return
+        self.position = self.position if step is None else step
         if text not in self._notes:
             self._notes.add(text)
             self._write("note", self.position, self._epoch(), {"text": text})

@@ -119,7 +119,8 @@ class Loop:
                 self.train_epoch(epoch, log)
             if self.stop.why:
                 held_by = step_name(state.done)
-                log.note(f"stopped by {self.stop.why}, resume=true goes on from {held_by}")
+                told = f"stopped by {self.stop.why}, resume=true goes on from {held_by}"
+                log.note(told, self.state.done)
                 break
             self.finish_epoch(epoch + 1, log)
         self.writer.finish()

@@ -17,11 +17,12 @@ import torch.distributed as dist
 
 from ..recipe.problems import for_users
 from ..run.folder import changes
-from .alive import Watch
+from .alive import Watch, waiting
 from .ranks import Group
 from .rendezvous import board
 
 SHOWN_AFTER = 60.0  # seconds of waiting, and again after as many
+OF_GLOO = ("gloo", "pair closure", "Connection closed by peer", "Connection reset by peer")
 LAST_WORDS = 5.0  # seconds in which a process that met a failure says where it was
 
 Found = TypeVar("Found")
@@ -30,6 +31,14 @@ _calls = count()  # all processes make the same ones
 
 class PeerError(RuntimeError):
     """A process failed, is gone or differs from the others; the text names it."""
+
+    alike = False  # whether all processes raise the same
+
+
+class Disagreement(PeerError):
+    """What all processes found out together, and raise alike."""
+
+    alike = True
 
 
 def told(group: Group, value: Any, doing: str) -> list[Any]:
@@ -42,7 +51,7 @@ def told(group: Group, value: Any, doing: str) -> list[Any]:
     if group.world == 1:
         return [value]
     call = next(_calls)
-    with _store_errors():
+    with _store_errors(), waiting(doing):
         store = board()
         store.set(f"{call}/{group.rank}", json.dumps(value))
         for rank in range(group.world):
@@ -74,7 +83,7 @@ def together(group: Group, doing: str, work: Callable[[], Found]) -> Found:
     if failure is not None and not for_users(failure):
         raise failure
     if wrong := [f"process {rank}: {text}" for rank, text in enumerate(said) if text is not None]:
-        raise PeerError(f"{doing}: " + "\n".join(wrong)) from failure
+        raise Disagreement(f"{doing}: " + "\n".join(wrong)) from failure
     return found  # type: ignore[return-value]
 
 
@@ -93,7 +102,7 @@ def agree(group: Group, what: str, facts: Callable[[], Mapping[str, Any]]) -> No
     ]
     if wrong:
         _part(group)
-        raise PeerError(
+        raise Disagreement(
             f"the processes do not agree on {what} (process 0 -> another):\n  "
             + "\n  ".join(wrong)
             + "\ngive all of them the same recipe, code, data and run folder"
@@ -128,14 +137,15 @@ def named_failures(group: Group, doing: Callable[[], str]) -> Iterator[None]:
     except Exception as error:
         met = _of_communication(error)
         try:
-            store = board()
-            words = {"met": met, "text": f"{doing()}: {_kind(error)}{error}"}
-            store.set(f"ended/{group.rank}", json.dumps(words))
-            if not met:
-                if group.first:  # which may keep the store that the others read this in
-                    _heard(store, group)
-                raise
-            raise PeerError(_blame(store, group, doing())) from error
+            with waiting(f"{doing()}, to hear who failed"):
+                store = board()
+                words = {"met": met, "text": f"{doing()}: {_kind(error)}{error}"}
+                store.set(f"ended/{group.rank}", json.dumps(words))
+                if not met:
+                    if group.first:  # which may keep the store that the others read this in
+                        _heard(store, group)
+                    raise
+                raise PeerError(_blame(store, group, doing())) from error
         except dist.DistError:
             raise PeerError(
                 f"process {group.rank} was in {doing()} when another process ended, and with it "
@@ -153,8 +163,8 @@ def _blame(store: Any, group: Group, doing: str) -> str:
         names = " and ".join(f"process {rank}" for rank in silent)
         many = "have ended or hang" if len(silent) > 1 else "has ended or hangs"
         return (
-            f"{names} {many}: process {group.rank} waited for it in {doing}, for at most "
-            "run.timeout seconds"
+            f"{names} {many}: process {group.rank} waited for it in {doing}, for "
+            "run.timeout seconds or longer"
         )
     return f"the processes lost each other in {doing}: the network between them failed"
 
@@ -203,8 +213,8 @@ def _store_errors() -> Iterator[None]:
 
 
 def _of_communication(error: Exception) -> bool:
-    """Gloo's errors are RuntimeErrors that name its files."""
-    return isinstance(error, dist.DistError) or "gloo" in str(error)
+    """Gloo's errors are RuntimeErrors that name its files, but for some of a backward pass."""
+    return isinstance(error, dist.DistError) or any(text in str(error) for text in OF_GLOO)
 
 
 def _kind(error: Exception) -> str:

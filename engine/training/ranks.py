@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ..data.schedule import share
 from ..recipe.run import Run
 from .alive import show
-from .rendezvous import meet
+from .rendezvous import meet, met
 
 # The option's name changed: newer releases warn about the old one, older ones lack the new.
 _OPTIONS = inspect.signature(DistributedDataParallel).parameters
@@ -119,6 +119,14 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
     return torch.device("cuda", local_rank) if there and name != "cpu" else torch.device("cpu")
 
 
+def number(variable: str, default: int) -> int:
+    """What torchrun, or who stands for it, says in the environment; ValueError for no number."""
+    text = os.environ.get(variable, str(default))
+    if not text.isdecimal():
+        raise ValueError(f"{variable}={text!r} in the environment: wants a number from 0")
+    return int(text)
+
+
 def join(device: str, timeout: float | None = None) -> Group:
     """Join the processes that torchrun started, or be the only one; see `choose_device`.
 
@@ -127,8 +135,7 @@ def join(device: str, timeout: float | None = None) -> Group:
     A process group that is there already is used as it is. One made here stays until the process
     ends, for its next run.
     """
-    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    rank, world, local_rank = number("RANK", 0), number("WORLD_SIZE", 1), number("LOCAL_RANK", 0)
     chosen = choose_device(device, local_rank)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
@@ -136,13 +143,15 @@ def join(device: str, timeout: float | None = None) -> Group:
     if dist.is_initialized():
         rank, world = dist.get_rank(), dist.get_world_size()
     elif world > 1:
-        place: dict[str, Any] = dict(zip(("store", "rank", "world_size"), meet(), strict=True))
-        place["timeout"] = timedelta(seconds=timeout)
-        if chosen.type == "cuda":
-            dist.init_process_group("nccl", device_id=chosen, **place)
-        else:
-            dist.init_process_group("gloo", **place)
+        with met(rank, timeout):
+            names = ("store", "rank", "world_size")
+            place: dict[str, Any] = dict(zip(names, meet(timeout), strict=True))
+            place["timeout"] = timedelta(seconds=timeout)
+            if chosen.type == "cuda":
+                dist.init_process_group("nccl", device_id=chosen, **place)
+            else:
+                dist.init_process_group("gloo", **place)
         atexit.register(dist.destroy_process_group)
     if world > 1:
-        show(rank)
+        show(rank, timeout)
     return Group(rank, world, chosen, local_rank, timeout)

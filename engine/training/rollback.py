@@ -24,8 +24,10 @@ def go_back(fault: NotFinite, task: Task, group: Group, checkpoints: Path) -> li
     )
     notes = task.state.go_back(checkpoints, first) if optim.skips else []
     if not notes:
+        none = optim.skips and task.state.went_back is None
+        why = ", as there is no checkpoint of before it to go back to" if none else ""
         raise Diverged(
-            f"{fault}: stopped, checkpoints before it are kept; lower optim.lr, add "
+            f"{fault}: stopped{why}, checkpoints before it are kept; lower optim.lr, add "
             f"optim.warmup_epochs or look at the data{images}"
         ) from fault
     rate = f", at {optim.rollback_lr:g} of the rate" if optim.rollback_lr < 1 else ""

@@ -45,7 +45,7 @@ LIKE_KD = ("dkd", "nkd", "wttm")
 
 def longer(rows, of):
     """The rows, of which those that `of` chooses are for --long."""
-    return [pytest.param(*row, marks=pytest.mark.long) if of(*row) else row for row in rows]
+    return [pytest.param(*row, marks=[pytest.mark.long] if of(*row) else []) for row in rows]
 
 
 def again(name, *row):

@@ -387,7 +387,7 @@ def test_losses_of_mixed_and_smoothed_labels(options, formula):
 def test_probabilities_of_one_class_are_that_label(name, dtype):
     made = [logits(seed).detach().to(dtype) for seed in range(5)]
     student = made[0].requires_grad_()
-    out = Outputs(student, made[1], made[2:4], made[2:4], head={"weak": made[4]})
+    out = Outputs(student, made[1], assistants=made[2:4], slts=made[2:4], head={"weak": made[4]})
     method = METHODS[name].model_validate({"name": name})
     assert method.takes_soft_labels
     out.features = method.features(out, TARGET)

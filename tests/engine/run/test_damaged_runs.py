@@ -90,7 +90,7 @@ def test_a_line_that_is_no_record_is_named(line, why, run):
     if why is None:
         use(run)
         return
-    with pytest.raises(ValueError, match=f"log.jsonl line 2 is no record: .*{why}.*; remove it"):
+    with pytest.raises(ValueError, match=f"line 2 is no record: .*{why}.*; remove that line"):
         use(run)
 
 

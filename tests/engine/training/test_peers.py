@@ -3,15 +3,19 @@
 import os
 import shutil
 import signal
+import socket
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from processes import begin
 from processes import together as processes
 from tiny import tiny
 
+from kdfuse.engine.training import rendezvous
 from kdfuse.engine.training.classification import Classification
 from kdfuse.engine.training.peers import (
     PeerError,
@@ -117,6 +121,45 @@ def test_nobody_waits_for_one_that_is_gone(tmp_path, kind):
         )
 
 
+def frozen_first(folder, where):
+    """The process that keeps the store stops; the other one waits, in words or in a step."""
+    group = join("cpu", 4.0)
+    os.dup2(os.open(folder / f"said{group.rank}", os.O_WRONLY | os.O_CREAT), 2)
+    stop = partial(os.kill, os.getpid(), signal.SIGSTOP)
+    if where == "words":
+        together(group, "counting", stop if group.first else lambda: None)
+    at_step(3, 0, stop)
+    train(recipe_of(folder), folder / "run")
+
+
+@pytest.mark.parametrize("where", ["words", "step"])
+def test_one_that_hangs_with_the_store_ends_the_others(few, tmp_path, where):
+    (tmp_path / "digits").symlink_to(few)
+    started, said = begin(2, frozen_first, tmp_path, where)
+    started[1].join()
+    started[0].kill()
+    assert started[1].exitcode == 2, said()
+    text = (tmp_path / "said1").read_text()
+    assert "error: process 0 hangs, or torchrun on its machine: process 1 waited, " in text
+    assert "has not answered for 4 s (run.timeout)" in text
+    assert ("counting" if where == "words" else "step 3, to hear who failed") in text
+
+
+def test_who_comes_alone_is_told(monkeypatch):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    monkeypatch.setattr(rendezvous, "JOINING", 0.5)
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "2"), ("MASTER_PORT", str(port))):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    with pytest.raises(rendezvous.NobodyMet, match=rf"process 0 .* 127.0.0.1:{port} .* within 1 s"):
+        join("cpu", 1.0)
+    monkeypatch.setenv("RANK", "x")
+    with pytest.raises(ValueError, match="RANK='x' in the environment: wants a number from 0"):
+        join("cpu", 1.0)
+
+
 def works_long(rank):
     group = join("cpu", 2.0)
     assert together(group, "counting", lambda: group.rank == rank and not time.sleep(5)) in (0, 1)
@@ -206,5 +249,5 @@ def test_a_process_that_fails_is_named(few, tmp_path, kind):
         assert (tmp_path / "failed-1").read_text() == "ValueError: the fourth batch is broken"
         why = "process 1 failed in step 4: the fourth batch is broken"
     else:
-        why = "process 1 has ended or hangs: process 0 waited for it in step 4, for at most"
+        why = "process 1 has ended or hangs: process 0 waited for it in step 4, for run.timeout"
     assert (tmp_path / f"{kind}-0").read_text().startswith(f"PeerError: {why}")

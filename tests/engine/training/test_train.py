@@ -22,8 +22,9 @@ from kdfuse.engine.run import environment
 from kdfuse.engine.run.checkpoint import load, save
 from kdfuse.engine.run.log import read
 from kdfuse.engine.training.build import build, deployed_by
-from kdfuse.engine.training.classification import Classification, _pixels_of, begin
+from kdfuse.engine.training.classification import Classification, begin
 from kdfuse.engine.training.evaluate import evaluate, hits, measure
+from kdfuse.engine.training.inputs import pixels_of
 from kdfuse.engine.training.meters import Diverged
 from kdfuse.engine.training.process import settings
 from kdfuse.engine.training.ranks import join
@@ -75,18 +76,18 @@ def loader(name, mode="cpu"):
 def test_another_way_to_decode_is_other_data_to_a_checkpoint():
     """On a CPU it is the loader's name alone, as in checkpoints of before there was a choice."""
     modes = {mode: loader("dali", mode) for mode in get_args(Mode)}
-    found = {mode: _pixels_of(made, made) for mode, made in modes.items()}
+    found = {mode: pixels_of(made, made) for mode, made in modes.items()}
     assert found == {"cpu": "dali", "hybrid": "dali, decode hybrid", "gpu": "dali, decode gpu"}
 
 
 def test_another_decoder_for_evaluation_is_other_data_too():
     """Not so torchvision's and resident: both show PIL's pixels, so that either is named alone."""
     for name in ("torchvision", "resident"):
-        assert _pixels_of(loader(name), loader("torchvision")) == name
-        assert _pixels_of(loader(name), loader("resident")) == name
-        assert _pixels_of(loader(name), loader("dali")) == f"{name}, evaluation dali"
-        assert _pixels_of(loader("dali"), loader(name)) == f"dali, evaluation {name}"
-    found = _pixels_of(loader("dali", "gpu"), loader("resident"))
+        assert pixels_of(loader(name), loader("torchvision")) == name
+        assert pixels_of(loader(name), loader("resident")) == name
+        assert pixels_of(loader(name), loader("dali")) == f"{name}, evaluation dali"
+        assert pixels_of(loader("dali"), loader(name)) == f"dali, evaluation {name}"
+    found = pixels_of(loader("dali", "gpu"), loader("resident"))
     assert found == "dali, decode gpu, evaluation resident"
 
 
