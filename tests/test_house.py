@@ -31,7 +31,7 @@ ARROWS = {
 TRAINING = (
     "rendezvous alive ranks peers process speed compiled scalars ema rate groups largebatch optim "
     "faults meters guard step captured learner frozen networks build identity state alarms "
-    "evaluate task inputs recorded classification rollback resumption stop loop start recording"
+    "evaluate task inputs recorded slt_record classification rollback resumption stop loop start recording"
 ).split()
 # What a file leaves to others, by folder or file.
 NEVER = {

@@ -66,6 +66,11 @@ class Form:
         return np.dtype(parts)
 
     @property
+    def tensors(self) -> int:
+        """How many `decode` makes."""
+        return 1 if self.whole else 2 + (self.form == "top_k" and self.rest != "drop")
+
+    @property
     def bits(self) -> int:
         """Of a count of draws."""
         return self.draws.bit_length()

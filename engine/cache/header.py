@@ -34,11 +34,15 @@ class Header:
     digest: str  # of the teachers' weights
     numerics: Mapping[str, Any]  # what else the teacher's answers depend on
     facts: Mapping[str, float]  # measured when it was recorded; not compared
+    # Of fused SL-Ts: settings of the run that they learned in (training/slt_record.py).
+    slts: Mapping[str, Any] | None = None
 
     def key(self) -> dict[str, Any]:
         """All that decides the rows, of JSON's types."""
         found = asdict(self)
         del found["facts"]
+        if self.slts is None:  # as before there were records of them
+            del found["slts"]
         return json.loads(json.dumps(found))
 
     def summary(self) -> str:

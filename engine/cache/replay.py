@@ -15,10 +15,17 @@ from .shards import CacheError, look, rows_of
 class Recorded:
     """A whole cache, opened: every file is there and has its size."""
 
+    key = "teacher.cache"  # the setting that names its folder
+    of_slts = False
+    unfinished = "the command that recorded it goes on with it"
+
     def __init__(self, folder: Path) -> None:
         """Raises CacheError for one that is not whole, or whose files are damaged."""
         self.folder = folder
         self.header: Header = read(folder)
+        if self.of_slts != (self.header.slts is not None):
+            of, other = ("a teacher", "teacher.cache") if self.of_slts else ("SL-Ts", "slt.record")
+            raise CacheError(f"{self.key}: {folder} has the answers of {of}; give it as {other}")
         self.layout = self.header.layout()
         self.unreadable: dict[int, str] = {}  # rows of the training set, when it was recorded
         missing, places = 0, list(self.layout.shards())
@@ -30,8 +37,8 @@ class Recorded:
                 missing += 1
         if missing:
             raise CacheError(
-                f"teacher.cache: {folder} is not whole, {missing} of its {len(places)} files are "
-                "not there yet; the command that recorded it goes on with it"
+                f"{self.key}: {folder} is not whole, {missing} of its {len(places)} files are "
+                f"not there yet; {self.unfinished}"
             )
 
     def epoch(self, epoch: int) -> int:
@@ -62,6 +69,6 @@ class Recorded:
                 lines.append(f"{name}: {was[name]} -> {value}")
         if lines:
             raise CacheError(
-                f"teacher.cache: {self.folder} was recorded for other views (recorded -> asked "
-                "for):\n  " + "\n  ".join(lines) + "\nundo that, or record a cache for it"
+                f"{self.key}: {self.folder} was recorded for other views (recorded -> asked "
+                "for):\n  " + "\n  ".join(lines) + "\nundo that, or record it anew"
             )

@@ -143,4 +143,4 @@ def rows_of(path: Path, layout: Layout, first: int, count: int) -> NDArray[Any]:
 
 
 def _damaged(path: Path, why: str) -> CacheError:
-    return CacheError(f"{path}: {why}; remove it, and `kdfuse cache` makes it again")
+    return CacheError(f"{path}: {why}; restore it from a copy, or remove it and record again")

@@ -25,7 +25,7 @@ def lines(folder: Path) -> list[str]:
         there += 1
         views += len(steps) * header.batch
         size += path.stat().st_size
-        sums = {name: sums[name] + found[name] for name in sums}
+        sums = {name: sums[name] + found.get(name, 0.0) for name in sums}
     form = header.form
     settings = {
         "full": f"{form.number}",
@@ -42,7 +42,7 @@ def lines(folder: Path) -> list[str]:
         f"files           {there} of {len(places)}",
         f"size            {size:,} bytes, {size / max(views, 1):.2f} a view",
     ]
-    if views:
+    if views and header.slts is None:
         found += [
             f"top-1           {100 * sums['right'] / views:.2f} % of the views' labels",
             f"entropy         {sums['entropy'] / views:.4f} nats, at T = {form.temperature or 1:g}",
@@ -50,6 +50,12 @@ def lines(folder: Path) -> list[str]:
     found += [
         f"{name:<15} {value:.2f} % of the validation set" for name, value in header.facts.items()
     ]
+    if header.slts is not None:
+        found.append(
+            f"to train        slt.record={folder}, with the sections data and method, run.batch "
+            f"and the teacher as recorded, for {header.views} epochs at most"
+        )
+        return found
     found.append(
         f"to train        teacher.cache={folder} teacher.name={header.teachers[0]}, with the "
         "section data and run.batch as recorded"
@@ -60,14 +66,18 @@ def lines(folder: Path) -> list[str]:
 
 def damaged(folder: Path, told: Callable[[int, int], None]) -> list[str]:
     """A line for each file of a cache that is missing or whose bytes are not those written."""
-    layout = read(folder).layout()
+    header = read(folder)
+    layout = header.layout()
+    cure = f"`kdfuse cache RECIPE --out {folder}` makes it"
+    if header.slts is not None:
+        cure = "the run that records it makes it, resumed if need be"
     places, found = list(layout.shards()), []
     for view, steps in places:
         path = layout.path(folder, view, steps.start)
         try:
             verify(path, layout, view, steps)
         except FileNotFoundError:
-            found.append(f"{path}: not there; `kdfuse cache RECIPE --out {folder}` makes it")
+            found.append(f"{path}: not there; {cure}")
         except CacheError as error:
             found.append(str(error))
         told(1, len(places))

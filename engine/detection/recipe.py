@@ -77,7 +77,8 @@ class DetectionRecipe(RecipeBase):
     @model_validator(mode="after")
     def _works(self) -> DetectionRecipe:
         found = problems.teacher(self.method, self.teacher is not None)
-        found += self.run.unused("task detection", "run", "capture", "accumulate", "sync_batchnorm")
+        unread = ("capture", "accumulate", "sync_batchnorm", "record")
+        found += self.run.unused("task detection", "run", *unread)
         if self.expect is not None and self.expect.top1 is not None:
             found.append("expect.top1: detection is measured as AP; use expect.ap")
         if self.expect is not None and self.expect.also_in:

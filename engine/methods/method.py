@@ -32,6 +32,7 @@ class Outputs:
     listed: SparseTeacher | None = None  # a recorded teacher's, where it kept some of them
     assistants: list[Tensor] = field(default_factory=list)  # further frozen teachers' (N, C) logits
     slts: list[Tensor] = field(default_factory=list)  # each (N, C) logits
+    fused: Tensor | SparseTeacher | None = None  # SL-Ts' as one, where they are or were recorded
     average: Tensor | None = None  # (N, C) logits of the student's average, never with a gradient
     student_taps: Taps = field(default_factory=dict)
     teacher_taps: Taps = field(default_factory=dict)

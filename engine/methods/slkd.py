@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ...kernels.kd import kd_loss
 from ...kernels.slkd import slkd_loss
+from ...kernels.sparse import SparseTeacher
 from .method import Now, Outputs, Terms, with_terms
 from .parts.self_learning import SelfLearning
 
@@ -46,6 +47,8 @@ class SLKD(SelfLearning):
 
     def loss(self, out: Outputs, target: Tensor, now: Now) -> tuple[Tensor, Terms]:
         assert out.teacher is not None
+        if out.fused is not None:
+            return self._recorded(out, out.teacher, out.fused, target)
         from_teacher, from_slts = self.teachers != "slts", self.teachers != "teacher"
         # The fused op weighs the student's and the SL-Ts' KD from the teacher alike.
         loss, terms = with_terms(
@@ -67,16 +70,50 @@ class SLKD(SelfLearning):
         if from_teacher:
             return loss, terms
         for slt in out.slts:
-            own, _ = with_terms(
-                kd_loss(
-                    slt,
-                    out.teacher,
-                    target,
-                    temperature=self.temperature,
-                    kd_weight=self.kd_weight,
-                    ce_weight=self.ce_weight,
-                    return_terms=True,
-                )
-            )
-            loss = loss + own
+            loss = loss + self._kd(slt, out.teacher, target)[0]
         return loss, terms
+
+    def _recorded(
+        self, out: Outputs, teacher: Tensor, fused: Tensor | SparseTeacher, target: Tensor
+    ) -> tuple[Tensor, Terms]:
+        """The same loss term by term, where the SL-Ts' answers are recorded or come from a record.
+
+        A pass for each pair, so that both compute the student's loss by the same calls; the one
+        pass fuses in its registers, which rounds otherwise.
+        """
+        loss, found = with_terms(
+            kd_loss(
+                out.student,
+                fused,
+                target,
+                temperature=self.temperature,
+                kd_weight=self.fused_kd_weight,
+                ce_weight=self.fused_ce_weight,
+                return_terms=True,
+            )
+        )
+        terms = {**found, "fused_kd": found["kd"]}
+        if self.teachers == "both":
+            own, found = self._kd(out.student, teacher, target)
+            loss, terms["kd"] = own + loss, found["kd"]
+        else:
+            del terms["kd"]
+        for k, slt in enumerate(out.slts):
+            own, found = self._kd(slt, teacher, target)
+            loss = loss + own
+            terms |= {f"slt{k}_{name}": found[name] for name in ("kd", "ce", "top1", "top5")}
+        return loss, terms
+
+    def _kd(self, network: Tensor, teacher: Tensor, target: Tensor) -> tuple[Tensor, Terms]:
+        """What the student and each SL-T learn from the teacher."""
+        return with_terms(
+            kd_loss(
+                network,
+                teacher,
+                target,
+                temperature=self.temperature,
+                kd_weight=self.kd_weight,
+                ce_weight=self.ce_weight,
+                return_terms=True,
+            )
+        )

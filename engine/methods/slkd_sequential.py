@@ -24,6 +24,7 @@ class SequentialSLKD(SelfLearning):
 
     def loss(self, out: Outputs, target: Tensor, now: Now) -> tuple[Tensor, Terms]:
         assert out.teacher is not None
+        self.check_assistants(len(out.assistants))
         loss, terms = with_terms(
             kd_loss(
                 out.student,
@@ -38,7 +39,7 @@ class SequentialSLKD(SelfLearning):
         fused, found = with_terms(
             kd_loss(
                 out.student,
-                self._fused(out.assistants),
+                self.fuse(out.assistants),
                 temperature=self.temperature,
                 kd_weight=self.fused_kd_weight,
                 return_terms=True,
@@ -52,10 +53,3 @@ class SequentialSLKD(SelfLearning):
                 f"method.fusion: {len(self.fusion)} weights for {count} assistants; give one for "
                 "each"
             )
-
-    def _fused(self, slts: list[Tensor]) -> Tensor:
-        """(N, C) float32: the mean of the SL-Ts' logits, weighted by `fusion`."""
-        self.check_assistants(len(slts))
-        weights = self.fusion or [1 / len(slts)] * len(slts)
-        first, *rest = (w * slt.float() for w, slt in zip(weights, slts, strict=True))
-        return sum(rest, start=first)

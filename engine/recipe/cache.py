@@ -12,7 +12,7 @@ Form = Literal["full", "top_k", "sampled"]
 
 
 class Cache(Strict):
-    """How `kdfuse cache` records; a run reads it from the cache that teacher.cache names."""
+    """How `kdfuse cache` and a run with run.record record; runs read it from what was recorded."""
 
     views: int | None = Field(
         None, ge=1, description="views of each image, then the first again; null: one an epoch"

@@ -20,7 +20,7 @@ from .data import Data
 from .misfits import misfits
 from .optim import Optim
 from .run import Run
-from .schema import Expect, Network, RecipeBase, RecipeError, Strict
+from .schema import SLT, Expect, Network, RecipeBase, RecipeError, Strict
 
 SHIPPED = Path(__file__).resolve().parents[2] / "recipes"
 
@@ -38,7 +38,7 @@ class Also(Strict):
 
     method: AnyMethod
     student: Network
-    slt: Network | None = Field(None, description="null: the teacher's network, random weights")
+    slt: SLT | None = Field(None, description="null: the teacher's network, random weights")
 
 
 class Recipe(RecipeBase):
@@ -48,7 +48,7 @@ class Recipe(RecipeBase):
     data: Data
     student: Network
     teacher: Network | None = None
-    slt: Network | None = Field(
+    slt: SLT | None = Field(
         None,
         description="SL-Ts, peers or a teacher in training; null: the teacher's, random weights",
     )

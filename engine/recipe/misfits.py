@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from ..methods.method import Method
 from . import problems
+from .records import of_records
 from .schema import Network
 
 if TYPE_CHECKING:
@@ -59,7 +60,11 @@ def _shared(recipe: Recipe, methods: list[Method]) -> Iterator[str]:
     runs = recipe.teacher is not None and recipe.teacher.cache is None
     there = {"student": True, "teacher": runs}
     yield from _of_caches(recipe, methods)
-    there["slts"] = any(method.slt_count > 0 for method in methods)
+    yield from of_records(recipe)
+    there["slts"] = any(
+        learner.method.slt_count > 0 and not (learner.slt and learner.slt.record)
+        for learner in recipe.learners("").values()
+    )
     for role in run.compile_only or ():
         if not there[role]:
             yield f"run.compile_only: {role} is not among this recipe's networks; leave it out"

@@ -6,7 +6,7 @@ from typing import Annotated, Literal, get_args
 
 from pydantic import Field, model_validator
 
-from .schema import Strict
+from .schema import FilePath, Strict
 
 # Left at null they are what `speed` comes to; the recipe in a run's folder has all of them.
 LEFT_OPEN = ("amp", "tf32", "compile", "deterministic")
@@ -72,6 +72,9 @@ class Run(Strict):
     )
     deterministic: bool | None = Field(
         None, description="refuse operations whose result may vary; null: by run.speed"
+    )
+    record: FilePath | None = Field(
+        None, description="folder for what the SL-Ts of slkd say in each step, in the form cache.*"
     )
     teacher_at_chance: Literal["refuse", "allow"] = Field(
         "refuse", description="what to do with a teacher that knows no more than chance"

@@ -108,6 +108,26 @@ class Network(Strict):
         return Path(self.name.removeprefix("run:")) if self.name.startswith("run:") else None
 
 
+class SLT(Network):
+    """What is trained beside a student, or the record of it."""
+
+    name: str = Field("", description="as student.name; may be left out with record")
+    record: FilePath | None = Field(
+        None, description="SL-Ts: folder that a run with run.record wrote, in place of the networks"
+    )
+
+    @model_validator(mode="after")
+    def _is_one(self) -> SLT:
+        if self.record is None:
+            if not self.name:
+                raise ValueError("name: missing; give a network's name, or record=FOLDER")
+            return self
+        fields = ("checkpoint", "normalize", "trained_by")
+        if found := self.unused(f"record {self.record}", "slt", *fields):
+            raise ValueError("\n".join(found))
+        return self
+
+
 Percent = Annotated[float, Field(ge=0, le=100)]
 Which = Annotated[
     Literal["best", "last", "unknown"],

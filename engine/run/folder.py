@@ -47,7 +47,7 @@ FREE = {
     "expect",
 }
 NO_PART = ("expect.", "cache.")  # sections of what others do with a recipe
-FILES = (".checkpoint", ".cache")  # whose contents are compared, not where they lie
+FILES = (".checkpoint", ".cache", ".record")  # whose contents are compared, not where they lie
 
 # How a run is carried out: a result counts with any of these, and a published number is to be
 # reached. A resumed run keeps them, since its bytes may depend on them.

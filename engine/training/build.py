@@ -23,12 +23,14 @@ def build(
     device: torch.device,
     labels: Tensor | None = None,
     recorded: Form | None = None,
+    fused: Form | None = None,
 ) -> Distiller:
     """The networks that a recipe needs, on `device`; the caller seeds their random weights first.
 
     An SL-T is the teacher's architecture with random weights unless the recipe says otherwise.
     `labels` are the training set's (images,); None to evaluate. `recorded` is the form of the
-    teacher's answers where the recipe has a cache of them in place of the network. Each learner's
+    teacher's answers where the recipe has a cache of them in place of the network, `fused` the same
+    of SL-Ts, none of which are made where the recipe has a record of them. Each learner's
     random weights are those that it would have alone. Raises ValueError and FileNotFoundError as
     `create` does.
     """
@@ -46,11 +48,12 @@ def build(
     parts = recipe.learners(MAIN)
     for name, part in parts.items():
         torch.random.set_rng_state(seed)
-        slt = part.slt
+        slt: Network | None = part.slt
         if slt is None and recipe.teacher is not None:
             slt = recipe.teacher.model_copy(update={"checkpoint": None, "cache": None})
         student = make(role(name, "student"), part.student)
-        slts = [make(role(name, "slts"), slt) for _ in range(part.method.slt_count)]
+        count = 0 if part.slt and part.slt.record else part.method.slt_count
+        slts = [make(role(name, "slts"), slt) for _ in range(count)]
         drawn[name] = student, slts, torch.random.get_rng_state()
     # What is only evaluated needs a teacher where a part of it is kept.
     teachers: list[nn.Module] = []
@@ -75,6 +78,7 @@ def build(
         {name: inputs[norm] for name, norm in norms.items()},
         amp=run.amp == "bf16",
         recorded=recorded,
+        fused=fused,
     )
     distiller.to(device).to(memory_format=layout)
     if ema is not None:

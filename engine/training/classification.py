@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing
+from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
 from functools import partial
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..cache.replay import Recorded
+from ..cache.slts import RecordedSlts
 from ..data.batch import Batch
 from ..data.loaders import make_loader
 from ..data.loaders.feed import on_device
@@ -29,7 +30,8 @@ from .networks import Distiller
 from .optim import build_optimizers
 from .peers import together
 from .ranks import Group
-from .recorded import answered, opened, views_of
+from .recorded import answered, opened, opened_record, planned, views_of
+from .slt_record import SltRecord, header_of
 from .state import State
 from .step import Step
 
@@ -44,11 +46,16 @@ class Classification:
         self.recipe, self.group = recipe, group
         with ExitStack() as held:
             self.cache = together(group, "opening teacher.cache", lambda: opened(recipe))
+            self.slts = together(group, "opening slt.record", lambda: opened_record(recipe))
             sets = open_splits(recipe, group)
             doing = "making loaders and networks"
             self.networks, self.state = together(group, doing, lambda: self._make(held, *sets))
             self.state.quarantine = self.loader.quarantine
             self._images = sets[0]
+            self._recording: Callable[[int], AbstractContextManager[Any]] = nullcontext
+            if recipe.run.record is not None:
+                record = held.enter_context(self._record())
+                self.state.record, self._recording = record, record.step
             self._opened = held.pop_all()
         self.steps = self.loader.steps
         self.facts: dict[str, Any] = {
@@ -64,8 +71,8 @@ class Classification:
         """What needs no other process: the loaders, the networks and their state."""
         recipe, group, run, data = self.recipe, self.group, self.recipe.run, self.recipe.data
         cache, part = self.cache, part_of(recipe, group)
-        self.part, self.seed = part, run.seed if cache is None else cache.header.seed
-        views = None if cache is None else cache.header.views
+        self.part, (self.seed, views) = part, planned(recipe, cache, self.slts)
+        self.views = views
         make = partial(make_loader, seed=self.seed, device=group.device)
         loader = make(train_set, data, run.batch, train=True, part=part, views=views)
         self.loader = held.enter_context(closing(loader))
@@ -90,11 +97,23 @@ class Classification:
             sources["mixed images"] = "pairs"  # as ondevice.partners; it was another way once
         classes = len(train_set.classes)
         self.mixing = Mixing(data, classes, len(part), self.seed)
-        if cache is not None:
-            cache.check(views_of(recipe, train_set, maker(self.loader), self.seed))
-            self.loader.quarantine.take(cache.unreadable)
+        own = views_of(recipe, train_set, maker(self.loader), self.seed)
+        for recorded in (cache, self.slts):
+            if recorded is not None:
+                recorded.check(own)
+                self.loader.quarantine.take(recorded.unreadable)
+        if run.record is not None:
+            sources["SL-Ts"] = "recorded"  # which takes another path to the loss
         labels = torch.from_numpy(train_set.target)
-        return begin(recipe, group, classes, labels, sources, cache)
+        return begin(recipe, group, classes, labels, sources, cache, self.slts)
+
+    def _record(self) -> SltRecord:
+        """What takes the SL-Ts' answers of the coming steps."""
+        recipe, loader, cache, networks = self.recipe, self.loader, self.cache, self.networks
+        own = views_of(recipe, self._images, maker(loader), self.seed)
+        digest = weights_of(networks, cache)
+        header = header_of(recipe, self.state.classes, loader.steps, self.seed, own, digest, cache)
+        return SltRecord(recipe, header, self.group, self.part, networks.main, loader.quarantine)
 
     def close(self) -> None:
         """Ends the loaders."""
@@ -107,6 +126,13 @@ class Classification:
 
     def check_teachers(self) -> dict[str, float]:
         """Evaluate the frozen teachers and print how good they are; ValueError at chance level."""
+        if self.slts is not None and self.group.first:
+            header, run = self.slts.header, self.recipe.run
+            epochs = run.stop_epoch or run.epochs
+            print(
+                f"SL-Ts {self.slts.folder}: {header.summary()}, {epochs} of {header.views} epochs",
+                flush=True,
+            )
         if self.cache is not None:
             if self.group.first:
                 print(f"teacher {self.cache.folder}: {self.cache.header.summary()}", flush=True)
@@ -139,8 +165,9 @@ class Classification:
             for found in self.group.all(self.loader.quarantine.found()):
                 self.loader.quarantine.take(found)
         batches = self.loader.epoch(self._view(epoch), start)
-        if self.cache is not None:
-            batches = answered(batches, self.loader, self.cache, epoch, start, self.part)
+        for recorded in (self.cache, self.slts):
+            if recorded is not None:
+                batches = answered(batches, self.loader, recorded, epoch, start, self.part)
         return on_device(batches, self.group.device)
 
     def images(self, epoch: int, number: int) -> list[str]:
@@ -154,17 +181,23 @@ class Classification:
 
     def _view(self, epoch: int) -> int:
         """The epoch of the plan that an epoch of the run sees."""
-        return epoch if self.cache is None else self.cache.epoch(epoch)
+        return epoch if self.views is None else epoch % self.views
 
     def step(self, batch: Batch) -> Terms:
         """Train on a batch with the numbers in the state: its detached 0-dim terms."""
         now = self.state.now
-        return self._step(now, batch.images, batch.target, batch.index, *batch.answers)
+        with self._recording(self.state.done):
+            return self._step(now, batch.images, batch.target, batch.index, *batch.answers)
 
     def evaluate(self) -> dict[str, float]:
         """Percent: top1 and top5 of the student; slt0_top1, ema_top1 and so on of the others."""
         self.state.average_batchnorm()
         return measure(self.networks, self.val.epoch(0), self.group)
+
+
+def weights_of(networks: Distiller, cache: Recorded | None) -> str:
+    """The digest of the teacher's weights, wherever its answers come from."""
+    return (networks.teacher_digest if cache is None else cache.header.digest) or ""
 
 
 def chance_level(classes: int) -> float:
@@ -180,20 +213,30 @@ def begin(
     labels: Tensor,
     sources: dict[str, str],
     cache: Recorded | None = None,
+    slts: RecordedSlts | None = None,
 ) -> tuple[Distiller, State]:
     """The networks of a recipe as they are before the first step, and the state of their run.
 
     `labels` are the training set's (images,); `cache` has the teacher's answers where the recipe
-    has one in place of the network.
+    has one in place of the network, `slts` those of its SL-Ts.
     """
     if cache is None and recipe.teacher is not None and recipe.teacher.cache is not None:
         raise ValueError(
             "teacher.cache: its answers are to the views of a run, and these batches are not; "
             "leave it out"
         )
+    if slts is None and recipe.slt is not None and recipe.slt.record is not None:
+        raise ValueError(
+            "slt.record: its answers are to the views of a run, and these batches are not; leave "
+            "it out"
+        )
     process.seed_weights(recipe.run.seed)
     recorded = None if cache is None else cache.header.form
-    networks = build(recipe, classes, group.device, labels, recorded)
+    fused = None if slts is None else slts.header.form
+    networks = build(recipe, classes, group.device, labels, recorded, fused)
+    if slts is not None:
+        slts.check_teacher(weights_of(networks, cache))
+        sources = sources | {"SL-Ts": slts.layout.digest}
     if cache is not None:
         networks.teacher_digest = cache.layout.digest
     if recipe.run.sync_batchnorm:

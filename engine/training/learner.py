@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -65,6 +66,10 @@ class Learner(nn.Module):
         self._average: tuple[EMA, ...] = ()
         self._features: Callable[[Outputs, Tensor], Terms] = method.features
         self.recorded: Form | None = None  # of the teacher's answers, where they are
+        # Where a run records its SL-Ts: what makes one of their logits and takes it, and within
+        # which they draw their random numbers.
+        self.fused: Callable[[list[Tensor]], Tensor] | None = None
+        self.apart: Callable[[], AbstractContextManager[None]] = nullcontext
 
     @property
     def deployed(self) -> nn.Module:
@@ -109,11 +114,11 @@ class Learner(nn.Module):
         target: Tensor,
         index: Tensor,
     ) -> Outputs:
-        out = replace(
-            taught,
-            student=self.student(made["student"]),
-            slts=[slt(made["slts"]) for slt in self.slts],
-        )
+        out = replace(taught, student=self.student(made["student"]))
+        if self.slts:
+            with self.apart():
+                out.slts = [slt(made["slts"]) for slt in self.slts]
+            out.fused = None if self.fused is None else self.fused(out.slts)
         if out.listed is not None:
             self._complete(out, out.listed)
         out.student_taps = self._taps[0].take()

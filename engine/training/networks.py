@@ -34,8 +34,10 @@ class Distiller(nn.Module):
         inputs: dict[str, Normalise],  # by role (see `role`); equal ones are one object
         amp: bool,
         recorded: Form | None = None,  # of the teacher's answers, which then come with the images
+        fused: Form | None = None,  # of the main learner's SL-Ts', which come behind them
     ) -> None:
         super().__init__()
+        self.fused = fused
         self.recorded = recorded
         for learner in learners.values():
             learner.recorded = recorded
@@ -126,12 +128,16 @@ class Distiller(nn.Module):
 
         `images` (N, 3, H, W) of 0..255, uint8 or float32, are on the networks' device; `target` are
         their labels (N,) int64, or class probabilities (N, C) where all methods take them; `index`
-        (N,) int64 their numbers in the training set, `answers` those of a recorded teacher.
+        (N,) int64 their numbers in the training set, `answers` those of a recorded teacher, behind
+        them those of recorded SL-Ts.
         """
         made = {inputs: inputs(images) for inputs in dict.fromkeys(self.inputs.values())}
         named = {name: made[inputs] for name, inputs in self.inputs.items()}
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self.amp):
-            taught = self._taught(named) if self.recorded is None else self._told(answers)
+            count = len(answers) - (self.fused.tensors if self.fused else 0)
+            taught = self._taught(named) if self.recorded is None else self._told(answers[:count])
+            if self.fused is not None:
+                taught.fused = self.fused.answer(answers[count:])
             found = {}
             for name, learner in self.learners.items():
                 roles = {own: role(name, own) for own in ("student", "slts")}

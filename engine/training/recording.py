@@ -18,16 +18,14 @@ from torch import Tensor
 from ..cache import header as headers
 from ..cache.forms import form_of
 from ..cache.header import Header
-from ..cache.shards import CacheError, look, write
+from ..cache.shards import look, write
 from ..data.loaders import Loader, make_loader
 from ..data.loaders.feed import on_device
 from ..data.loaders.ondevice import Mixing
-from ..data.plan import RECORD, key, keys, permutation, places
+from ..data.plan import RECORD, key, keys
 from ..methods.parts.labels import hard
 from ..recipe.load import Recipe
 from ..run.chain import trained
-from ..run.folder import flat
-from ..run.lease import NAME as LEASE
 from ..run.lease import held
 from . import process
 from .build import frozen
@@ -38,7 +36,7 @@ from .networks import Distiller
 from .peers import from_first, together
 from .process import settings
 from .ranks import Group, join
-from .recorded import views_of
+from .recorded import begun, out_of_use, views_of
 from .scalars import Scalars
 from .speed import settled
 from .start import train_once
@@ -89,7 +87,7 @@ def _record(recipe: Recipe, group: Group, folder: Path, told: Told) -> Header:
             if not first:
                 return False
             opened.enter_context(held(folder, group.world))
-            return _begun(folder, own)
+            return begun(folder, own, "out")
 
         own = Header(
             form=form,
@@ -140,22 +138,6 @@ def _numerics(recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def _begun(folder: Path, own: Header) -> bool:
-    """Whether this cache is begun in the folder. CacheError where another one is."""
-    if not (folder / headers.NAME).exists():
-        if left := sorted({path.name for path in folder.iterdir()} - {LEASE}):
-            raise CacheError(f"out = {folder}: not empty, it has {left[0]}; choose another folder")
-        return False
-    was, now = flat(headers.read(folder).key()), flat(own.key())
-    if drift := [f"{k}: {was.get(k)} -> {v}" for k, v in now.items() if was.get(k) != v]:
-        lines = "\n  ".join(drift)
-        raise CacheError(
-            f"out = {folder}: another cache is there (recorded -> asked for):\n  {lines}\n"
-            "undo that, or choose another folder"
-        )
-    return True
-
-
 class _Shards:
     """Makes the files of a cache, each alone: what is in one hangs on nothing before it."""
 
@@ -193,28 +175,11 @@ class _Shards:
             log_p = (logits.double() / (self.header.form.temperature or 1.0)).log_softmax(1)
             entropy -= float((log_p.exp() * log_p).nan_to_num(0.0).sum())
             made.append(self._rows(view, step, logits.cpu(), label.cpu()))
-        bad = self._unreadable(view, steps)
+        quarantine = self.loader.quarantine
+        found = quarantine.found()
+        bad = out_of_use(quarantine.manifest, found, self.header, self.data, view, steps)
         sums = {"right": float(right), "entropy": round(entropy, 3)}
         write(path, self.layout, view, np.concatenate(made), bad, sums)
-
-    def _unreadable(self, view: int, steps: range) -> dict[int, str]:
-        """The rows without which these steps had to do: those planned, and those on the way from
-        there to a readable one. Not what was found elsewhere, by chance of order."""
-        quarantine, data = self.loader.quarantine, self.data
-        batch, targets = self.header.batch, quarantine.manifest.target
-        order = permutation(self.header.seed, view, len(targets))
-        positions = np.arange(steps.start * batch, steps.stop * batch)
-        planned = order[places(positions, batch, data.repeats)]
-        found = quarantine.found()
-        bad: dict[int, str] = {}
-        for row in planned[np.isin(planned, list(found))].tolist():
-            own = np.flatnonzero(targets == targets[row])
-            start = int(np.searchsorted(own, row))
-            for other in np.roll(own, -start).tolist():
-                if other not in quarantine.bad:
-                    break
-                bad |= {other: found[other]} if other in found else {}
-        return bad
 
     def _rows(self, view: int, step: int, logits: Tensor, label: Tensor) -> NDArray[Any]:
         first = step * self.header.batch

@@ -29,6 +29,7 @@ from .loop import Loop
 from .peers import agree, from_first, named_failures, together
 from .process import settings
 from .ranks import Group, join
+from .slt_record import check_new
 from .speed import settled
 from .stop import Stopped
 from .task import Task
@@ -72,6 +73,8 @@ def train(recipe: AnyRecipe, out: str | Path | None = None, resume: Resume | Non
     def look() -> None:
         if group.first:
             check_folder(folder, recipe, goes_on)
+            if isinstance(recipe, Recipe) and not goes_on:
+                check_new(recipe)
             if (folder / RECIPE).exists():
                 read_run(folder)  # whose files are whole, or the page could not be made at the end
 

@@ -55,6 +55,20 @@ class Quarantine(Protocol):
         """Take out of use what was found elsewhere."""
 
 
+class Record(Protocol):
+    """What a run writes beside its checkpoints, step by step, and goes on with from them."""
+
+    def flush(self) -> None:
+        """Have what was recorded until now on the disk, before a checkpoint is."""
+
+    def finish(self, done: int, unreadable: list[dict[int, str]]) -> None:
+        """What every process has flushed is that of the first `done` steps; with the images that
+        each has found unreadable."""
+
+    def rewind(self, done: int) -> None:
+        """Forget what lies behind the first `done` steps; all processes call it."""
+
+
 class State:
     """Networks, optimisers, meters, and how far the run is."""
 
@@ -74,6 +88,7 @@ class State:
         self.meters = Meters(group, recipe.optim.skips)
         self.now = Scalars(group.device)  # of the step at hand
         self.quarantine: Quarantine | None = None  # where the training images have one
+        self.record: Record | None = None  # of a run that has one
         self.done = 0  # finished steps
         self.results: dict[str, dict[str, float]] = {}  # the best and the last evaluation
         self.losses: list[float] = []  # of the last log records
@@ -120,6 +135,8 @@ class State:
         steps before it, or the weights, are not finite.
         """
         whole = name != checkpoint.BEST
+        if whole and self.record is not None:
+            self.record.flush()
         own = [value.clone() for value in self._statistics()]
         self.average_batchnorm()
         self.meters.check()
@@ -148,6 +165,8 @@ class State:
             write(folder, name, state, facts, keep=self.recipe.run.keep, best=best)
         for value, was in zip(self._statistics(), own, strict=True):
             value.copy_(was)
+        if whole and self.record is not None:  # all have met since they flushed
+            self.record.finish(self.done, state["unreadable"])
 
     def restore(self, folder: Path, before: int | None = None) -> list[str]:
         """Go on from the newest checkpoint that is good to the first process, if there is one;
@@ -164,6 +183,8 @@ class State:
         own = together(group, doing, find)
         chosen = from_first(group, own and [own.path.name, *own.skipped], doing)
         if chosen is None:
+            if self.record is not None and before is None:
+                self.record.rewind(self.done)
             return []
         found = together(group, doing, lambda: self._read(folder, *chosen, found=own))
         state, facts = found.state, found.facts
@@ -185,6 +206,8 @@ class State:
         self.meters.faults.load_state_dict(faults[min(group.rank, len(faults) - 1)])
         self.done, self.results = facts["step"], facts["results"]
         self.losses, self.went_back = facts.get("losses", []), facts.get("went_back")
+        if self.record is not None:
+            self.record.rewind(self.done)
         return resume.notes(found, self.machine)
 
     def go_back(self, folder: Path, step: int) -> list[str]:

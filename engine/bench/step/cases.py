@@ -128,7 +128,9 @@ def alone(base: Recipe, role: str) -> Recipe:
         network = base.slt or base.teacher.model_copy(update={"checkpoint": None})
     none: dict[str, Any] = {"teacher": None, "slt": None, "assistants": (), "also": {}}
     run = kept(base.run, "slts" if role == "slt" else role)
-    return changed(base, method={"name": "ce"}, student=network.model_dump(), run=run, **none)
+    return changed(
+        base, method={"name": "ce"}, student=network.model_dump(exclude={"record"}), run=run, **none
+    )
 
 
 def kept(run: Run, *roles: str) -> dict[str, Any]:

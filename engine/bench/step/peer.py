@@ -69,7 +69,7 @@ def networks_of(case: Case) -> tuple[nn.Module, nn.Module | None, list[nn.Module
 
     seed_weights(recipe.run.seed)
     student = make(recipe.student)
-    slt = recipe.slt
+    slt: Network | None = recipe.slt
     if slt is None and recipe.teacher is not None:
         slt = recipe.teacher.model_copy(update={"checkpoint": None})
     slts = [make(slt) for _ in range(recipe.method.slt_count) if slt is not None]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated, ClassVar
 
 from pydantic import Field, model_validator
+from torch import Tensor
 
 from ..method import Method
 
@@ -29,6 +30,12 @@ class SelfLearning(Method):
     @property
     def takes_soft_labels(self) -> bool:
         return True
+
+    def fuse(self, slts: list[Tensor]) -> Tensor:
+        """(N, C) float32: the mean of the SL-Ts' logits, weighted by `fusion`."""
+        weights = self.fusion or [1 / len(slts)] * len(slts)
+        first, *rest = (w * slt.float() for w, slt in zip(weights, slts, strict=True))
+        return sum(rest, start=first)
 
     @model_validator(mode="after")
     def _fusion_is_a_mean(self) -> SelfLearning:
