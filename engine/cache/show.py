@@ -34,8 +34,12 @@ def lines(folder: Path) -> list[str]:
     }[form.form]
     if form.label and form.form != "full":
         settings += ", the label's probability exact"
+    whose = f"teacher         {' and '.join(header.teachers)} ({header.digest[:12]})"
+    if header.slts is not None:
+        slts = f"{len(header.teachers)} x {header.teachers[0]}"
+        whose = f"SL-Ts           {slts}, fused, of the teacher {header.digest[:12]}"
     found = [
-        f"teacher         {' and '.join(header.teachers)} ({header.digest[:12]})",
+        whose,
         f"form            {form.form}: {settings}",
         f"temperature     {'any' if form.temperature is None else f'{form.temperature:g}'}",
         f"views           {header.views} of {images} images, in batches of {header.batch}",

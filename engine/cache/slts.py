@@ -36,6 +36,27 @@ class RecordedSlts(Recorded):
         assert self.header.slts is not None
         return self.header.slts["again"]
 
+    def summary(self, epochs: int) -> str:
+        """In a line: what it is, and how many epochs of it a run learns from."""
+        views = self.header.views
+        return f"SL-Ts {self.folder}: {self.header.summary()}, {epochs} of {views} epochs"
+
+    def check_cache(self, cache: Recorded, epochs: int) -> None:
+        """Raise CacheError where so many epochs of a teacher's cache are of other views."""
+        seed, of_cache = self.header.seed, cache.header.seed
+        if seed != of_cache:
+            raise CacheError(
+                f"slt.record: {self.folder} has the views of seed {seed}, and teacher.cache "
+                f"{cache.folder} those of {of_cache}; record both under one run.seed"
+            )
+        again = self.again or self.header.views
+        if any(cache.epoch(epoch) != epoch % again for epoch in range(epochs)):
+            raise CacheError(
+                f"slt.record: the views of {self.folder} begin again after {again} epochs, and "
+                f"those of teacher.cache {cache.folder} after {cache.header.views}; take the cache "
+                "that the SL-Ts learned from, or one of as many views as there are epochs"
+            )
+
     def check_teacher(self, digest: str) -> None:
         """Raise CacheError unless its SL-Ts learned from the teacher of these weights."""
         if self.header.digest != digest:

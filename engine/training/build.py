@@ -34,6 +34,12 @@ def build(
     random weights are those that it would have alone. Raises ValueError and FileNotFoundError as
     `create` does.
     """
+    replayed = recipe.slt is not None and recipe.slt.record is not None
+    if replayed and fused is None and labels is not None:
+        raise ValueError(
+            "slt.record: its answers are to the views of a run, and these batches are not; leave "
+            "it out"
+        )
     seed = torch.random.get_rng_state()
     data, run, ema = recipe.data, recipe.run, recipe.optim.ema
     layout = torch.channels_last if run.channels_last else torch.contiguous_format

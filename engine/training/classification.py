@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..cache.forms import Form
 from ..cache.replay import Recorded
-from ..cache.slts import RecordedSlts
 from ..data.batch import Batch
 from ..data.loaders import make_loader
 from ..data.loaders.feed import on_device
@@ -30,8 +30,8 @@ from .networks import Distiller
 from .optim import build_optimizers
 from .peers import together
 from .ranks import Group
-from .recorded import answered, opened, opened_record, planned, views_of
-from .slt_record import SltRecord, header_of
+from .recorded import Told, views_of
+from .slt_record import slt_record
 from .state import State
 from .step import Step
 
@@ -45,8 +45,8 @@ class Classification:
         """Raises ValueError and FileNotFoundError for data and networks that do not fit."""
         self.recipe, self.group = recipe, group
         with ExitStack() as held:
-            self.cache = together(group, "opening teacher.cache", lambda: opened(recipe))
-            self.slts = together(group, "opening slt.record", lambda: opened_record(recipe))
+            self.told = together(group, "opening what was recorded", lambda: Told(recipe))
+            self.cache = self.told.cache
             sets = open_splits(recipe, group)
             doing = "making loaders and networks"
             self.networks, self.state = together(group, doing, lambda: self._make(held, *sets))
@@ -54,8 +54,10 @@ class Classification:
             self._images = sets[0]
             self._recording: Callable[[int], AbstractContextManager[Any]] = nullcontext
             if recipe.run.record is not None:
-                record = held.enter_context(self._record())
-                self.state.record, self._recording = record, record.step
+                network, to = self.networks, self.loader
+                record = slt_record(recipe, group, self.part, self.told, network, to, sets[0])
+                self.state.record = held.enter_context(record)
+                self._recording = record.step
             self._opened = held.pop_all()
         self.steps = self.loader.steps
         self.facts: dict[str, Any] = {
@@ -71,10 +73,9 @@ class Classification:
         """What needs no other process: the loaders, the networks and their state."""
         recipe, group, run, data = self.recipe, self.group, self.recipe.run, self.recipe.data
         cache, part = self.cache, part_of(recipe, group)
-        self.part, (self.seed, views) = part, planned(recipe, cache, self.slts)
-        self.views = views
+        self.part, self.seed, told = part, self.told.seed, self.told
         make = partial(make_loader, seed=self.seed, device=group.device)
-        loader = make(train_set, data, run.batch, train=True, part=part, views=views)
+        loader = make(train_set, data, run.batch, train=True, part=part, views=told.views)
         self.loader = held.enter_context(closing(loader))
         eval_part = group.part(run.eval_batch, "run.eval_batch")
         val = make(val_set, data, run.eval_batch, train=False, part=eval_part)
@@ -97,23 +98,13 @@ class Classification:
             sources["mixed images"] = "pairs"  # as ondevice.partners; it was another way once
         classes = len(train_set.classes)
         self.mixing = Mixing(data, classes, len(part), self.seed)
-        own = views_of(recipe, train_set, maker(self.loader), self.seed)
-        for recorded in (cache, self.slts):
-            if recorded is not None:
-                recorded.check(own)
-                self.loader.quarantine.take(recorded.unreadable)
-        if run.record is not None:
-            sources["SL-Ts"] = "recorded"  # which takes another path to the loss
+        told.check(views_of(recipe, train_set, maker(self.loader), self.seed))
+        self.loader.quarantine.take(told.unreadable)
+        sources |= told.sources()
         labels = torch.from_numpy(train_set.target)
-        return begin(recipe, group, classes, labels, sources, cache, self.slts)
-
-    def _record(self) -> SltRecord:
-        """What takes the SL-Ts' answers of the coming steps."""
-        recipe, loader, cache, networks = self.recipe, self.loader, self.cache, self.networks
-        own = views_of(recipe, self._images, maker(loader), self.seed)
-        digest = weights_of(networks, cache)
-        header = header_of(recipe, self.state.classes, loader.steps, self.seed, own, digest, cache)
-        return SltRecord(recipe, header, self.group, self.part, networks.main, loader.quarantine)
+        made = begin(recipe, group, classes, labels, sources, cache, told.fused)
+        told.check_teacher(made[0])
+        return made
 
     def close(self) -> None:
         """Ends the loaders."""
@@ -126,13 +117,8 @@ class Classification:
 
     def check_teachers(self) -> dict[str, float]:
         """Evaluate the frozen teachers and print how good they are; ValueError at chance level."""
-        if self.slts is not None and self.group.first:
-            header, run = self.slts.header, self.recipe.run
-            epochs = run.stop_epoch or run.epochs
-            print(
-                f"SL-Ts {self.slts.folder}: {header.summary()}, {epochs} of {header.views} epochs",
-                flush=True,
-            )
+        if self.told.slts is not None and self.group.first:
+            print(self.told.slts.summary(self.told.epochs), flush=True)
         if self.cache is not None:
             if self.group.first:
                 print(f"teacher {self.cache.folder}: {self.cache.header.summary()}", flush=True)
@@ -165,9 +151,7 @@ class Classification:
             for found in self.group.all(self.loader.quarantine.found()):
                 self.loader.quarantine.take(found)
         batches = self.loader.epoch(self._view(epoch), start)
-        for recorded in (self.cache, self.slts):
-            if recorded is not None:
-                batches = answered(batches, self.loader, recorded, epoch, start, self.part)
+        batches = self.told.answered(batches, self.loader, epoch, start, self.part)
         return on_device(batches, self.group.device)
 
     def images(self, epoch: int, number: int) -> list[str]:
@@ -181,7 +165,7 @@ class Classification:
 
     def _view(self, epoch: int) -> int:
         """The epoch of the plan that an epoch of the run sees."""
-        return epoch if self.views is None else epoch % self.views
+        return epoch if self.told.views is None else epoch % self.told.views
 
     def step(self, batch: Batch) -> Terms:
         """Train on a batch with the numbers in the state: its detached 0-dim terms."""
@@ -193,11 +177,6 @@ class Classification:
         """Percent: top1 and top5 of the student; slt0_top1, ema_top1 and so on of the others."""
         self.state.average_batchnorm()
         return measure(self.networks, self.val.epoch(0), self.group)
-
-
-def weights_of(networks: Distiller, cache: Recorded | None) -> str:
-    """The digest of the teacher's weights, wherever its answers come from."""
-    return (networks.teacher_digest if cache is None else cache.header.digest) or ""
 
 
 def chance_level(classes: int) -> float:
@@ -213,30 +192,21 @@ def begin(
     labels: Tensor,
     sources: dict[str, str],
     cache: Recorded | None = None,
-    slts: RecordedSlts | None = None,
+    fused: Form | None = None,
 ) -> tuple[Distiller, State]:
     """The networks of a recipe as they are before the first step, and the state of their run.
 
     `labels` are the training set's (images,); `cache` has the teacher's answers where the recipe
-    has one in place of the network, `slts` those of its SL-Ts.
+    has one in place of the network, `fused` is the form of its SL-Ts' where it has a record.
     """
     if cache is None and recipe.teacher is not None and recipe.teacher.cache is not None:
         raise ValueError(
             "teacher.cache: its answers are to the views of a run, and these batches are not; "
             "leave it out"
         )
-    if slts is None and recipe.slt is not None and recipe.slt.record is not None:
-        raise ValueError(
-            "slt.record: its answers are to the views of a run, and these batches are not; leave "
-            "it out"
-        )
     process.seed_weights(recipe.run.seed)
     recorded = None if cache is None else cache.header.form
-    fused = None if slts is None else slts.header.form
     networks = build(recipe, classes, group.device, labels, recorded, fused)
-    if slts is not None:
-        slts.check_teacher(weights_of(networks, cache))
-        sources = sources | {"SL-Ts": slts.layout.digest}
     if cache is not None:
         networks.teacher_digest = cache.layout.digest
     if recipe.run.sync_batchnorm:

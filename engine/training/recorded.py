@@ -11,6 +11,7 @@ import numpy as np
 
 from ..cache import header as headers
 from ..cache.fits import refusal
+from ..cache.forms import Form
 from ..cache.header import ELSEWHERE, Header
 from ..cache.replay import Recorded
 from ..cache.shards import CacheError
@@ -24,14 +25,77 @@ from ..recipe.data import Data
 from ..recipe.load import Recipe
 from ..run.folder import flat
 from ..run.lease import NAME as LEASE
+from .networks import Distiller
 
 
-def opened(recipe: Recipe) -> Recorded | None:
-    """The cache of a recipe's teacher, None without one.
+class Told:
+    """What a run has recorded answers of, in place of networks that run: its teacher, its SL-Ts."""
 
-    Raises CacheError for one that is not whole, of another teacher, or in a form that one of the
-    methods cannot learn from.
-    """
+    def __init__(self, recipe: Recipe) -> None:
+        """Raises CacheError for what is not whole, of another teacher or method, in a form that one
+        of the methods cannot learn from, or of other views than the rest."""
+        run = recipe.run
+        self.epochs = run.stop_epoch or run.epochs
+        self.cache, self.slts = _cache(recipe), _slts(recipe, self.epochs)
+        self.recording = run.record is not None
+        # Of the plan: its seed, and the epochs after which its views come again; None: never.
+        self.seed: int = run.seed
+        self.views: int | None = None
+        if self.cache is not None:
+            self.seed, self.views = self.cache.header.seed, self.cache.header.views
+        if self.slts is not None:
+            if self.cache is not None:
+                self.slts.check_cache(self.cache, self.epochs)
+            self.seed, self.views = self.slts.header.seed, self.slts.again
+
+    def each(self) -> Iterator[Recorded]:
+        """In the order in which their answers come with the images."""
+        yield from (found for found in (self.cache, self.slts) if found is not None)
+
+    @property
+    def fused(self) -> Form | None:
+        """The form of the SL-Ts' answers."""
+        return None if self.slts is None else self.slts.header.form
+
+    @property
+    def unreadable(self) -> dict[int, str]:
+        """Rows of the training set that were unreadable when anything was recorded."""
+        return {row: why for found in self.each() for row, why in found.unreadable.items()}
+
+    def sources(self) -> dict[str, str]:
+        """What a resumed run must have again, by name."""
+        if self.slts is not None:
+            return {"SL-Ts": self.slts.layout.digest}
+        return {"SL-Ts": "recorded"} if self.recording else {}  # by another way to the loss
+
+    def weights(self, networks: Distiller) -> str:
+        """The digest of the teacher's weights, wherever its answers come from."""
+        cache = self.cache
+        return (networks.teacher_digest if cache is None else cache.header.digest) or ""
+
+    def check(self, views: Mapping[str, Any]) -> None:
+        """Raise CacheError unless everything is of these views (see `views_of`)."""
+        for found in self.each():
+            found.check(views)
+
+    def check_teacher(self, networks: Distiller) -> None:
+        """Raise CacheError where the SL-Ts learned from another teacher."""
+        if self.slts is not None:
+            self.slts.check_teacher(self.weights(networks))
+
+    def answered(
+        self, batches: Iterator[Batch], loader: Loader, epoch: int, start: int, part: range
+    ) -> Iterator[Batch]:
+        """The batches of an epoch from step `start`, each with the answers to its images.
+
+        Raises CacheError for an image that can no longer be read: the answer in its place is to it.
+        """
+        for found in self.each():
+            batches = answered(batches, loader, found, epoch, start, part)
+        return batches
+
+
+def _cache(recipe: Recipe) -> Recorded | None:
     teacher = recipe.teacher
     if teacher is None or teacher.cache is None:
         return None
@@ -49,41 +113,12 @@ def opened(recipe: Recipe) -> Recorded | None:
     return found
 
 
-def opened_record(recipe: Recipe) -> RecordedSlts | None:
-    """The record of a recipe's SL-Ts, None without one.
-
-    Raises CacheError for one that is not whole, of another method, or of fewer epochs.
-    """
+def _slts(recipe: Recipe, epochs: int) -> RecordedSlts | None:
     if recipe.slt is None or recipe.slt.record is None:
         return None
-    found, run = RecordedSlts(recipe.slt.record), recipe.run
-    found.check_run(recipe.method, recipe.slt.name, run.stop_epoch or run.epochs)
+    found = RecordedSlts(recipe.slt.record)
+    found.check_run(recipe.method, recipe.slt.name, epochs)
     return found
-
-
-def planned(
-    recipe: Recipe, cache: Recorded | None, record: RecordedSlts | None
-) -> tuple[int, int | None]:
-    """The seed of a run's plan, and the epochs after which its first views come again (None:
-    never). CacheError where a cache and a record are of different views."""
-    run = recipe.run
-    if record is None:
-        return (run.seed, None) if cache is None else (cache.header.seed, cache.header.views)
-    if cache is not None:
-        of_cache, of_record = cache.header.seed, record.header.seed
-        if of_cache != of_record:
-            raise CacheError(
-                f"slt.record: {record.folder} has the views of seed {of_record}, and teacher.cache "
-                f"{cache.folder} those of {of_cache}; record both under one run.seed"
-            )
-        epochs, again = run.stop_epoch or run.epochs, record.again or record.header.views
-        if any(cache.epoch(epoch) != epoch % again for epoch in range(epochs)):
-            raise CacheError(
-                f"slt.record: the views of {record.folder} begin again after {again} epochs, and "
-                f"those of teacher.cache {cache.folder} after {cache.header.views}; take the cache "
-                "that the SL-Ts learned from, or one of as many views as there are epochs"
-            )
-    return record.header.seed, record.again
 
 
 def begun(folder: Path, own: Header, key: str) -> bool:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,56 +17,60 @@ from ..cache import header as headers
 from ..cache.forms import form_of
 from ..cache.growing import Growing
 from ..cache.header import Header
-from ..cache.replay import Recorded
+from ..data.loaders import Loader
+from ..data.manifest import Manifest
 from ..data.plan import RECORD, SLTS, key, keys
 from ..data.quarantine import Quarantine
 from ..methods.parts.self_learning import SelfLearning
 from ..recipe.load import Recipe
 from ..run.lease import Lease, held
+from .inputs import maker
 from .learner import Learner
 from .meters import Diverged
+from .networks import Distiller
 from .peers import together
 from .ranks import Group
-from .recorded import begun, out_of_use
+from .recorded import Told, begun, out_of_use, views_of
 
 OPENING = "opening run.record"
 
 
-def check_new(recipe: Recipe) -> None:
-    """Raise ValueError where another run has begun the record that this one is to begin."""
+def check_new(recipe: Recipe, out: Path) -> None:
+    """Raise ValueError where a run that begins in `out` cannot begin its record."""
     folder = recipe.run.record
-    if folder is not None and (folder / headers.NAME).exists():
+    if folder is None:
+        return
+    if folder.resolve() == out.resolve():
+        raise ValueError(f"run.record: {folder} is the run's own folder; choose another")
+    if (folder / headers.NAME).exists():
         raise ValueError(
             f"run.record: {folder} has a record already; go on with the run that began it "
             "(resume=true), or choose another folder"
         )
 
 
-def header_of(
+def slt_record(
     recipe: Recipe,
-    classes: int,
-    steps: int,
-    seed: int,
-    views: Mapping[str, Any],
-    digest: str,
-    cache: Recorded | None,
-) -> Header:
-    """What a run's record is of.
-
-    `steps` of an epoch, `seed` of the plan, `views` as recorded.views_of, `digest` of the teacher's
-    weights, `cache` where its answers come from one. ValueError for a form that does not fit.
-    """
+    group: Group,
+    part: range,
+    told: Told,
+    networks: Distiller,
+    loader: Loader,
+    images: Manifest,
+) -> SltRecord:
+    """What takes what the SL-Ts of a recipe's own student say in the coming steps; all processes
+    call it. ValueError for a form that does not fit the data."""
     run, method, network = recipe.run, recipe.method, recipe.slt or recipe.teacher
     assert network is not None
-    epochs = run.stop_epoch or run.epochs
-    wraps = cache is not None and cache.header.views < epochs
-    return Header(
-        form=form_of(recipe.cache, classes, getattr(method, "temperature", None)),
-        views=epochs,
-        steps=steps,
-        seed=seed,
+    cache = told.cache
+    wraps = cache is not None and cache.header.views < told.epochs
+    header = Header(
+        form=form_of(recipe.cache, len(images.classes), getattr(method, "temperature", None)),
+        views=told.epochs,
+        steps=loader.steps,
+        seed=told.seed,
         teachers=(network.name,) * method.slt_count,
-        digest=digest,
+        digest=told.weights(networks),
         numerics={
             "amp": run.amp,
             "tf32": run.tf32,
@@ -80,10 +84,11 @@ def header_of(
             "normalize": network.normalize and network.normalize.model_dump(mode="json"),
             "epochs": run.epochs,
             "seed": run.seed,
-            "again": cache.header.views if wraps and cache else None,
+            "again": cache.header.views if cache is not None and wraps else None,
         },
-        **views,
+        **views_of(recipe, images, maker(loader), told.seed),
     )
+    return SltRecord(recipe, header, group, part, networks.main, loader.quarantine)
 
 
 class SltRecord:

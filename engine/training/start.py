@@ -74,7 +74,7 @@ def train(recipe: AnyRecipe, out: str | Path | None = None, resume: Resume | Non
         if group.first:
             check_folder(folder, recipe, goes_on)
             if isinstance(recipe, Recipe) and not goes_on:
-                check_new(recipe)
+                check_new(recipe, folder)
             if (folder / RECIPE).exists():
                 read_run(folder)  # whose files are whole, or the page could not be made at the end
 

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from ..recipe.load import AnyRecipe
 from ..run import checkpoint, resume
 from . import process
+from .beside import Record
 from .ema import AVERAGED, EMA
 from .faults import Faults
 from .identity import digest
@@ -53,20 +54,6 @@ class Quarantine(Protocol):
 
     def take(self, found: Mapping[int, str]) -> None:
         """Take out of use what was found elsewhere."""
-
-
-class Record(Protocol):
-    """What a run writes beside its checkpoints, step by step, and goes on with from them."""
-
-    def flush(self) -> None:
-        """Have what was recorded until now on the disk, before a checkpoint is."""
-
-    def finish(self, done: int, unreadable: list[dict[int, str]]) -> None:
-        """What every process has flushed is that of the first `done` steps; with the images that
-        each has found unreadable."""
-
-    def rewind(self, done: int) -> None:
-        """Forget what lies behind the first `done` steps; all processes call it."""
 
 
 class State:

@@ -31,7 +31,7 @@ from kdfuse.engine.training.ranks import join
 from kdfuse.engine.training.recording import record
 from kdfuse.engine.training.start import train
 
-pytestmark = pytest.mark.slow(40)
+pytestmark = pytest.mark.slow(60)
 
 STEPS = 10
 SLKD = {"name": "slkd", "slts": 2, "fusion": [0.25, 0.75]}
@@ -461,6 +461,29 @@ def test_two_processes_write_one_record_and_one_goes_on_with_it(digits, tmp_path
         assert one["fused_kd"] == pytest.approx(other["fused_kd"], rel=1e-5)
 
 
+def test_steps_that_a_run_goes_back_behind_are_recorded_anew(
+    digits, recorded, tmp_path, monkeypatch
+):
+    """The student's logits are infinite in three steps in a row, once; the SL-Ts' are not."""
+    step, left = Classification.step, {6, 7, 8}
+
+    def broken(self, batch):
+        factor = torch.inf if self.state.done + 1 in left else 1.0
+        left.discard(self.state.done + 1)
+        student = self.networks.main.student
+        handle = student.register_forward_hook(lambda _, x, out: out * factor)
+        try:
+            return step(self, batch)
+        finally:
+            handle.remove()
+
+    monkeypatch.setattr(Classification, "step", broken)
+    recipe = recipe_of(digits, optim={"skip_limit": 2}, run={"checkpoint_every": 2, "keep": 9})
+    run = train(recording(recipe, tmp_path / "said"), tmp_path / "run")
+    assert "the run goes back, once" in (run / "log.jsonl").read_text()
+    assert files_of(tmp_path / "said") == files_of(recorded() / "said")
+
+
 def test_a_full_disk_ends_the_run_and_loses_nothing(digits, recorded, tmp_path):
     with small_disk(tmp_path / "disk", 1 << 20) as disk:
         recipe = recipe_of(digits, run={"checkpoint_every": 3})
@@ -496,6 +519,15 @@ def test_a_folder_with_something_else_is_refused(digits, tmp_path):
     (tmp_path / "said" / "file").write_text("mine")
     with pytest.raises(CacheError, match=r"run.record = .* not empty, it has file"):
         train(recording(recipe_of(digits), tmp_path / "said"), tmp_path / "run")
+    with pytest.raises(ValueError, match="run.record: .*run is the run's own folder"):
+        train(recording(recipe_of(digits), tmp_path / "run"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_caches_of_teachers_are_as_they_were(digits, tmp_path):
+    """What is new in the header of a record is not in theirs, whose files name its digest."""
+    record(recipe_of(digits, cache={"views": 1}), tmp_path / "cache")
+    assert "slts" not in json.loads((tmp_path / "cache" / "cache.json").read_text())
 
 
 def test_damage_is_named(digits, recorded, kd, tmp_path):
