@@ -35,13 +35,15 @@ def lines(folder: Path) -> list[str]:
     if form.label and form.form != "full":
         settings += ", the label's probability exact"
     whose = f"teacher         {' and '.join(header.teachers)} ({header.digest[:12]})"
+    temperature = form.temperature
     if header.slts is not None:
+        temperature = header.slts["method"]["temperature"]
         slts = f"{len(header.teachers)} x {header.teachers[0]}"
         whose = f"SL-Ts           {slts}, fused, of the teacher {header.digest[:12]}"
     found = [
         whose,
         f"form            {form.form}: {settings}",
-        f"temperature     {'any' if form.temperature is None else f'{form.temperature:g}'}",
+        f"temperature     {'any' if temperature is None else f'{temperature:g}'}",
         f"views           {header.views} of {images} images, in batches of {header.batch}",
         f"files           {there} of {len(places)}",
         f"size            {size:,} bytes, {size / max(views, 1):.2f} a view",

@@ -20,11 +20,12 @@ from kdfuse.engine.cache import shards
 from kdfuse.engine.cache.forms import Form
 from kdfuse.engine.cache.shards import CacheError
 from kdfuse.engine.cache.slts import RecordedSlts
+from kdfuse.engine.data.sources import open_source
 from kdfuse.engine.methods import METHODS, Outputs
 from kdfuse.engine.models import create
 from kdfuse.engine.recipe.load import Recipe
 from kdfuse.engine.run.checkpoint import load
-from kdfuse.engine.training import slt_record
+from kdfuse.engine.training import classification, slt_record
 from kdfuse.engine.training.classification import Classification
 from kdfuse.engine.training.meters import Diverged
 from kdfuse.engine.training.ranks import join
@@ -514,6 +515,30 @@ def test_logits_that_are_not_finite_are_not_recorded(digits, tmp_path, monkeypat
     RecordedSlts(tmp_path / "said")
 
 
+def test_an_image_that_could_not_be_read_stays_out(digits, tmp_path, monkeypatch):
+    """One that is cut behind the listing of all of them."""
+    root = tmp_path / "digits"
+    shutil.copytree(digits, root)
+    recipe = recipe_of(root, data={"bad_images": 5})
+    path = root / open_source(recipe.data, "train").name(3)
+    whole, make = path.read_bytes(), classification.make_loader
+
+    def made(*given, **options):
+        path.write_bytes(whole[:90])
+        return make(*given, **options)
+
+    monkeypatch.setattr(classification, "make_loader", made)
+    with pytest.warns(UserWarning, match=path.name):
+        train(recording(recipe, tmp_path / "said"), tmp_path / "live")
+    monkeypatch.setattr(classification, "make_loader", make)
+    path.write_bytes(whole)
+    assert list(RecordedSlts(tmp_path / "said").unreadable) == [3]
+    says = [b'"unreadable": {"3": ' in p.read_bytes() for p in tmp_path.rglob("*.shard")]
+    assert says.count(True) == 2 and len(says) == 6
+    train(replaying(recipe, tmp_path / "said"), tmp_path / "run")
+    assert_same(last(tmp_path / "run")[0]["student"], last(tmp_path / "live")[0]["student"])
+
+
 def test_a_folder_with_something_else_is_refused(digits, tmp_path):
     (tmp_path / "said").mkdir()
     (tmp_path / "said" / "file").write_text("mine")
@@ -535,6 +560,7 @@ def test_damage_is_named(digits, recorded, kd, tmp_path):
     shutil.copytree(recorded() / "said", folder)
     done = kd("cache", "show", folder)
     assert done.code == 0 and f"slt.record={folder}" in done.out, done.err
+    assert "2 x resnet8, fused" in done.out and "temperature     4\n" in done.out
     assert kd("cache", "check", folder).code == 0
     path = folder / "view-00001" / "00001.shard"
     held = path.read_bytes()
