@@ -1,11 +1,12 @@
 """The files of a record that grows: whatever is forgotten and written again, in whatever parts."""
 
 import random
+from contextlib import suppress
 
 import numpy as np
 import pytest
 
-from kdfuse.engine.cache import shards
+from kdfuse.engine.cache import growing, shards
 from kdfuse.engine.cache.growing import Growing
 from kdfuse.engine.cache.shards import CacheError, Layout, look, rows_of, verify
 
@@ -39,7 +40,7 @@ def put(all_of_them, step, course):
         one.put(step, rows(step, course)[one.part.start : one.part.stop])
 
 
-def checkpoint(all_of_them, done):
+def flushed(all_of_them, done):
     for one in all_of_them:
         one.flush()
     all_of_them[0].finish(done, none)
@@ -56,25 +57,48 @@ def steps_of(folder):
     return found
 
 
+class Killed(Exception):
+    """The process ended here."""
+
+
 @pytest.mark.parametrize("seed", range(20))
-def test_a_record_is_of_the_last_course_however_often_it_was_begun_again(seed, tmp_path):
-    """Killed at any step, with any rows behind the last checkpoint on the disk or not, and gone on
-    with from any checkpoint by any number of processes."""
+def test_a_record_is_of_the_last_course_however_often_it_was_begun_again(
+    seed, tmp_path, monkeypatch
+):
+    """Killed at any step, or before or behind any change of the files, with any rows behind the
+    last checkpoint on the disk or not, and gone on with from any checkpoint by any number of
+    processes."""
     chance = random.Random(seed)
-    course, done, wanted, total = 0, 0, {}, VIEWS * STEPS
-    while done < total:
-        now = processes(tmp_path, chance.choice(list(WORLDS)))
-        now[0].rewind(done, none)
-        saved, ends = [done], chance.randint(done + 1, total + 6)
-        for step in range(done, min(ends, total)):
-            put(now, step, course)
-            wanted[step] = course
-            if chance.random() < 0.4 or step + 1 == total:
-                checkpoint(now, step + 1)
-                saved.append(step + 1)
+
+    def deadly(work):
+        def done(*given):
+            for act in (lambda: None, lambda: work(*given)):
+                act()
+                if chance.random() < 0.03:
+                    raise Killed
+
+        return done
+
+    for name in ("write", "_remove"):
+        monkeypatch.setattr(growing, name, deadly(getattr(growing, name)))
+    course, done, wanted, total, ended = 0, 0, {}, VIEWS * STEPS, False
+    while not ended:
+        now, saved = processes(tmp_path, chance.choice(list(WORLDS))), [done]
+        ends = chance.randint(done + 1, total + 6)
+        with suppress(Killed):
+            now[0].rewind(done, none)
+            for step in range(done, min(ends, total)):
+                put(now, step, course)
+                wanted[step] = course
+                if chance.random() < 0.4 or step + 1 == total:
+                    for one in now:
+                        one.flush()
+                    saved.append(step + 1)  # by a thread, while the files are made
+                    now[0].finish(step + 1, none)
+            ended = ends >= total
         for one in now:
             one.drop()
-        done = saved[-1] if ends > total else chance.choice(saved[-2:])
+        done = chance.choice(saved[-2:])
         course += 1
     found = steps_of(tmp_path)
     assert len(found) == total
@@ -87,7 +111,7 @@ def test_what_is_lost_before_a_checkpoint_is_named(tmp_path):
     now = processes(tmp_path, 2)
     for step in range(4):
         put(now, step, 0)
-    checkpoint(now, 4)
+    flushed(now, 4)
     for step in (4, 5, 6, 7):
         put(now, step, 0)
     for one in now:

@@ -110,13 +110,16 @@ def steps_of(run):
         {"data": {"mixup": 0.4, "cutmix": 1.0}, "run": {"accumulate": 2}},
         {"method": {"teachers": "slts"}},
         # Both draw random numbers in each step.
-        {"student": {"name": "torchvision:squeezenet1_1"}, "slt": {"name": "torchvision:alexnet"}},
+        {
+            "student": {"name": "torchvision:squeezenet1_1"},
+            "slt": {"name": "torchvision:squeezenet1_1"},
+        },
     ],
     ids=["plain", "mixed", "slts", "dropout"],
 )
 def test_a_student_ends_with_the_bytes_of_the_live_slts(changes, digits, tmp_path):
     if "student" in changes:
-        changes = changes | {"data": {"size": 64}, "optim": {"lr": 1e-3}}
+        changes = changes | {"data": {"size": 32}, "optim": {"lr": 1e-3}}
     recipe = recipe_of(digits, **changes)
     record(recipe, tmp_path / "cache")
     live = train(recording(recipe, tmp_path / "said"), tmp_path / "live")
