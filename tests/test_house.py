@@ -29,9 +29,10 @@ ARROWS = {
 }
 # A file of training may import those before it.
 TRAINING = (
-    "rendezvous alive ranks peers process speed compiled scalars ema rate groups largebatch optim "
-    "faults meters guard step captured learner frozen networks build identity beside state alarms "
-    "evaluate task inputs recorded slt_record classification rollback resumption stop loop start recording"
+    "rendezvous alive ranks peers process speed compiled scalars ema rate groups largebatch "
+    "optim faults meters guard step captured learner frozen networks build identity beside "
+    "state alarms evaluate task inputs recorded slt_record classification rollback resumption "
+    "stop loop start recording"
 ).split()
 # What a file leaves to others, by folder or file.
 NEVER = {
