@@ -6,8 +6,8 @@ and what tests of several folders are given.
     --sees FACT=X    fail unless this process finds X (see `facts`)
     --long           try each fault of tests/faults many times, run what is marked `long`
 
-Without --shuffle, files marked `slow` come last, those that take longest first, so that two
-workers that share out files (--dist loadfile) end together.
+Without --shuffle, files marked `slow` come last, those that take longest first, so that
+the workers that share out files (--dist loadfile) end together.
 """
 
 import os

@@ -24,7 +24,7 @@ ARROWS = {
     "report": {"recipe", "run"},
     "training": {"recipe", "methods", "data", "cache", "models", "run", "report", "detection"},
     "detection": {"recipe", "data", "models", "run", "training"},
-    "bench": {"recipe", "methods", "data", "models", "training"},
+    "bench": {"recipe", "methods", "data", "cache", "models", "run", "training"},
     "cli": {"recipe", "cache", "data", "models", "run", "report", "training", "detection", "bench"},
 }
 # A file of training may import those before it.

@@ -86,17 +86,15 @@ def of_images(parser: Parser) -> None:
     )  # fmt: skip
 
 
-def of_records(parser: Parser) -> None:
-    """Adds where records are kept, and how they are shown."""
+def of_records(parser: Parser, drawn: str = "draw images/s into this .svg or .png") -> None:
+    """Adds where records are kept, and how they are shown; `drawn`: what --plot does."""
     parser.add_argument("--out", type=Path, metavar="FILE", help="append JSON lines to this file")
     parser.add_argument(
         "--from", dest="read", nargs="+", type=Path, metavar="FILE",
         help="show the records of these files instead of measuring",
     )  # fmt: skip
     parser.add_argument("--markdown", action="store_true", help="print Markdown tables")
-    parser.add_argument(
-        "--plot", type=picture, metavar="FILE", help="draw images/s into this .svg or .png"
-    )
+    parser.add_argument("--plot", type=picture, metavar="FILE", help=drawn)
 
 
 def parsed(parser: Parser, words: Sequence[str]) -> Any:

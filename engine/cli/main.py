@@ -30,7 +30,9 @@ PASSED_ON: Any = {
     "add_help_option": False,
     "context_settings": {"allow_extra_args": True, "ignore_unknown_options": True},
 }
-bench_app = typer.Typer(help="Measure speed.", no_args_is_help=True)
+bench_app = typer.Typer(
+    help="Measure speed, and what recorded teachers are worth.", no_args_is_help=True
+)
 app.command()(train)
 app.add_typer(recipes.app, name="recipes")
 app.add_typer(data.app, name="data")
@@ -161,6 +163,14 @@ def end_to_end(context: typer.Context) -> None:
 def data_speed(context: typer.Context) -> None:
     """Time the loaders on images of a recipe; --help lists the options."""
     from ..bench.data.run import main as measure
+
+    _show(measure(context.args))
+
+
+@bench_app.command("cache", **PASSED_ON)
+def recorded(context: typer.Context) -> None:
+    """Train students from recorded teachers: accuracy over bytes; --help lists the options."""
+    from ..bench.cache.run import main as measure
 
     _show(measure(context.args))
 

@@ -118,9 +118,8 @@ class Loop:
             with self.compilations.phase("training", log.note):
                 self.train_epoch(epoch, log)
             if self.stop.why:
-                held_by = step_name(state.done)
-                told = f"stopped by {self.stop.why}, resume=true goes on from {held_by}"
-                log.note(told, self.state.done)
+                told = f"stopped by {self.stop.why}, resume=true goes on from "
+                log.note(told + step_name(state.done), state.done)
                 break
             self.finish_epoch(epoch + 1, log)
         self.writer.finish()
