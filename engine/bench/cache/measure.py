@@ -9,8 +9,10 @@ import time
 from collections.abc import Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
+from typing import Any
 
 from ....kernels.bench.report import Record
+from ...cache import header as headers
 from ...cache.header import Header
 from ...recipe.load import Recipe
 from ...run.past import read_run
@@ -18,26 +20,45 @@ from ...training.ranks import choose_device
 from ...training.recording import record
 from ...training.start import train
 
+LIVE = "live"  # the teacher, and SL-Ts, at work
+SLTS = "slts"  # these are recorded as well
+
 
 def recipes_of(name: str, words: Sequence[str], sides: Sequence[str]) -> dict[str, Recipe]:
     """The recipe of each side. Raises ValueError for sides that are no settings of a cache."""
     found = {}
     for side in sides:
-        given = [] if side == "live" else [f"cache.{word}" for word in side.split(",")]
-        if strange := [word for word in given if "=" not in word]:
-            raise ValueError(
-                f"--sides {side}: {strange[0].removeprefix('cache.')} is neither live nor a "
-                "setting, as form=sampled,draws=12"
-            )
+        of_slts, given = parts_of(side)
         recipe = Recipe.load(name, [*words, *given])
         if not isinstance(recipe, Recipe) or recipe.teacher is None:
             raise ValueError(
                 f"{name} has no teacher to record; name a classifier's recipe with one"
             )
-        if recipe.teacher.cache is not None:
-            raise ValueError("teacher.cache: caches are recorded here; leave it out")
+        for key, there in (
+            ("teacher.cache", recipe.teacher.cache),
+            ("slt.record", recipe.slt and recipe.slt.record),
+            ("run.record", recipe.run.record),
+        ):
+            if there:
+                raise ValueError(f"{key}: it is recorded here; leave it out")
+        if of_slts:
+            _with(recipe, run={"record": Path("slts")})  # which some methods refuse
         found[side] = recipe
     return found
+
+
+def parts_of(side: str) -> tuple[bool, list[str]]:
+    """Whether SL-Ts are recorded as well, and the settings of a side."""
+    first, *rest = side.split(",")
+    if side == LIVE:
+        return False, []
+    words = rest if first == SLTS else [first, *rest]
+    if strange := [word for word in words if "=" not in word]:
+        raise ValueError(
+            f"--sides {side}: {strange[0]} is neither {LIVE} nor a setting, as "
+            f"form=sampled,draws=12, behind {SLTS} or not"
+        )
+    return first == SLTS, [f"cache.{word}" for word in words]
 
 
 def measured(side: str, recipe: Recipe, seeds: int, folder: Path) -> Record:
@@ -51,19 +72,22 @@ def measured(side: str, recipe: Recipe, seeds: int, folder: Path) -> Record:
     found |= {"teacher": teacher.name, "device": choose_device(recipe.run.device).type}
     found |= {"epochs": recipe.run.epochs, "batch": recipe.run.batch}
     with open(folder / f"{slug}.log", "a") as log, redirect_stdout(log):
-        if side != "live":
-            cache = folder / f"cache-{slug}"
+        if side != LIVE:
             print(f"{side}: recording", file=sys.stderr)
             start = time.monotonic()
-            header = record(recipe, cache)
-            found |= about(header) | {"record_s": round(time.monotonic() - start, 1)}
-            update = {"cache": cache, "checkpoint": None}
-            recipe = recipe.model_copy(update={"teacher": teacher.model_copy(update=update)})
+            cache = folder / f"cache-{slug}"
+            held = [record(recipe, cache)]
+            recipe = _with(recipe, teacher={"cache": cache, "checkpoint": None})
+            if parts_of(side)[0]:
+                place = folder / f"slts-{slug}"
+                train(_with(recipe, run={"record": place}), folder / f"{slug}-recording", "auto")
+                held.append(headers.read(place))
+                recipe = _with(recipe, slt={"record": place})
+            found |= about(held) | {"record_s": round(time.monotonic() - start, 1)}
         scores, speeds = [], []
         for seed in range(seeds):
             print(f"{side}: seed {seed}, {seed + 1} of {seeds}", file=sys.stderr)
-            with_seed = recipe.run.model_copy(update={"seed": seed})
-            one = recipe.model_copy(update={"run": with_seed})
+            one = _with(recipe, run={"seed": seed})
             past = read_run(train(one, folder / f"{slug}-seed{seed}", "auto"))
             assert past.last is not None
             scores.append(past.last["top1"])
@@ -74,13 +98,21 @@ def measured(side: str, recipe: Recipe, seeds: int, folder: Path) -> Record:
     return found | {"images_per_s": statistics.median(known) if known else None}
 
 
-def about(header: Header) -> Record:
-    """What a cache holds, and in how many bytes."""
-    row = header.form.row.itemsize
+def _with(recipe: Recipe, **changed: dict[str, Any]) -> Recipe:
+    """The recipe with other settings in some of its sections."""
+    plain = recipe.model_dump()
+    return Recipe.model_validate(
+        plain | {name: (plain[name] or {}) | own for name, own in changed.items()}
+    )
+
+
+def about(held: Sequence[Header]) -> Record:
+    """What a cache, and a record where there is one, hold, and in how many bytes."""
+    rows = [header.form.row.itemsize for header in held]
     return {
-        "views": header.views,
-        "images": header.steps * header.batch,
-        "view_bytes": row,
-        "image_bytes": row * header.views,
-        "teacher_top1": header.facts.get("top1"),
+        "views": held[0].views,
+        "images": held[0].steps * held[0].batch,
+        "view_bytes": sum(rows),
+        "image_bytes": sum(row * h.views for row, h in zip(rows, held, strict=True)),
+        "teacher_top1": held[0].facts.get("top1"),
     }

@@ -1,8 +1,10 @@
 """Measures what recorded teachers are worth: the accuracy of students that learn from them.
 
 Each of --sides trains as many students as --seeds says: "live" with the teacher itself at work,
-any other from a cache with those settings, as in form=sampled,draws=12,views=4. --runs keeps
-networks and caches; the same command, begun again, goes on with what is there.
+any other from a cache with those settings, as in form=sampled,draws=12,views=4. With "slts" before
+them, as in slts,number=int8, a run of SLKD records its self-learning teachers in that form, and the
+students learn from both. --runs keeps networks, caches and records; the same command, begun again,
+goes on with what is there.
 docs/results/README.md describes every field.
 """
 
@@ -20,16 +22,13 @@ from ..records import read
 from .plot import plot
 
 SEEDS = 3
-LIVE = "live"
-SIDES = (LIVE, "form=full,number=float16", "form=full,number=int8")
+SIDES = ("live", "form=full,number=float16", "form=full,number=int8")
 
 
 def arguments(words: Sequence[str]) -> Any:
     parser = Parser(prog="kdfuse bench cache", description=__doc__)
     options.of_recipes(parser, "none")
-    parser.add_argument(
-        "--sides", nargs="+", metavar="SIDE", help=f"default: {' '.join(SIDES)}; {LIVE} or settings"
-    )
+    parser.add_argument("--sides", nargs="+", metavar="SIDE", help=f"default: {' '.join(SIDES)}")
     parser.add_argument("--seeds", type=positive, metavar="N", help=f"of a side; default: {SEEDS}")
     parser.add_argument("--runs", type=Path, metavar="DIR", help="default: runs/bench-cache")
     options.of_records(parser, "draw top-1 over bytes into this .svg or .png")

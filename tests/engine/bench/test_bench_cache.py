@@ -9,6 +9,7 @@ from tiny import tiny
 from kdfuse.engine.bench.cache import run as cache
 from kdfuse.engine.models import create
 from kdfuse.engine.recipe.load import Recipe
+from kdfuse.engine.run.past import read_run
 
 pytestmark = pytest.mark.slow(10)
 
@@ -62,6 +63,22 @@ def test_begun_again_it_goes_on_with_what_is_there(measured, capsys):
     assert "the teacher at work" in (folder / "a.svg").read_text()
 
 
+def test_self_learning_teachers_are_recorded_too(measured, capsys):
+    """From records of both, in float32, the first student is the one beside them."""
+    _, folder = measured
+    plain = json.loads((folder / "kd.yaml").read_text())
+    plain["method"] = {"name": "slkd", "slts": 1}
+    (folder / "slkd.yaml").write_text(json.dumps(plain))
+    out = folder / "slkd.jsonl"
+    words = [str(folder / "slkd.yaml"), "--seeds", "1", "--runs", str(folder / "slkd")]
+    cache.main([*words, "--sides", "slts,number=float32", "--out", str(out)])
+    (_, found) = lines(out)
+    assert (found["views"], found["view_bytes"], found["image_bytes"]) == (2, 80, 160)
+    recording = read_run(folder / "slkd" / "slts-number=float32-recording")
+    assert recording.last is not None and found["top1"] == [recording.last["top1"]]
+    assert found["deviation"] is None
+
+
 @pytest.mark.parametrize(
     "words, message",
     [
@@ -69,6 +86,10 @@ def test_begun_again_it_goes_on_with_what_is_there(measured, capsys):
         (["digits/ce:resnet8"], "digits/ce:resnet8 has no teacher to record"),
         (["coco/nkd"], "coco/nkd has no teacher to record; name a classifier's recipe"),
         (["digits/kd", "--sides", "full"], "--sides full: full is neither live nor a setting"),
+        (
+            ["digits/kd", "--sides", "slts"],
+            "run.record: only the SL-Ts of method slkd are recorded",
+        ),
         (["digits/kd", "--sides", "form=half"], "cache.form"),
         (["digits/kd", "--seeds", "0"], "argument --seeds: got 0, wants a whole number, 1 or more"),
         (["digits/kd", "--from", "none.jsonl"], "goes with measuring"),
@@ -85,5 +106,5 @@ def test_a_cache_is_not_given(few, tmp_path):
     plain = tiny(few, "kd", teacher={"name": "resnet8", "cache": tmp_path / "c"})
     assert isinstance(plain, Recipe)
     (tmp_path / "kd.yaml").write_text(json.dumps(plain.model_dump(mode="json")))
-    with pytest.raises(ValueError, match="teacher.cache: caches are recorded here; leave it out"):
+    with pytest.raises(ValueError, match="teacher.cache: it is recorded here; leave it out"):
         cache.main([str(tmp_path / "kd.yaml")])
