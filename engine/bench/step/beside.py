@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from .cases import Case, chosen
 
-# What changes a step while its images, its networks and the device stay what they are.
+# What changes a step while its images, its student and the device stay what they are.
 SECTIONS = ("method", "optim")
 KEYS = (
     "data.cutmix",
@@ -24,6 +24,8 @@ KEYS = (
     "run.speed",
     "run.tf32",
     "run.threads",
+    "slt.record",
+    "teacher.cache",
 )
 
 
@@ -70,6 +72,6 @@ def check(word: str) -> None:
     if key not in KEYS and key.partition(".")[0] not in SECTIONS:
         may = ", ".join([*(f"{name}.*" for name in SECTIONS), *KEYS])
         raise ValueError(
-            f"--beside {word}: both sides have the same images, networks and device; what may "
+            f"--beside {word}: both sides have the same images, student and device; what may "
             f"differ is {may}"
         )

@@ -101,6 +101,8 @@ def of_pair(name: str, base: Recipe) -> Case:
             f"{DEFAULT['cpu']}"
         )
     if name == "teacher":
+        if base.teacher.cache is not None:
+            raise ValueError(f"--cases teacher: {base.name} has a cache of it; leave one out")
         # Under KD every recipe's teacher is the same work, unless it is in training mode.
         run = kept(base.run, "teacher")
         plain = changed(base, method={"name": "kd"}, slt=None, assistants=(), also={}, run=run)
@@ -125,7 +127,7 @@ def alone(base: Recipe, role: str) -> Recipe:
     network = base.student
     if role == "slt":
         assert base.teacher is not None
-        network = base.slt or base.teacher.model_copy(update={"checkpoint": None})
+        network = base.slt or base.teacher.model_copy(update={"checkpoint": None, "cache": None})
     none: dict[str, Any] = {"teacher": None, "slt": None, "assistants": (), "also": {}}
     run = kept(base.run, "slts" if role == "slt" else role)
     return changed(
@@ -151,7 +153,9 @@ def parts(case: Case) -> list[tuple[Case, int]]:
     recipe = case.recipe
     if case.forward or recipe.teacher is None or recipe.also or recipe.assistants:
         return []
-    found = [(of_pair("student", recipe), 1), (of_pair("teacher", recipe), 1)]
-    if recipe.method.slt_count:
+    found = [(of_pair("student", recipe), 1)]
+    if recipe.teacher.cache is None:
+        found.append((of_pair("teacher", recipe), 1))
+    if recipe.method.slt_count and not (recipe.slt and recipe.slt.record):
         found.append((Case("slt", alone(recipe, "slt"), case.written), recipe.method.slt_count))
     return found

@@ -19,11 +19,11 @@ from .cases import Case, parts
 from .ours import Images, Step, loss_of, work_of
 from .player import BLOCKS, Player
 
-LOSS_CALLS = 20  # of a loss, which is short, for one of a step
+CALLS = 20  # of a loss, or of what reads answers, which are short, for one of a step
 
 
 class Bench:
-    """All players of a run, by what they are of: case, peer, loss, matrix product."""
+    """All players of a run, by what they are of: case, peer, loss, reading, matrix product."""
 
     def __init__(
         self,
@@ -38,6 +38,7 @@ class Bench:
         self.images = Images(device)
         self.cases: dict[Any, Player] = {}
         self.losses: dict[Any, Player] = {}
+        self.readings: dict[Any, Player] = {}
         self.peers: dict[Any, Player] = {}
         self.loops: dict[Any, plain.Loop] = {}
         self.peaks: dict[str, Player] = {}
@@ -86,10 +87,14 @@ class Bench:
             if not (run.compile or run.capture):
                 counts["ops"] = gauges.ops(eager)
             loss = loss_of(step, case) if isinstance(step, Step) else None
+            answers = step.answers if isinstance(step, Step) else None
         self.counts[case.key] = counts
         if loss is not None:
             once = partial(repeat, loss)
             self.losses[case.key] = self.player(once, found.process, seconds / 10)
+        if answers:
+            once = partial(repeat, answers)
+            self.readings[case.key] = self.player(once, found.process, seconds / 10)
 
     def player(
         self, step: Callable[[], Any], process: Any, seconds: float, guarded: bool = True
@@ -103,7 +108,7 @@ class Bench:
         for _ in range(BLOCKS):
             for key, player in self.cases.items():
                 player.block(self.device)
-                for group in (self.peers, self.losses):
+                for group in (self.peers, self.losses, self.readings):
                     if key in group:
                         group[key].block(self.device)
             for player in self.peaks.values():
@@ -135,8 +140,11 @@ class Bench:
                 found[f"parts_ms{ending}"] = times
             found["share_of_parts"] = sum(own.median * n for own, _, n in shares) / seconds
         if case.key in self.losses:
-            alone = self.losses[case.key].median / LOSS_CALLS
+            alone = self.losses[case.key].median / CALLS
             found |= {"loss_ms": alone * 1e3, "loss_share": alone / seconds}
+        if case.key in self.readings:
+            alone = self.readings[case.key].median / CALLS
+            found |= {"reading_ms": alone * 1e3, "reading_share": alone / seconds}
         if run.compile:
             shared = {case.key, *(part.key for part, _ in parts(case))}
             found["compile_s"] = sum(self.counts[key].get("compile_s", 0.0) for key in shared)
@@ -221,6 +229,6 @@ def allow_graphs(cases: Sequence[Case]) -> None:
     dynamo.recompile_limit = max(dynamo.recompile_limit, GRAPHS * networks)
 
 
-def repeat(loss: Callable[[], None]) -> None:
-    for _ in range(LOSS_CALLS):
-        loss()
+def repeat(short: Callable[[], Any]) -> None:
+    for _ in range(CALLS):
+        short()

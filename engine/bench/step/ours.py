@@ -15,6 +15,7 @@ from ...recipe.load import Recipe
 from ...training.classification import begin, step_of
 from ...training.ranks import Group
 from ...training.rate import lr_at
+from .answers import Answers
 from .cases import Case
 
 BATCHES = 4  # different ones, which are taken in turn
@@ -52,7 +53,11 @@ class Step:
         recipe, size, (pixels, target) = case.recipe, case.recipe.run.batch, made.of(case)
         group = Group(0, 1, made.device)
         self.recipe = recipe
-        self.networks, self.state = begin(recipe, group, case.classes, target.cpu(), {})
+        self.answers = Answers(recipe, case.classes, made.device)
+        told, labels = self.answers.told, target.cpu()
+        made_of = begin(recipe, group, case.classes, labels, {}, told.cache, told.fused)
+        self.networks, self.state = made_of
+        told.check_teacher(self.networks)
         index = torch.arange(len(target), device=made.device)
         self.batches: Iterator[Batch] = itertools.cycle(
             Batch(pixels[at : at + size], target[at : at + size], index[at : at + size], size)
@@ -67,7 +72,8 @@ class Step:
         """As Loop.train_epoch and Classification.step."""
         batch, state = next(self.batches), self.state
         state.begin(lr_at(self.recipe.optim, self.recipe.run, self.epoch), self.schedule())
-        terms = self.step(state.now, batch.images, batch.target, batch.index)
+        images, target, index = batch.images, batch.target, batch.index
+        terms = self.step(state.now, images, target, index, *self.answers())
         state.done += 1
         return terms
 
@@ -101,12 +107,14 @@ def work_of(case: Case, made: Images) -> Step | Forward:
 def loss_of(step: Step, case: Case) -> Callable[[], None] | None:
     """The loss of a case alone, forward and backward, on logits of its shape and type.
 
-    None where it is made of more than logits, or of several students.
+    None where it is made of more than whole logits, or of several students.
     """
     learner = step.networks.main
     if case.recipe.also or any(learner.reads.values()) or learner.head is not None:
         return None
     if case.recipe.assistants or learner.method.uses_average:
+        return None
+    if not all(found.header.form.whole for found in step.answers.told.each()):
         return None
     batch = next(step.batches)
     step.state.begin(0.0, step.schedule())
@@ -121,6 +129,8 @@ def loss_of(step: Step, case: Case) -> Callable[[], None] | None:
     out = Outputs(student=logits(True), slts=[logits(True) for _ in learner.slts])
     if learner.method.uses_teacher:
         out.teacher = logits(False)
+    if step.networks.fused is not None:
+        out.fused = logits(False).float()
     trained = [out.student, *out.slts]
 
     def once() -> None:

@@ -41,6 +41,8 @@ def why_not(case: Case) -> str | None:
     odd = [*recipe.data.softening]
     roles = {"student": recipe.student, "teacher": recipe.teacher, "slt": recipe.slt}
     odd += [f"{role}.normalize" for role, network in roles.items() if network and network.normalize]
+    odd += ["teacher.cache"] if recipe.teacher and recipe.teacher.cache else []
+    odd += ["slt.record"] if recipe.slt and recipe.slt.record else []
     if not case.forward:
         name = recipe.method.name
         odd += (

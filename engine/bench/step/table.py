@@ -32,6 +32,7 @@ def cells(record: Record) -> dict[str, str]:
         "compiling, s": get("compile_s", ".3g"),
         "parts/step": get("share_of_parts", ".2f"),
         "loss": get("loss_share", ".1%"),
+        "reading": get("reading_share", ".1%"),
         "MFU": get("mfu", ".0%"),
         "host, ms": get("host_ms", ".4g"),
         "ops": get("ops", "d"),

@@ -13,6 +13,7 @@ from kdfuse.engine.bench.step.table import panels, shown
 from kdfuse.engine.bench.step.worth import sentence
 from kdfuse.engine.recipe.data import Data
 from kdfuse.engine.recipe.run import Run
+from kdfuse.engine.recipe.schema import SLT, Network
 from kdfuse.engine.training.compiled import Compilations
 
 pytestmark = pytest.mark.slow(40)
@@ -123,7 +124,7 @@ def test_the_plain_loop_is_shared_where_the_engine_alone_computes_otherwise(word
     [
         (
             ["run.device=cuda"],
-            "--beside run.device=cuda: both sides have the same images, networks",
+            "--beside run.device=cuda: both sides have the same images, student",
         ),
         (["data.size=32"], "--beside data.size=32: both sides have the same"),
         (["data.workers=4"], "--beside data.workers=4: both sides have the same"),
@@ -148,7 +149,7 @@ def test_words_that_leave_nothing_to_compare_are_refused(words, wanted, capsys):
 
 
 def test_what_may_differ_are_settings():
-    of = {"run": Run, "data": Data}
+    of = {"run": Run, "data": Data, "teacher": Network, "slt": SLT}
     for key in beside.KEYS:
         section, _, field = key.partition(".")
         assert field in of[section].model_fields, key
