@@ -11,7 +11,7 @@ def refusal(method: Method, form: Form) -> str:
     takes = method.takes_recorded
     if takes == "none":
         return (
-            f"method {method.name} needs more of its teacher than recorded logits; give it a "
+            f"method {method.name} needs more of its teacher than what can be recorded; give it a "
             "checkpoint in place of teacher.cache"
         )
     if form.temperature is not None:

@@ -6,8 +6,10 @@ N views, C classes. Every form is made from whole logits and gives what the loss
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -22,6 +24,7 @@ from ..recipe.cache import Cache
 Answer = Tensor | SparseTeacher
 Rows = NDArray[Any]  # (N,) of Form.row
 INT8 = 127
+HIGHEST = 65504.0  # of float16
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,8 @@ class Form:
     draws: int = 0
     keep: int = 0
     label: bool = False
+    taps: tuple[tuple[str, tuple[int, ...]], ...] = ()  # with the shape for one image
+    tap_number: str = "float16"
 
     @property
     def whole(self) -> bool:
@@ -54,7 +59,10 @@ class Form:
         if self.whole:
             number = {"float32": "<f4", "float16": "<f2", "int8": "i1"}[self.number]
             parts: list[Any] = [("logits", number, self.classes)]
-            return np.dtype([*parts, ("scale", "<f4")] if self.number == "int8" else parts)
+            parts += [("scale", "<f4")] if self.number == "int8" else []
+            tap = {"float32": "<f4", "float16": "<f2"}[self.tap_number]
+            parts += [(f"tap{i}", tap, last(shape)) for i, (_, shape) in enumerate(self.taps)]
+            return np.dtype(parts)
         index = "<u2" if self.classes <= 2**16 else "<u4"
         parts = [("classes", index, self.exact), ("values", "<f2", self.exact)]
         if self.form == "sampled":
@@ -68,17 +76,22 @@ class Form:
     @property
     def tensors(self) -> int:
         """How many `decode` makes."""
-        return 1 if self.whole else 2 + (self.form == "top_k" and self.rest != "drop")
+        if self.whole:
+            return 1 + len(self.taps)
+        return 2 + (self.form == "top_k" and self.rest != "drop")
 
     @property
     def bits(self) -> int:
         """Of a count of draws."""
         return self.draws.bit_length()
 
-    def encode(self, logits: Tensor, target: Tensor, keys: Tensor) -> Rows:
-        """The rows of logits (N, C) with labels (N,) and keys (N,), which decide the draws.
+    def encode(
+        self, logits: Tensor, target: Tensor, keys: Tensor, taps: Sequence[Tensor] = ()
+    ) -> Rows:
+        """The rows of logits (N, C) with labels (N,) and keys (N,), which decide the draws, and of
+        the features, each (N, ...) as the form says.
 
-        Raises ValueError for logits that the form's numbers do not hold.
+        Raises ValueError for numbers that the form's do not hold.
         """
         rows = np.zeros(len(logits), self.row)
         logits = logits.float()
@@ -90,15 +103,25 @@ class Form:
             self._encode_top(rows, logits, target)
         else:
             self._encode_drawn(rows, logits, target, keys)
+        for i, (value, (name, _)) in enumerate(zip(taps, self.taps, strict=True)):
+            if not value.isfinite().all():
+                raise ValueError(f"the teacher's features at {name} are not finite; look at it")
+            if self.tap_number == "float16" and (highest := value.abs().max().item()) > HIGHEST:
+                raise ValueError(
+                    f"cache.tap_number: float16 does not hold a feature of {highest:.6g} at "
+                    f"{name}; use float32"
+                )
+            rows[f"tap{i}"] = channels_last(value.float()).numpy()
         return rows
 
     def decode(self, rows: Rows) -> tuple[Tensor, ...]:
         """Tensors with a row for each view, from which `answer` makes what the losses take."""
         if self.whole:
             logits = torch.from_numpy(np.array(rows["logits"]))
-            if self.number != "int8":
-                return (logits,)
-            return (logits * torch.from_numpy(np.array(rows["scale"]))[:, None],)
+            if self.number == "int8":
+                logits = logits * torch.from_numpy(np.array(rows["scale"]))[:, None]
+            taps = [np.array(rows[f"tap{i}"]) for i in range(len(self.taps))]
+            return (logits, *(channels_first(torch.from_numpy(tap)) for tap in taps))
         classes, values = rows["classes"].astype(np.int64), rows["values"].astype(np.float32)
         if self.form == "top_k":
             mass = [torch.from_numpy(np.array(rows["mass"]))] if self.rest != "drop" else []
@@ -122,7 +145,7 @@ class Form:
             scale = torch.where(scale > 0, scale, 1.0)
             rows["scale"] = scale.numpy()
             logits = (logits / scale[:, None]).round()
-        elif self.number == "float16" and (highest := logits.abs().max().item()) > 65504:
+        elif self.number == "float16" and (highest := logits.abs().max().item()) > HIGHEST:
             raise ValueError(
                 f"cache.number: float16 does not hold a logit of {highest:.6g}; use float32"
             )
@@ -135,7 +158,7 @@ class Form:
         index = order.topk(self.exact, dim=1).indices
         # Of the largest, which no loss notices: numbers near 0 have the most digits.
         values = logits.gather(1, index) - logits.amax(1, keepdim=True)
-        rows["classes"], rows["values"] = index.numpy(), values.clamp(min=-65504).numpy()
+        rows["classes"], rows["values"] = index.numpy(), values.clamp(min=-HIGHEST).numpy()
         if self.rest != "drop":
             assert self.temperature is not None
             softmax = (logits.double() / self.temperature).softmax(1)
@@ -168,8 +191,27 @@ class Form:
         rows["rest"] = rest.numpy()
 
 
-def form_of(cache: Cache, classes: int, temperature: float | None) -> Form:
-    """The form of a recipe's section for a data set; `temperature` is the method's, if it has one.
+def last(shape: Sequence[int]) -> tuple[int, ...]:
+    """The shape of an image's map with its channels last, as networks have it in memory."""
+    return (*shape[1:], shape[0]) if len(shape) == 3 else tuple(shape)
+
+
+def channels_last(value: Tensor) -> Tensor:
+    return value.permute(0, 2, 3, 1) if value.dim() == 4 else value
+
+
+def channels_first(value: Tensor) -> Tensor:
+    return value.permute(0, 3, 1, 2) if value.dim() == 4 else value
+
+
+def form_of(
+    cache: Cache,
+    classes: int,
+    temperature: float | None,
+    shapes: Mapping[str, Sequence[int]] = MappingProxyType({}),
+) -> Form:
+    """The form of a recipe's section for a data set; `temperature` is the method's, if it has one,
+    `shapes` are those of the section's taps for a batch of one image.
 
     Raises ValueError for settings that do not fit so many classes, and without a temperature where
     the form needs one.
@@ -200,7 +242,9 @@ def form_of(cache: Cache, classes: int, temperature: float | None) -> Form:
         "top_k": ("k", "rest", "label"),
         "sampled": ("draws", "keep", "label"),
     }[cache.form]
-    return Form(cache.form, classes, wanted, **{name: getattr(cache, name) for name in read})
+    taps = tuple((name, tuple(shape[1:])) for name, shape in shapes.items())
+    given = {name: getattr(cache, name) for name in read}
+    return Form(cache.form, classes, wanted, **given, taps=taps, tap_number=cache.tap_number)
 
 
 FIELDS = tuple(field.name for field in fields(Form))

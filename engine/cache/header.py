@@ -41,6 +41,8 @@ class Header:
         """All that decides the rows, of JSON's types."""
         found = asdict(self)
         del found["facts"]
+        if not self.form.taps:  # as before there were any
+            del found["form"]["taps"], found["form"]["tap_number"]
         if self.slts is None:  # as before there were records of them
             del found["slts"]
         return json.loads(json.dumps(found))
@@ -79,6 +81,8 @@ def read(folder: Path) -> Header:
         if found.pop("version") != VERSION:
             raise CacheError(f"{path}: of another version of kdfuse; record the cache again")
         form = found.pop("form")
+        form["taps"] = tuple((name, tuple(shape)) for name, shape in form.get("taps", ()))
+        form.setdefault("tap_number", "float16")
         header = Header(
             Form(**{name: form[name] for name in FIELDS}),
             **{**found, "teachers": tuple(found["teachers"])},

@@ -53,6 +53,14 @@ class Recorded:
         rows = rows_of(path, self.layout, place + part.start, len(part))
         return self.header.form.decode(rows)
 
+    def check_weights(self, digest: str | None) -> None:
+        """Raise CacheError where a teacher comes with weights too, by this digest, and others."""
+        if digest not in (None, self.header.digest):
+            raise CacheError(
+                f"teacher.checkpoint: not the weights of {self.folder} ({self.header.digest[:12]} "
+                f"-> {str(digest)[:12]}); give those of the teacher that was recorded"
+            )
+
     def check(self, now: Mapping[str, Any]) -> None:
         """Raise CacheError unless these, of Header's fields, are as they were recorded."""
         was, lines = self.header.key(), []

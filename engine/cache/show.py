@@ -48,6 +48,9 @@ def lines(folder: Path) -> list[str]:
         f"files           {there} of {len(places)}",
         f"size            {size:,} bytes, {size / max(views, 1):.2f} a view",
     ]
+    if form.taps:
+        each = [f"{name} {' x '.join(map(str, shape))}" for name, shape in form.taps]
+        found.append(f"features        {', '.join(each)}, {form.tap_number}")
     if views and header.slts is None:
         found += [
             f"top-1           {100 * sums['right'] / views:.2f} % of the views' labels",

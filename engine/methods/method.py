@@ -83,8 +83,14 @@ class Method(Strict):
         """What of a recorded teacher the loss takes: all logits, `Outputs.teacher`, be they made of
         those that were kept (dense) or not (whole); or `Outputs.taught` (listed).
 
-        A method that reads the teacher's features, or builds on its layers, takes none.
+        A method that learns while its teacher runs takes none.
         """
+        return "none"
+
+    @property
+    def takes_taps(self) -> Literal["none", "values", "layers"]:
+        """What beside the logits the method takes of a recorded teacher: the values of its features
+        (`reads`), and with "layers" some of its layers too, whose weights a cache does not hold."""
         return "none"
 
     @property

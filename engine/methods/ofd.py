@@ -44,6 +44,10 @@ class OFD(FeatureMethod):
     def teacher_mode(self) -> Literal["eval", "train"]:
         return self.teacher_batchnorm
 
+    @property
+    def takes_taps(self) -> Literal["none", "values", "layers"]:
+        return "layers"
+
     def head(self, networks: Networks) -> Overhaul:
         assert networks.teacher is not None
         named = networks.points["teacher"]

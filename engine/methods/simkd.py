@@ -86,6 +86,14 @@ class SimKD(Method):
             raise ValueError("\n".join(found))
         return self
 
+    @property
+    def takes_recorded(self) -> Literal["none", "whole", "dense", "listed"]:
+        return "whole"
+
+    @property
+    def takes_taps(self) -> Literal["none", "values", "layers"]:
+        return "layers"
+
     def reads(self, points: Mapping[Role, Points]) -> dict[Role, tuple[str, ...]]:
         pairs = self.pairs(points)
         student, teacher = zip(*pairs, strict=True)

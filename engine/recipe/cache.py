@@ -35,6 +35,10 @@ class Cache(Strict):
     temperature: float | None = Field(
         None, gt=0, description="T of the probabilities; null: the method's"
     )
+    taps: Annotated[tuple[str, ...], Field(strict=False)] = Field(
+        (), description="points or module paths of the teacher whose features are kept as well"
+    )
+    tap_number: Literal["float32", "float16"] = Field("float16", description="type of features")
     teachers: Annotated[tuple[Network, ...], Field(strict=False)] = Field(
         (), description="further teachers, whose probabilities are averaged with the first one's"
     )
@@ -48,6 +52,15 @@ class Cache(Strict):
         }
         every = dict.fromkeys(name for names in of.values() for name in names)
         unread = [name for name in every if name not in of[self.form]]
-        if found := self.unused(f"cache.form {self.form}", "cache", *unread):
+        found = self.unused(f"cache.form {self.form}", "cache", *unread)
+        if not self.taps:
+            found += self.unused("no cache.taps", "cache", "tap_number")
+        elif self.teachers:
+            found.append("cache.taps: features are those of one teacher; leave cache.teachers out")
+        elif len(set(self.taps)) < len(self.taps):
+            found.append(f"cache.taps: a point stands twice in {list(self.taps)}")
+        elif self.form != "full":
+            found.append("cache.taps: methods of features take whole logits; set cache.form=full")
+        if found:
             raise ValueError("\n".join(found))
         return self

@@ -87,9 +87,21 @@ def _of_caches(recipe: Recipe, methods: list[Method]) -> Iterator[str]:
     for method in methods:
         if method.uses_teacher and method.takes_recorded == "none":
             yield (
-                f"teacher.cache: method {method.name} needs more of its teacher than recorded "
-                "logits; give it a checkpoint instead"
+                f"teacher.cache: method {method.name} needs more of its teacher than what can be "
+                "recorded; give it a checkpoint instead"
             )
+    taking = [method.name for method in methods if method.takes_taps == "layers"]
+    given = recipe.teacher.checkpoint is not None or recipe.teacher.kept is not None
+    if taking and not given:
+        yield (
+            f"teacher.cache: method {taking[0]} builds on layers of its teacher, which no cache "
+            "holds; give teacher.checkpoint beside it"
+        )
+    if recipe.teacher.checkpoint is not None and not taking:
+        yield (
+            f"teacher.checkpoint: {recipe.teacher.checkpoint} has no effect with teacher.cache, "
+            "which holds what the network said; leave one of them out"
+        )
 
 
 def _of_slts(key: str, learner: Also, teacher: Network | None) -> Iterator[str]:

@@ -35,7 +35,7 @@ def _of_recording(recipe: Recipe) -> Iterator[str]:
     if recipe.run.capture:
         yield "run.record: a captured step hands nothing to the host; set run.capture=false"
     of_runs = "run.record, which holds the run's own epochs, SL-Ts and temperature"
-    yield from recipe.cache.unused(of_runs, "cache", "views", "teachers", "temperature")
+    yield from recipe.cache.unused(of_runs, "cache", "views", "teachers", "temperature", "taps")
     if recipe.cache.label:
         yield "cache.label: KD from the fused SL-Ts treats no label apart; leave it out"
     if recipe.cache.rest == "bucket":

@@ -90,11 +90,6 @@ class Network(Strict):
     def _works(self) -> Network:
         if self.trained_with and self.trained_by is None:
             raise ValueError(f"trained_with: {list(self.trained_with)} needs trained_by, a recipe")
-        if self.cache is not None and self.checkpoint is not None:
-            raise ValueError(
-                f"checkpoint: {self.checkpoint} has no effect with cache {self.cache}, which holds "
-                "what the network said; leave one of them out"
-            )
         if self.kept and self.checkpoint is not None:
             raise ValueError(
                 f"checkpoint: {self.checkpoint} has no effect with name {self.name}, which comes "

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Size, Tensor, nn
 
 from ..cache.forms import Form
 from ..data.loaders.ondevice import Normalise
-from ..models import create
+from ..models import create, shapes
 from ..recipe.load import Recipe
 from ..recipe.schema import Network, Normalize
 from ..run.past import checkpoints_of, recipe_of
+from .frozen import digest
 from .learner import Learner
 from .networks import MAIN, Distiller, role
 
@@ -67,12 +69,20 @@ def build(
     reused = any(part.method.deploys_head for part in parts.values())
     if recipe.teacher and not recipe.teacher.cache and (labels is not None or reused):
         teachers.append(make("teacher", recipe.teacher).eval().requires_grad_(False))
-    learners = {}
+    learners, source = {}, teachers[0] if teachers else None
+    weights = None  # the digest of those that a cached teacher comes with all the same
+    told = recipe.teacher is not None and recipe.teacher.cache is not None
+    tapped = any(part.method.takes_taps != "none" for part in parts.values())
+    if told and tapped and (labels is not None or reused):
+        source, weights = _stilled(recipe, classes, recorded)
+        source = source.to(device).to(memory_format=layout)
     for name, part in parts.items():
         student, slts, state = drawn[name]
         torch.random.set_rng_state(state)
-        teacher = teachers[0] if teachers and part.method.uses_teacher else None
+        teacher = source if part.method.uses_teacher else None
         learners[name] = Learner(part.method, student, slts, teacher, classes, data.size, labels)
+        if recorded is not None:
+            _check_taps(part.method.name, learners[name].reads.get("teacher", ()), recorded)
     if labels is not None:
         for i, assistant in enumerate(recipe.assistants):
             teachers.append(make(f"assistant{i}", assistant))
@@ -86,6 +96,7 @@ def build(
         recorded=recorded,
         fused=fused,
     )
+    distiller.teacher_digest = weights or distiller.teacher_digest
     distiller.to(device).to(memory_format=layout)
     if ema is not None:
         for learner in learners.values():
@@ -93,8 +104,31 @@ def build(
     return distiller
 
 
-def frozen(recipe: Recipe, classes: int, device: torch.device) -> Distiller:
-    """The teachers whose answers `kdfuse cache` records, without anybody to learn from them.
+def _stilled(recipe: Recipe, classes: int, recorded: Form | None) -> tuple[nn.Module, str | None]:
+    """A teacher that does not run, for what a method asks of its build: names and shapes of its
+    features, layers to build on. With its weights, and their digest, where it has any."""
+    assert recipe.teacher is not None
+    own = recipe.teacher
+    if recorded is None:  # evaluation: the run's checkpoint has the layers that it kept
+        own = own.model_copy(update={"checkpoint": None})
+    made = _made(own, classes)[0].eval().requires_grad_(False)
+    weighs = recorded is not None and (own.checkpoint or own.kept)
+    return made, digest([made]) if weighs else None
+
+
+def _check_taps(method: str, reads: Sequence[str], recorded: Form) -> None:
+    names = [name for name, _ in recorded.taps]
+    if missing := [name for name in reads if name not in names]:
+        raise ValueError(
+            f"teacher.cache: method {method} reads {', '.join(missing)} of its teacher, and the "
+            f"cache holds {', '.join(names) or 'no features'}; record it with "
+            f"cache.taps=[{','.join(dict.fromkeys([*names, *missing]))}]"
+        )
+
+
+def frozen(recipe: Recipe, classes: int, device: torch.device) -> tuple[Distiller, dict[str, Size]]:
+    """The teachers whose answers `kdfuse cache` records, without anybody to learn from them, and
+    the shapes of the features that are recorded, for a batch of one image.
 
     Raises ValueError and FileNotFoundError as `create` does.
     """
@@ -107,8 +141,10 @@ def frozen(recipe: Recipe, classes: int, device: torch.device) -> Distiller:
         teachers.append(made.to(device).to(memory_format=layout))
         norm = Normalise(found.normalize or data.normalize, run.channels_last)
         inputs["teacher" if i == 0 else f"assistant{i - 1}"] = norm
-    made = Distiller({}, teachers, inputs, amp=run.amp == "bf16")
-    return made.to(device).to(memory_format=layout)
+    taps = recipe.cache.taps
+    found_shapes = shapes(teachers[0], taps, data.size)
+    made = Distiller({}, teachers, inputs, amp=run.amp == "bf16", taps=taps)
+    return made.to(device).to(memory_format=layout), found_shapes
 
 
 def _made(network: Network, classes: int) -> tuple[nn.Module, Network]:

@@ -208,6 +208,7 @@ def begin(
     recorded = None if cache is None else cache.header.form
     networks = build(recipe, classes, group.device, labels, recorded, fused)
     if cache is not None:
+        cache.check_weights(networks.teacher_digest)
         networks.teacher_digest = cache.layout.digest
     if recipe.run.sync_batchnorm:
         if group.device.type == "cpu":

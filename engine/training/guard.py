@@ -54,7 +54,7 @@ class Guard:
         if self._buffers:
             torch.cat(self._buffers, out=self._before)
         for module in self._own:
-            module.mark(*batch)
+            module.mark(*batch[:3])  # not what was recorded
 
     def seed(self, loss: Tensor) -> Tensor:
         """What the backward pass of a loss (0-dim) begins with: 1; NaN if that is not finite."""

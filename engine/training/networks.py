@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..cache.forms import Form
+from ..cache.told import told
 from ..data.loaders.ondevice import Normalise
 from ..methods import Now, Outputs, Terms
 from ..models import Taps, cast_weights
@@ -34,6 +35,7 @@ class Distiller(nn.Module):
         inputs: dict[str, Normalise],  # by role (see `role`); equal ones are one object
         amp: bool,
         recorded: Form | None = None,  # of the teacher's answers, which then come with the images
+        taps: Collection[str] = (),  # of the teacher, beside what the learners read
         fused: Form | None = None,  # of the main learner's SL-Ts', which come behind them
     ) -> None:
         super().__init__()
@@ -47,6 +49,7 @@ class Distiller(nn.Module):
         self.amp = amp
         self.teacher_digest: str | None = None
         reads = [name for one in learners.values() for name in one.reads.get("teacher", ())]
+        reads += taps
         self.trains_teacher = any(o.method.teacher_mode == "train" for o in learners.values())
         # In a tuple, the teachers are no part of the module tree.
         self._teachers: tuple[nn.Module, ...] = ()
@@ -135,7 +138,10 @@ class Distiller(nn.Module):
         named = {name: made[inputs] for name, inputs in self.inputs.items()}
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self.amp):
             count = len(answers) - (self.fused.tensors if self.fused else 0)
-            taught = self._taught(named) if self.recorded is None else self._told(answers[:count])
+            if self.recorded is None:
+                taught = self._taught(named)
+            else:
+                taught = told(self.recorded, answers[:count], next(iter(named.values())))
             if self.fused is not None:
                 taught.fused = self.fused.answer(answers[count:])
             found = {}
@@ -159,23 +165,14 @@ class Distiller(nn.Module):
                 out.assistants.append(logits)
         return out
 
-    def _told(self, answers: tuple[Tensor, ...]) -> Outputs:
-        """The same of a recorded teacher."""
-        assert self.recorded is not None
-        found, out = self.recorded.answer(answers), Outputs(student=torch.empty(0))
-        if isinstance(found, Tensor):
-            out.teacher = found
-        else:
-            out.listed = found
-        return out
-
-    def teach(self, images: Tensor) -> list[Tensor]:
-        """The logits (N, C) of the frozen teachers for images as `outputs` takes them."""
+    def teach(self, images: Tensor) -> tuple[list[Tensor], dict[str, Tensor]]:
+        """The logits (N, C) of the frozen teachers for images as `outputs` takes them, and what the
+        first one gave at its taps."""
         named = {role: self.inputs[role](images) for _, role in self.frozen().values()}
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self.amp):
             out = self._taught(named)
         assert out.teacher is not None
-        return [out.teacher, *out.assistants]
+        return [out.teacher, *out.assistants], out.teacher_taps
 
     @torch.no_grad()
     def predict(self, network: nn.Module, role: str, images: Tensor) -> Tensor:

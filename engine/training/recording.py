@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from functools import partial
@@ -75,8 +75,11 @@ def _record(recipe: Recipe, group: Group, folder: Path, told: Told) -> Header:
     process.seed_weights(run.seed)
     classes = len(images.classes)
     temperature = getattr(recipe.method, "temperature", None)
-    form = form_of(recipe.cache, classes, temperature)
-    networks = together(group, "making the teacher", lambda: frozen(recipe, classes, group.device))
+    form_of(recipe.cache, classes, temperature)  # what it refuses, before anything is made
+    doing = "making the teacher"
+    made = together(group, doing, lambda: frozen(recipe, classes, group.device))
+    networks, shapes = made
+    form = form_of(recipe.cache, classes, temperature, shapes)
     networks.prepare(run.compiled)
     networks.eval()
     make = partial(make_loader, seed=run.seed, device=group.device)
@@ -169,23 +172,27 @@ class _Shards:
         for step, batch in zip(steps, batches, strict=False):  # they end with the view
             self.now.write({"step": 1, **self.mixing.schedule(view, step)})
             images, target = self.mixing(self.now, batch.images, batch.target)
-            logits = averaged(self.networks.teach(images), self.header.form.temperature)
+            several, taps = self.networks.teach(images)
+            logits = averaged(several, self.header.form.temperature)
             label = hard(target)
             right += int((logits.argmax(1) == label).sum())
             log_p = (logits.double() / (self.header.form.temperature or 1.0)).log_softmax(1)
             entropy -= float((log_p.exp() * log_p).nan_to_num(0.0).sum())
-            made.append(self._rows(view, step, logits.cpu(), label.cpu()))
+            made.append(self._rows(view, step, logits.cpu(), label.cpu(), taps))
         quarantine = self.loader.quarantine
         found = quarantine.found()
         bad = out_of_use(quarantine.manifest, found, self.header, self.data, view, steps)
         sums = {"right": float(right), "entropy": round(entropy, 3)}
         write(path, self.layout, view, np.concatenate(made), bad, sums)
 
-    def _rows(self, view: int, step: int, logits: Tensor, label: Tensor) -> NDArray[Any]:
+    def _rows(
+        self, view: int, step: int, logits: Tensor, label: Tensor, taps: Mapping[str, Tensor]
+    ) -> NDArray[Any]:
         first = step * self.header.batch
         places = np.arange(first, first + len(logits))
         of_rows = torch.from_numpy(keys(key(self.header.seed, view, RECORD), places))
-        return self.header.form.encode(logits, label, of_rows)
+        features = [taps[name].cpu() for name, _ in self.header.form.taps]
+        return self.header.form.encode(logits, label, of_rows, features)
 
 
 def averaged(logits: list[Tensor], temperature: float | None) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 from torch import Tensor
@@ -30,6 +30,14 @@ class FeatureMethod(Method):
         None, description="points or module paths of the teacher; null: as published"
     )
     feature_weight: float = Field(1.0, ge=0, description="weight of the feature loss")
+
+    @property
+    def takes_recorded(self) -> Literal["none", "whole", "dense", "listed"]:
+        return "whole" if self.teacher_mode == "eval" else "none"
+
+    @property
+    def takes_taps(self) -> Literal["none", "values", "layers"]:
+        return "values"
 
     @model_validator(mode="after")
     def _taps_and_temperature_work(self) -> FeatureMethod:

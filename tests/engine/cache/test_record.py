@@ -334,8 +334,8 @@ def test_two_teachers_are_one_with_their_mean(digits, tmp_path):
     header = record(recipe, tmp_path / "cache")
     assert header.teachers == ("resnet8", "resnet14") and header.form.temperature == 4.0
     (first,) = Recorded(tmp_path / "cache").at(0, 0, range(32))
-    networks = frozen(recipe, 10, torch.device("cpu"))
-    assert len(networks.teach(torch.zeros(2, 3, 16, 16, dtype=torch.uint8))) == 2
+    networks, _ = frozen(recipe, 10, torch.device("cpu"))
+    assert len(networks.teach(torch.zeros(2, 3, 16, 16, dtype=torch.uint8))[0]) == 2
     assert first.shape == (32, 10) and (first <= 0).all()
     torch.testing.assert_close((first / 4).exp().sum(1), torch.ones(32))
     with pytest.raises(ValueError, match=r"cache.teachers.0.trained_by: only the recipe's own"):
