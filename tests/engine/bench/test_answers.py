@@ -8,6 +8,8 @@ from tiny import tiny
 
 from kdfuse.engine.bench.step import run as bench
 from kdfuse.engine.bench.step.answers import Answers
+from kdfuse.engine.bench.step.cases import chosen
+from kdfuse.engine.bench.step.peer import why_not
 from kdfuse.engine.cache.replay import Recorded
 from kdfuse.engine.models import create
 from kdfuse.engine.recipe.load import Recipe
@@ -63,8 +65,8 @@ def test_steps_with_and_without_stand_beside_each_other(recorded):
     assert 0 < found["reading_share"] < 1 and "reading_share" not in live
     assert found["flops"] < live["flops"] / 2  # one network trains in place of three, none runs
     assert "times_peer" in live and "no plain loop was measured" in found["peer_absent"]
-    (_, alone) = bench.run(bench.arguments([words[0], both[1], both[2], *words[1:]]))
-    assert alone["peer_absent"] == "the plain loop knows no teacher.cache, no slt.record"
+    (alone,) = chosen(words[0], both[1:], None, "cpu")
+    assert why_not(alone) == "the plain loop knows no teacher.cache, no slt.record"
 
 
 @pytest.mark.parametrize(
