@@ -24,6 +24,7 @@ MAGIC = b"kdfcache"
 END = struct.Struct("<Q8s")  # the bytes of the trailer before it, and MAGIC
 LONGEST = 1 << 24  # bytes of a trailer
 ROWS = 1 << 16  # of a shard, about: what a kill costs
+BYTES = 1 << 28  # of a shard at most, unless a step has more: it is made in memory
 
 
 class CacheError(ValueError):
@@ -43,7 +44,8 @@ class Layout:
     @property
     def length(self) -> int:
         """Steps of a shard; the last one of a view has what is left."""
-        return max(1, ROWS // self.batch)
+        rows = min(ROWS, BYTES // self.row.itemsize)
+        return max(1, rows // self.batch)
 
     def shards(self) -> Iterator[tuple[int, range]]:
         """The view and the steps of each shard."""

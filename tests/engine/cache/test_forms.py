@@ -6,6 +6,7 @@ import torch
 
 from kdfuse import kd_loss
 from kdfuse.engine.cache.forms import FIELDS, Form, form_of
+from kdfuse.engine.cache.shards import Layout
 from kdfuse.engine.recipe.cache import Cache
 
 N = 64
@@ -182,3 +183,12 @@ def test_a_form_is_of_its_settings_and_the_methods_temperature():
     assert {"form", "classes", "temperature"} <= set(FIELDS)
     with pytest.raises(ValueError, match=r"cache\.draws: 5 has no effect with cache\.form top_k"):
         Cache.model_validate({"form": "top_k", "draws": 5})
+
+
+def test_a_shard_is_made_in_memory_and_not_larger():
+    of_logits = Layout("", np.dtype([("logits", "<f2", 1000)]), 1, 10**6, 256)
+    of_maps = Layout("", np.dtype([("tap0", "<f2", (7, 7, 2048))]), 1, 10**6, 256)
+    of_large = Layout("", np.dtype([("tap0", "<f4", (512, 512, 64))]), 1, 10**6, 256)
+    assert of_logits.length * 256 == 2**16
+    assert 2**27 < of_maps.length * 256 * of_maps.row.itemsize <= 2**28
+    assert of_large.length == 1
