@@ -33,7 +33,7 @@ $(INSTALLED): pyproject.toml setup.py $(SOURCES)
 demo: install
 	$(BIN)/kdfuse demo demo
 
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --max-worker-restart 0
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --max-worker-restart 0
 
 # WORDS are more words for pytest: make test WORDS="--durations=20"
 test: install

@@ -16,7 +16,7 @@ from kdfuse.engine.recipe.load import Recipe
 from kdfuse.engine.training.recording import record
 from kdfuse.engine.training.start import train
 
-pytestmark = pytest.mark.slow(10)
+pytestmark = pytest.mark.slow(15)
 
 EPOCHS = 2
 SYNTHETIC = ["data.source=synthetic", "data.root=null", "data.loader=auto"]
