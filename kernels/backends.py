@@ -1,34 +1,28 @@
 """Which backends this machine can run, why not the others, and which one a call takes."""
 
 import functools
-import importlib
 import warnings
-from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from . import library
 from .triton import lang as triton_lang
 
-
-def _load() -> tuple[ModuleType | None, str]:
-    try:
-        return importlib.import_module("kdfuse.kernels._C"), ""
-    except ImportError as error:
-        return None, (
-            f"kdfuse.kernels._C cannot be loaded ({error}); install a C++17 compiler and reinstall "
-            "kdfuse, or run `python setup.py build_ext --inplace` in a checkout"
-        )
+# Loaded here, not on the first call: torch.compile can trace neither a load nor a cache.
+_CPU = library.load_cpu()
+_CUDA = library.load_cuda(_CPU[1])
 
 
-# Loaded here, not on the first call: torch.compile can trace neither an import nor a cache.
-_LOADED = _load()
+def compiled() -> tuple[library.Cpu | None, str]:
+    """The compiled losses, whose ops are registered, or None and the reason."""
+    return _CPU
 
 
-def compiled() -> tuple[ModuleType | None, str]:
-    """The compiled module (loading it registers the ops), or None and the reason."""
-    return _LOADED
+def compiled_cuda() -> tuple[library.Cuda | None, str]:
+    """The same of the CUDA kernels, whatever GPU there is."""
+    return _CUDA
 
 
 def backends() -> dict[str, str]:
@@ -37,17 +31,12 @@ def backends() -> dict[str, str]:
 
 
 def _cuda() -> str:
-    module, reason = compiled()
-    if module is None:
+    kernels, reason = compiled_cuda()
+    if kernels is None:
         return reason
-    if not module.cuda_archs:
-        return (
-            "kdfuse was built without its CUDA kernels; install nvcc and a CUDA build of torch and "
-            "reinstall kdfuse with KDFUSE_CUDA=1, which says what is missing"
-        )
     if not torch.cuda.is_available():
         return "torch sees no CUDA device"
-    return too_old(module.cuda_driver, module.cuda_runtime)
+    return too_old(kernels.driver, kernels.runtime)
 
 
 def too_old(driver: int, runtime: int) -> str:
@@ -149,9 +138,9 @@ def _runs_on(name: str, device: torch.device) -> bool:
         return False
     if name != "cuda":
         return True
-    module = compiled()[0]
+    kernels = compiled_cuda()[0]
     found = torch.cuda.get_device_properties(device)
-    return module is not None and has_code(module.cuda_archs, found.major, found.minor)
+    return kernels is not None and has_code(kernels.archs, found.major, found.minor)
 
 
 _WARNED: set[str] = set()
@@ -206,8 +195,7 @@ def scales_on_gpu(upstream: Tensor) -> bool:
     """Whether gradients on the device of `upstream` are scaled by the compiled op."""
     if not upstream.is_cuda or torch.compiler.is_compiling():
         return False
-    module, _ = compiled()
-    return module is not None and bool(module.cuda_archs)
+    return compiled_cuda()[0] is not None
 
 
 def choose(backend: str | None, student: Tensor, op: str = "") -> str:

@@ -7,10 +7,9 @@ from torch import Tensor
 
 from . import backends
 from .checks import check_denominator, check_logits, check_target
+from .namespace import COMPILED, TRITON
 from .op import (
-    COMPILED,
     REDUCTIONS,
-    TRITON,
     Loss,
     Op,
     Options,

@@ -16,11 +16,10 @@ from torch import Tensor, nn
 
 from . import backends, reference
 from .checks import check_range
+from .namespace import COMPILED
 from .teachers import Teacher, lists_of, logits_of, whole_logits
 
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
-# The namespaces of torch.ops: of the compiled module, for CPU and CUDA, and of the Triton kernels.
-COMPILED, TRITON = "kdfuse", "kdfuse_triton"
 
 # rows(students, teachers, labels, params) -> (N,) loss, and (N,) values of the terms by name.
 Rows = Callable[
@@ -251,10 +250,10 @@ def scaled_on_gpu(
     gradients of float16 students are rounded in the same pass.
     """
     if all(t == torch.float16 for t in types):
-        return torch.ops.kdfuse.scale_to_half(gradients, upstream)
+        return compiled_op(COMPILED, "scale_to_half")(gradients, upstream)
     if torch._C._autograd._get_current_graph_task_keep_graph():
         gradients = [g.clone() for g in gradients]
-    torch.ops.kdfuse.scale_(gradients, upstream)
+    compiled_op(COMPILED, "scale_")(gradients, upstream)
     return gradients
 
 
@@ -333,9 +332,9 @@ def register(op: Op, namespace: str) -> None:
 
 
 def register_scale() -> None:
-    torch.library.register_fake("kdfuse::scale_", lambda gradients, factor: None)
+    torch.library.register_fake(f"{COMPILED}::scale_", lambda gradients, factor: None)
     torch.library.register_fake(
-        "kdfuse::scale_to_half", lambda gradients, factor: [g.half() for g in gradients]
+        f"{COMPILED}::scale_to_half", lambda gradients, factor: [g.half() for g in gradients]
     )
 
 

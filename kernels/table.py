@@ -3,7 +3,8 @@
 from collections.abc import Callable
 
 from . import backends, dkd, kd, nkd, slkd, tf_nkd, uskd, wttm
-from .op import COMPILED, TRITON, Loss, Op, register, register_scale
+from .namespace import COMPILED, TRITON
+from .op import Loss, Op, register, register_scale
 from .sharded import call as sharded
 from .triton import lang as triton_lang
 from .triton import ops as triton_ops

@@ -2,7 +2,7 @@
 and what tests of several folders are given.
 
     --shuffle SEED   files, and the tests of each, in a random order
-    --level NAME     the SIMD level of the compiled losses, one of kdfuse.kernels._C.levels()
+    --level NAME     the SIMD level of the compiled losses, one of their levels()
     --sees FACT=X    fail unless this process finds X (see `facts`)
     --long           try each fault of tests/faults many times, run what is marked `long`
 
@@ -80,9 +80,9 @@ def variant(request):
     """What the options ask of the whole session."""
     level, sees = (request.config.getoption(name) for name in ("level", "sees"))
     if level is not None:
-        from kdfuse.kernels import _C
+        from kdfuse.kernels.backends import compiled
 
-        _C.set_level(level)
+        compiled()[0].set_level(level)
     if sees is not None:
         fact, wanted = sees.split("=")
         assert facts()[fact]() == wanted, f"--sees {sees}, but it is {facts()[fact]()}"
@@ -162,12 +162,12 @@ def facts():
     """What may vary between machines, each as text."""
     import torch
 
-    from kdfuse.kernels import _C
+    from kdfuse.kernels.backends import compiled
 
     return {
         "capability": torch.backends.cpu.get_cpu_capability,
         "onednn": onednn,
-        "level": _C.level,
+        "level": compiled()[0].level,
         "threads": lambda: str(torch.get_num_threads()),
     }
 

@@ -20,19 +20,21 @@ ARROWS = {
     "methods": {"recipe"},
     "data": {"recipe"},
     "run": {"recipe"},
-    "models": {"run"},
+    "models": {"recipe", "run"},
     "report": {"recipe", "run"},
     "training": {"recipe", "methods", "data", "cache", "models", "run", "report", "detection"},
     "detection": {"recipe", "data", "models", "run", "training"},
+    "export": {"recipe", "data", "models", "run", "training"},
     "bench": {"recipe", "methods", "data", "cache", "models", "run", "training"},
-    "cli": {"recipe", "cache", "data", "models", "run", "report", "training", "detection", "bench"},
+    "cli": {"recipe", "cache", "data", "models", "run", "report", "training", "detection", "bench"}
+    | {"export"},
 }
 # A file of training may import those before it.
 TRAINING = (
     "rendezvous alive ranks peers process speed compiled scalars ema rate groups largebatch "
     "optim faults meters guard step captured learner frozen networks build identity beside "
-    "state alarms evaluate task inputs recorded slt_record classification rollback resumption "
-    "stop loop start recording"
+    "state alarms trajectories evaluate outputs task inputs recorded slt_record classification "
+    "rollback resumption stop loop session start recording distill"
 ).split()
 # What a file leaves to others, by folder or file.
 NEVER = {
@@ -43,9 +45,12 @@ NEVER = {
     "training/build": {"training.optim", "training.state", "report"},
     "training/state": {"training.build", "training.networks", "models", "data"},
     "training/evaluate": {"training.optim", "training.state", "report"},
+    "training/outputs": {"training.optim", "training.state"},
     "training/loop": {"data", "models", "methods", "detection", "training.classification"},
     "training/classification": {"detection", "report"},
     "cli/export": {"training.optim", "training.state"},
+    "export/chosen": {"training.optim", "training.state"},
+    "export/check": {"training.optim", "training.state"},
     "detection/evaluate": {"training.optim", "training.state"},
     "detection/export": {"training.optim", "training.state"},
 }

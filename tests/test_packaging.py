@@ -71,9 +71,24 @@ def test_sdist_holds_the_sources(built):
         "csrc/cpu/taught.cpp",
         "csrc/losses/kd.h",
         "kdfuse/engine/report/templates/report.html",
+        "kdfuse/engine/report/templates/colours.css",
     ):
         assert path in names
     assert "kdfuse/recipes/digits/kd.yaml" in names and "LICENSE" in names
+
+
+def told_by(folder: Path, code: str) -> str:
+    """What a program says that takes kdfuse from this folder."""
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(folder)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def test_wheel_works_away_from_the_checkout(built, tmp_path):
@@ -88,16 +103,49 @@ def test_wheel_works_away_from_the_checkout(built, tmp_path):
         "assert Recipe.load(recipes()[0]);"
         "import kdfuse.engine.report.page; print(kdfuse.__file__)"
     )
-    done = subprocess.run(
-        [sys.executable, "-P", "-c", code],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(tmp_path)},
-        capture_output=True,
-        text=True,
-        check=False,
+    assert told_by(tmp_path, code).startswith(str(tmp_path))
+
+
+def lacking_a_runtime(file: Path) -> None:
+    """A library that asks for a CUDA runtime that is not there."""
+    runtime = file.parent / "libcudart.so.0"
+    source = file.with_suffix(".cpp")
+    source.write_text('extern "C" void cuda() {}')
+    make = [os.environ.get("CXX", "g++"), "-shared", "-fPIC", "-o"]
+    subprocess.run([*make, runtime, source, f"-Wl,-soname,{runtime.name}"], check=True)
+    source.write_text('extern "C" void cuda(); extern "C" void call() { cuda(); }')
+    subprocess.run([*make, file, source, runtime], check=True)
+    runtime.unlink()
+
+
+@pytest.mark.parametrize(
+    "cuda, there, said",
+    [
+        ("13.0", False, "kdfuse was built without its CUDA kernels (no libkdfuse_cuda.so)"),
+        ("12.8", True, "libkdfuse_cuda.so cannot be loaded (libcudart.so.0: cannot open shared"),
+        (None, True, "is built without CUDA; install one that is"),
+    ],
+    ids=("no CUDA part", "no runtime", "torch without CUDA"),
+)
+def test_the_cuda_part_that_is_missing_is_named(built, tmp_path, cuda, there, said):
+    """By an installed wheel, beside a torch of this CUDA; the losses on the CPU are compiled."""
+    with zipfile.ZipFile(built[1]) as file:
+        file.extractall(tmp_path)
+    if there:
+        lacking_a_runtime(tmp_path / "kdfuse/kernels/libkdfuse_cuda.so")
+    code = (
+        f"import torch; torch.version.cuda = {cuda!r};"
+        "import kdfuse;"
+        "z = torch.randn(4, 5, requires_grad=True);"
+        "kdfuse.kd_loss(z, torch.randn(4, 5), backend='cpu').backward();"
+        "from kdfuse.engine.cli.doctor import doctor;"
+        "found = {f.what: f for f in doctor()};"
+        "assert found['backend cpu'].state == 'ok', found['backend cpu'];"
+        "assert found['backend cuda'].detail == kdfuse.backends()['cuda'];"
+        "print(found['backend cuda'].state, found['backend cuda'].detail)"
     )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith(str(tmp_path))
+    told = told_by(tmp_path, code)
+    assert told.startswith("absent") and said in told
 
 
 def test_without_a_compiler_it_installs_and_says_so(tmp_path):
@@ -119,15 +167,6 @@ def test_without_a_compiler_it_installs_and_says_so(tmp_path):
         "z = torch.randn(4, 5, requires_grad=True);"
         "kdfuse.kd_loss(z, torch.randn(4, 5)).backward(); assert z.grad is not None;"
         "from kdfuse.engine.cli.doctor import doctor;"
-        "print([f for f in doctor() if f.what == 'compiled module'])"
+        "print([f.state for f in doctor() if f.what == 'compiled losses'])"
     )
-    done = subprocess.run(
-        [sys.executable, "-P", "-c", code],
-        cwd=copy,
-        env={**os.environ, "PYTHONPATH": str(copy)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "ok" not in done.stdout.split("detail")[0], done.stdout
+    assert told_by(copy, code) == "['absent']\n"

@@ -52,8 +52,8 @@ def of_onednn(value: str, isa: str) -> Variant:
 def variants() -> list[Variant]:
     x86 = [*map(of_pytorch, ("default", "avx2"))]
     x86 += [of_onednn("AVX2", "AVX2"), of_onednn("SSE41", "SSE4.1")]
-    module = backends.compiled()[0]
-    levels = module.levels() if module else []
+    cpu = backends.compiled()[0]
+    levels = cpu.levels() if cpu else []
     return [
         Variant("as it is"),
         *(x86 if platform.machine() in ("x86_64", "AMD64") else []),

@@ -12,7 +12,8 @@
 
 namespace kdfuse {
 
-[[noreturn]] inline void refuse(const std::string& what) { throw std::invalid_argument("kdfuse: " + what); }
+// A RuntimeError in Python under every torch; 2.11 makes other errors of other exceptions.
+[[noreturn]] inline void refuse(const std::string& what) { throw std::runtime_error("kdfuse: " + what); }
 
 inline DType type_of(const torch::stable::Tensor& x) {
   using torch::headeronly::ScalarType;

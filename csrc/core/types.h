@@ -84,7 +84,6 @@ struct SplitPass {
 };
 
 struct OpOnCpu {
-  OpFacts facts;
   RowPass rows;
   SplitPass parts;
 };

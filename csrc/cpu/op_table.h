@@ -1,9 +1,7 @@
 // The ops of each instruction-set level (KDFUSE_LEVEL): kd_base(), kd_avx2(), ...; each is compiled by itself.
 #pragma once
+#include "../core/paste.h"
 #include "../core/types.h"
-
-#define KDFUSE_JOIN_(a, b) a##_##b
-#define KDFUSE_JOIN(a, b) KDFUSE_JOIN_(a, b)
 
 namespace kdfuse {
 

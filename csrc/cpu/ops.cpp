@@ -1,26 +1,23 @@
 // The ops as torch sees them: schemas, checks, allocation, the batch reduction, and the CPU dispatch.
 //
-// Only torch's stable ABI is used, so that one binary serves every torch from 2.11 on. All ops share
+// Only torch's stable ABI is used, so that one library serves every torch from 2.11 on, and every Python. All ops share
 // one schema; losses/<op>.h says what an op's `params` are, kernels/<op>.py fills them.
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
 #include <atomic>
 #include <optional>
-#include <sstream>
 #include <string>
 #include <tuple>
 #include <vector>
 
+#include "../core/op_registration.h"
 #include "../core/op_top_k.h"
+#include "../core/said.h"
+#include "../losses/op_facts.h"
+#include "../sharded/registration.h"
 #include "op.h"
 #include "op_table.h"
-#if defined(KDFUSE_CUDA_ARCHS)
-#include "../cuda/launch.h"
-#endif
 
 namespace kdfuse {
 namespace {
@@ -59,8 +56,9 @@ Result loss(const std::vector<Tensor>& students, const std::vector<Tensor>& teac
             const std::optional<Tensor>& upstream, const std::vector<double>& params, int64_t reduction,
             int64_t ignore_index, bool with_gradient) {
   const OpOnCpu op = op_on_cpu(which);
-  check_call(op.facts, students, teachers, target.has_value(), params);
-  if (!op.facts.takes_top_k) refuse_sparse(indices, masses);
+  const OpFacts facts = facts_of(which);
+  check_call(facts, students, teachers, target.has_value(), params);
+  if (!facts.takes_top_k) refuse_sparse(indices, masses);
   const Tensor& student = students[0];
   const int64_t rows = student.size(0), classes = student.size(1);
 
@@ -106,12 +104,12 @@ Result loss(const std::vector<Tensor>& students, const std::vector<Tensor>& teac
     p.gradients = outputs.data();
   }
 
-  p.num_terms = op.facts.terms(p.num_students);
+  p.num_terms = facts.terms(p.num_students);
   const int width = 1 + p.num_terms;
   std::vector<double> out(rows * width), scores;
   p.out = out.data();
   if (rows > 0) {
-    if (op.facts.scored) {
+    if (facts.scored) {
       scores.resize(2 * rows);
       p.scores = scores.data();
       each_row(op.rows.score, p);
@@ -120,52 +118,8 @@ Result loss(const std::vector<Tensor>& students, const std::vector<Tensor>& teac
     each_row(op.rows.run, p);
   }
 
-  auto [value, terms] = reduced(op.facts, out, rows, p.num_terms, valid, reduction, scale, real);
+  auto [value, terms] = reduced(facts, out, rows, p.num_terms, valid, reduction, scale, real);
   return {value, terms, gradients};
-}
-
-std::vector<std::string> levels() {
-  std::vector<std::string> names;
-  for (int k = best_level(); k >= 0; --k) names.push_back(kLevelNames[k]);
-  return names;
-}
-
-// The CUDA that the kernels were built with, as 13000; 0 where they were not.
-int cuda_runtime() {
-#if defined(KDFUSE_CUDA_ARCHS)
-  return KDFUSE_CUDA_RUNTIME;
-#else
-  return 0;
-#endif
-}
-
-// The newest CUDA that the driver supports, as 13000; 0 without one.
-int cuda_driver() {
-#if defined(KDFUSE_CUDA_ARCHS)
-  return driver_version();
-#else
-  return 0;
-#endif
-}
-
-// Of the CUDA kernels, as in "sm_90"; none where the CUDA part was not built.
-std::vector<std::string> cuda_archs() {
-  std::vector<std::string> names;
-#if defined(KDFUSE_CUDA_ARCHS)
-  std::istringstream all(KDFUSE_CUDA_ARCHS);
-  for (std::string name; all >> name;) names.push_back(name);
-#endif
-  return names;
-}
-
-void set_level(const std::string& name) {
-  for (int k = best_level(); k >= 0; --k) {
-    if (name == kLevelNames[k]) {
-      current_level = static_cast<Level>(k);
-      return;
-    }
-  }
-  refuse("SIMD level '" + name + "' is not one that this machine runs");
 }
 
 }  // namespace
@@ -186,27 +140,41 @@ OpOnCpu op_on_cpu(Loss loss) {
   "int ignore_index, bool with_gradient) "                                                     \
   "-> (Tensor loss, Tensor terms, Tensor[] gradients)"
 
-STABLE_TORCH_LIBRARY(kdfuse, m) {
-#define KDFUSE_OTHER(name) m.def(#name KDFUSE_SCHEMA);
+namespace {
+
+bool registered(const char* name) {
+  Registration schemas(name);
+#define KDFUSE_OTHER(name) schemas.def(#name KDFUSE_SCHEMA);
 #include "../losses/all.def"
-  m.def("scale_(Tensor(a!)[] gradients, Tensor factor) -> ()");
-  m.def("scale_to_half(Tensor[] gradients, Tensor factor) -> Tensor[]");
-}
-
-STABLE_TORCH_LIBRARY_IMPL(kdfuse, CPU, m) {
-#define KDFUSE_OTHER(name) m.impl(#name, TORCH_BOX(&loss<Loss::name>));
+  schemas.def("scale_(Tensor(a!)[] gradients, Tensor factor) -> ()");
+  schemas.def("scale_to_half(Tensor[] gradients, Tensor factor) -> Tensor[]");
+  define_parts(schemas);
+  if (!schemas.ok()) return false;
+  Registration cpu(name, "CPU");
+#define KDFUSE_OTHER(name) cpu.impl(#name, TORCH_BOX(&loss<Loss::name>));
 #include "../losses/all.def"
+  implement_parts(cpu);
+  return cpu.ok();
 }
 
-PYBIND11_MODULE(_C, m) {
-  m.doc() = "Facts of the compiled part; loading it registers torch.ops.kdfuse.";
-  m.attr("compiler") = __VERSION__;
-  m.attr("cuda_archs") = cuda_archs();
-  m.attr("cuda_runtime") = cuda_runtime();
-  m.attr("cuda_driver") = cuda_driver();  // a constant: torch.compile cannot trace a call
-  m.def("levels", &levels, "SIMD levels that this machine runs, best first.");
-  m.def("level", [] { return std::string(kLevelNames[current_level.load()]); }, "The SIMD level in use.");
-  m.def("set_level", &set_level, pybind11::arg("name"), "Use another of levels().");
-}
-
+}  // namespace
 }  // namespace kdfuse
+
+// What the library says of itself to kernels/library.py, by ctypes: it has no symbol of Python.
+extern "C" {
+
+// Makes the ops those of torch.ops.<name>. 0 where torch refuses, for it has such a namespace.
+KDFUSE_SAID int kdfuse_register(const char* name) { return kdfuse::registered(name); }
+
+KDFUSE_SAID const char* kdfuse_compiler() { return __VERSION__; }
+
+// SIMD levels by number, slowest first; null where there is no such level, or this machine does not run it.
+KDFUSE_SAID const char* kdfuse_level_name(int level) {
+  return level >= 0 && level <= kdfuse::best_level() ? kdfuse::kLevelNames[level] : nullptr;
+}
+
+KDFUSE_SAID int kdfuse_level() { return kdfuse::current_level; }
+
+// One that kdfuse_level_name names.
+KDFUSE_SAID void kdfuse_set_level(int level) { kdfuse::current_level = static_cast<kdfuse::Level>(level); }
+}

@@ -5,7 +5,6 @@
 #define USE_CUDA  // for the declaration of torch's current CUDA stream
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
@@ -16,7 +15,10 @@
 #include <tuple>
 #include <vector>
 
+#include "../core/op_registration.h"
 #include "../core/op_top_k.h"
+#include "../core/said.h"
+#include "../losses/op_facts.h"
 #include "launch.h"
 
 namespace kdfuse {
@@ -66,7 +68,7 @@ Result run(std::vector<Tensor> students, std::vector<Tensor> teachers, std::vect
            std::vector<Tensor> masses, std::optional<Tensor> target, std::optional<Tensor> denominator,
            std::optional<double> divisor, std::optional<Tensor> upstream, std::vector<double> params, int64_t reduction,
            int64_t ignore_index, bool with_gradient) {
-  const OpFacts facts = op_on_cpu(loss).facts;
+  const OpFacts facts = facts_of(loss);
   check_call(facts, students, teachers, target.has_value(), params);
   if (!facts.takes_top_k) refuse_sparse(indices, masses);
   const Tensor& student = students[0];
@@ -181,13 +183,30 @@ std::vector<Tensor> scale_to_half(std::vector<Tensor> gradients, Tensor factor) 
   return halves;
 }
 
-}  // namespace
-
-STABLE_TORCH_LIBRARY_IMPL(kdfuse, CUDA, m) {
-  m.impl("scale_", TORCH_BOX(&scale));
-  m.impl("scale_to_half", TORCH_BOX(&scale_to_half));
-#define KDFUSE_OTHER(name) m.impl(#name, TORCH_BOX(&run<Loss::name>));
+bool registered(const char* name) {
+  Registration cuda(name, "CUDA");
+  cuda.impl("scale_", TORCH_BOX(&scale));
+  cuda.impl("scale_to_half", TORCH_BOX(&scale_to_half));
+#define KDFUSE_OTHER(name) cuda.impl(#name, TORCH_BOX(&run<Loss::name>));
 #include "../losses/all.def"
+  return cuda.ok();
 }
 
+}  // namespace
 }  // namespace kdfuse
+
+// What the library says of itself to kernels/library.py, by ctypes: it has no symbol of Python.
+extern "C" {
+
+// Makes the ops run on CUDA tensors, in the namespace that libkdfuse.so has. 0 where torch refuses.
+KDFUSE_SAID int kdfuse_register(const char* name) { return kdfuse::registered(name); }
+
+// That the kernels were built for, as in "sm_90 compute_90".
+KDFUSE_SAID const char* kdfuse_cuda_archs() { return KDFUSE_CUDA_ARCHS; }
+
+// The CUDA that they were built with, as 13000.
+KDFUSE_SAID int kdfuse_cuda_runtime() { return KDFUSE_CUDA_RUNTIME; }
+
+// The newest CUDA that the driver supports, as 13000; 0 without one.
+KDFUSE_SAID int kdfuse_cuda_driver() { return kdfuse::driver_version(); }
+}

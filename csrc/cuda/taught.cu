@@ -1,14 +1,10 @@
 // The kernels of a loss of one student under teachers: KDFUSE_OP of losses/all.def with its facts KDFUSE_FACTS.
-#define KDFUSE_TEXT_(x) #x
-#define KDFUSE_TEXT(x) KDFUSE_TEXT_(x)
+#include "../core/paste.h"
 // clang-format off
 #include KDFUSE_TEXT(../losses/KDFUSE_OP.h)
 // clang-format on
 
 #include "kernels.h"
-
-#define KDFUSE_JOIN_(a, b) a##_##b
-#define KDFUSE_JOIN(a, b) KDFUSE_JOIN_(a, b)
 
 namespace kdfuse {
 namespace {

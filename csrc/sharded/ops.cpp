@@ -4,6 +4,8 @@
 #include <tuple>
 
 #include "../cpu/op.h"
+#include "../losses/op_facts.h"
+#include "registration.h"
 #include "types.h"
 
 namespace kdfuse {
@@ -18,11 +20,12 @@ struct Part {
   std::vector<int64_t> labels;
   int64_t valid;
 
-  static Part of(const OpOnCpu& op, const std::vector<Tensor>& students, const std::vector<Tensor>& teachers,
+  static Part of(Loss loss, const std::vector<Tensor>& students, const std::vector<Tensor>& teachers,
                  const std::optional<Tensor>& target, int64_t first, int64_t classes, const std::vector<double>& params,
                  int64_t ignore_index) {
-    if (!op.parts.run) refuse("this op takes whole rows only");
-    check_call(op.facts, students, teachers, target.has_value(), params);
+    const OpFacts facts = facts_of(loss);
+    if (!op_on_cpu(loss).parts.run) refuse("this op takes whole rows only");
+    check_call(facts, students, teachers, target.has_value(), params);
     Part part;
     SplitProblem& p = part.p;
     p.rows = students[0].size(0);
@@ -46,8 +49,8 @@ struct Part {
     part.valid = p.rows;
     for (int64_t y : part.labels) part.valid -= y == ignore_index;
     p.ignore_index = ignore_index;
-    const int pairs = p.num_teachers == 0 ? 0 : op.facts.fused ? p.num_students + 1 : p.num_teachers;
-    p.layout = {p.num_students, p.num_students + p.num_teachers + op.facts.fused, pairs};
+    const int pairs = p.num_teachers == 0 ? 0 : facts.fused ? p.num_students + 1 : p.num_teachers;
+    p.layout = {p.num_students, p.num_students + p.num_teachers + facts.fused, pairs};
     return part;
   }
 
@@ -64,12 +67,11 @@ struct Part {
 template <Loss loss>
 Tensor stats(std::vector<Tensor> students, std::vector<Tensor> teachers, std::optional<Tensor> target, int64_t first,
              int64_t classes, std::vector<double> params, int64_t ignore_index) {
-  const OpOnCpu op = op_on_cpu(loss);
-  Part part = Part::of(op, students, teachers, target, first, classes, params, ignore_index);
+  Part part = Part::of(loss, students, teachers, target, first, classes, params, ignore_index);
   SplitProblem& p = part.problem(params);
   Tensor packed = empty({p.rows, p.layout.width()}, ScalarType::Double);
   p.packed = static_cast<double*>(packed.data_ptr());
-  if (p.rows > 0) each_row(op.parts.stats, p);
+  if (p.rows > 0) each_row(op_on_cpu(loss).parts.stats, p);
   return packed;
 }
 
@@ -78,8 +80,8 @@ Result grad_from_stats(std::vector<Tensor> students, std::vector<Tensor> teacher
                        int64_t first, int64_t classes, Tensor merged_stats, std::optional<Tensor> denominator,
                        std::optional<Tensor> upstream, std::vector<double> params, int64_t reduction,
                        int64_t ignore_index, bool with_gradient) {
-  const OpOnCpu op = op_on_cpu(loss);
-  Part part = Part::of(op, students, teachers, target, first, classes, params, ignore_index);
+  Part part = Part::of(loss, students, teachers, target, first, classes, params, ignore_index);
+  const OpFacts facts = facts_of(loss);
   SplitProblem& p = part.problem(params);
   if (merged_stats.scalar_type() != ScalarType::Double || merged_stats.dim() != 2 || merged_stats.size(0) != p.rows ||
       merged_stats.size(1) != p.layout.width() || !merged_stats.is_contiguous()) {
@@ -89,7 +91,7 @@ Result grad_from_stats(std::vector<Tensor> students, std::vector<Tensor> teacher
   p.merged = static_cast<const double*>(merged_stats.data_ptr());
 
   std::vector<double> scores(2 * p.rows, 0.);
-  if (op.facts.scored) {
+  if (facts.scored) {
     for (int64_t i = 0; i < p.rows; ++i) {
       if (part.labels[i] == ignore_index) continue;
       scores[2 * i] = std::exp(merged(p.merged + i * p.layout.width() + p.layout.of_set(0), 1).at1.log_label);
@@ -108,12 +110,12 @@ Result grad_from_stats(std::vector<Tensor> students, std::vector<Tensor> teacher
     outputs = outputs_of(gradients);
     p.gradients = outputs.data();
   }
-  p.num_terms = op.facts.terms(p.num_students);
+  p.num_terms = facts.terms(p.num_students);
   std::vector<double> out(p.rows * (1 + p.num_terms));
   p.out = out.data();
-  if (p.rows > 0) each_row(op.parts.run, p);
+  if (p.rows > 0) each_row(op_on_cpu(loss).parts.run, p);
   const auto real = p.wide ? ScalarType::Double : ScalarType::Float;
-  auto [value, terms] = reduced(op.facts, out, p.rows, p.num_terms, part.valid, reduction, scale, real);
+  auto [value, terms] = reduced(facts, out, p.rows, p.num_terms, part.valid, reduction, scale, real);
   return {value, terms, gradients};
 }
 
@@ -127,17 +129,17 @@ Result grad_from_stats(std::vector<Tensor> students, std::vector<Tensor> teacher
   "Tensor stats, Tensor? denominator, Tensor? upstream, float[] params, int reduction, "            \
   "int ignore_index, bool with_gradient) -> (Tensor loss, Tensor terms, Tensor[] gradients)"
 
-STABLE_TORCH_LIBRARY_FRAGMENT(kdfuse, m) {
-#define KDFUSE_OTHER(name)   \
-  m.def(#name KDFUSE_STATS); \
-  m.def(#name KDFUSE_GRAD);
+void define_parts(Registration& schemas) {
+#define KDFUSE_OTHER(name)         \
+  schemas.def(#name KDFUSE_STATS); \
+  schemas.def(#name KDFUSE_GRAD);
 #include "../losses/all.def"
 }
 
-STABLE_TORCH_LIBRARY_IMPL(kdfuse, CPU, m) {
-#define KDFUSE_OTHER(name)                               \
-  m.impl(#name "_stats", TORCH_BOX(&stats<Loss::name>)); \
-  m.impl(#name "_grad_from_stats", TORCH_BOX(&grad_from_stats<Loss::name>));
+void implement_parts(Registration& cpu) {
+#define KDFUSE_OTHER(name)                                 \
+  cpu.impl(#name "_stats", TORCH_BOX(&stats<Loss::name>)); \
+  cpu.impl(#name "_grad_from_stats", TORCH_BOX(&grad_from_stats<Loss::name>));
 #include "../losses/all.def"
 }
 

@@ -86,15 +86,17 @@ def of_images(parser: Parser) -> None:
     )  # fmt: skip
 
 
-def of_records(parser: Parser, drawn: str = "draw images/s into this .svg or .png") -> None:
-    """Adds where records are kept, and how they are shown; `drawn`: what --plot does."""
+def of_records(parser: Parser, drawn: str | None = "draw images/s into this .svg or .png") -> None:
+    """Adds where records are kept, and how they are shown; `drawn`: what --plot does, if it is
+    there."""
     parser.add_argument("--out", type=Path, metavar="FILE", help="append JSON lines to this file")
     parser.add_argument(
         "--from", dest="read", nargs="+", type=Path, metavar="FILE",
         help="show the records of these files instead of measuring",
     )  # fmt: skip
     parser.add_argument("--markdown", action="store_true", help="print Markdown tables")
-    parser.add_argument("--plot", type=picture, metavar="FILE", help=drawn)
+    if drawn is not None:
+        parser.add_argument("--plot", type=picture, metavar="FILE", help=drawn)
 
 
 def parsed(parser: Parser, words: Sequence[str]) -> Any:
@@ -111,7 +113,7 @@ def parsed(parser: Parser, words: Sequence[str]) -> Any:
         if not path.is_file():
             raise ValueError(f"--from {path}: there is no such file; --out FILE makes one")
     for option in ("out", "plot"):
-        path = getattr(chosen, option)
+        path = getattr(chosen, option, None)
         if path and not path.absolute().parent.is_dir():
             raise ValueError(f"--{option} {path}: its folder is not there; make it first")
     return chosen

@@ -1,11 +1,23 @@
-"""The records of a benchmark, read back from the files that it has written."""
+"""The records of a benchmark: kept as they come, and read back from the files that hold them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from ...kernels.bench.report import Record, each
+from ...kernels.bench.report import Record, append, each
+
+
+def keeper(out: Path | None) -> tuple[list[Record], Callable[[Record], None]]:
+    """A list of records, and what adds one to it and, at once, to the file `out`."""
+    found: list[Record] = []
+
+    def keep(record: Record) -> None:
+        found.append(record)
+        if out:
+            append(out, record)
+
+    return found, keep
 
 
 def read(paths: Sequence[Path], kind: str, verb: str) -> list[Record]:

@@ -10,9 +10,11 @@ from pathlib import Path
 
 from ..recipe.load import Recipe
 from ..report.page import report
+from ..report.pictures import PICTURES
 from ..run.folder import RECIPE
 from ..run.past import read_run
 from ..training.start import train
+from .pictures import draw
 
 SEEDS = 3
 FEW = ["data.subset=5", "run.batch=25", "run.epochs=100", "run.eval_every=25", "run.log_every=20"]
@@ -46,6 +48,8 @@ def demo(folder: Path) -> Path:
             runs.setdefault(name, []).append(
                 _run(recipe, out, [*words, *given, f"run.seed={seed}"])
             )
+    print("\npictures of the teacher and of the first seed:", flush=True)
+    draw([teacher, *(several[0] for several in runs.values())], tuple(PICTURES))
     out = report(
         [teacher, *(run for several in runs.values() for run in several)], folder / "report.html"
     )

@@ -27,7 +27,7 @@ def doctor() -> list[Finding]:
         _packages,
         _optional_packages,
         _apex,
-        _compiled_module,
+        _compiled_losses,
         _backends,
         _gpu_losses,
         _compilers,
@@ -62,8 +62,12 @@ def _optional_packages() -> list[Finding]:
         ("triton",): "the triton backend is off; pip install triton (Linux)",
         dali: "images are read with torchvision, slower; pip install 'kdfuse[dali]'",
         ("tensorboard",): "log.jsonl alone is written; pip install 'kdfuse[tensorboard]'",
+        ("wandb",): "run.trackers=[wandb] is refused; pip install wandb",
+        ("mlflow", "mlflow-skinny"): "run.trackers=[mlflow] is refused; pip install mlflow",
         ("timm",): "networks timm:NAME, lamb and lars are refused; pip install 'kdfuse[timm]'",
         ("onnxscript",): "kdfuse export writes no .onnx; pip install 'kdfuse[onnx]'",
+        ("onnxruntime",): "a .onnx is not run once it is written; pip install 'kdfuse[onnx]'",
+        ("safetensors",): "kdfuse export writes no .safetensors; pip install 'kdfuse[safetensors]'",
         ("pycocotools",): "detectors are not evaluated; pip install 'kdfuse[detection]'",
     }
     found = []
@@ -89,14 +93,14 @@ def _apex() -> list[Finding]:
     return [Finding("apex", "absent", text)]
 
 
-def _compiled_module() -> list[Finding]:
-    try:
-        from ...kernels import _C
-    except ImportError as error:
-        cure = "install a C++17 compiler and run pip install again"
-        return [Finding("compiled module", "absent", f"{error}; losses run slower; {cure}")]
-    text = f"SIMD {_C.level()} (this machine runs {', '.join(_C.levels())}), compiler {_C.compiler}"
-    return [Finding("compiled module", "ok", text)]
+def _compiled_losses() -> list[Finding]:
+    from ...kernels.backends import compiled
+
+    cpu, reason = compiled()
+    if cpu is None:
+        return [Finding("compiled losses", "absent", f"losses run slower: {reason}")]
+    text = f"SIMD {cpu.level()} (this machine runs {', '.join(cpu.levels())})"
+    return [Finding("compiled losses", "ok", f"{text}, compiler {cpu.compiler}")]
 
 
 def _backends() -> list[Finding]:

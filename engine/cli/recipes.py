@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -26,17 +28,27 @@ def recipes(
     method: Annotated[str | None, typer.Option(help="recipes of this method alone")] = None,
     data: Annotated[str | None, typer.Option(help="recipes for this data set alone")] = None,
     table: Annotated[str | None, typer.Option(help="recipes of this published table alone")] = None,
+    every: Annotated[bool, typer.Option("--all", help="list every recipe")] = False,
 ) -> None:
-    """List the recipes; `recipes show NAME` prints one, `recipes table NAME` a published table."""
+    """Count the recipes by method and data set, or list some of them, or all.
+
+    `recipes show NAME` prints one, `recipes table NAME` a published table.
+    """
     filters = {"method": method, "data": data, "table": table}
     wanted = {what: name for what, name in filters.items() if name is not None}
     if context.invoked_subcommand is not None:
-        if wanted:
-            option, verb = next(iter(wanted)), context.invoked_subcommand
+        if wanted or every:
+            option, verb = next(iter(wanted), "all"), context.invoked_subcommand
             raise ValueError(f"--{option}: filters the list; leave it out before {verb}")
         return
     from ..report.tables import shipped
 
+    if not wanted and not every:
+        wide(_counted(shipped()))
+        print(
+            "\nkdfuse recipes --method kd --data digits lists them, --all all; show NAME prints one"
+        )
+        return
     drawn = Table(box=None, pad_edge=False)
     drawn.add_column("recipe", no_wrap=True)
     for heading in ("student", "teacher", "published", "source"):
@@ -48,7 +60,20 @@ def recipes(
             top1 = number(recipe.expect)
             source = recipe.expect.source
         drawn.add_row(recipe.name, recipe.student.name, teacher, top1, Text(source))
-    wide(drawn)
+    wide(drawn, paged=every)
+
+
+def _counted(recipes: Sequence[AnyRecipe]) -> Table:
+    """How many rows there are of each method for each data set."""
+    counts = Counter((r.method.name, r.name.split("/")[0]) for r in recipes)
+    methods, sets = ({key[i]: None for key in counts} for i in (0, 1))
+    drawn = Table("method", box=None, pad_edge=False)
+    for name in sets:
+        drawn.add_column(name, justify="right")
+    for method in methods:
+        drawn.add_row(method, *(str(counts[method, name] or "") for name in sets))
+    drawn.add_row("", *(str(sum(counts[m, name] for m in methods)) for name in sets))
+    return drawn
 
 
 def number(expect: Expect) -> str:
@@ -107,10 +132,13 @@ def table(
         print(note)
 
 
-def wide(table: Table) -> None:
-    """Print a table; where the output is a file or a pipe, without folding its lines."""
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 400)
-    console.print(table)
+def wide(table: Table, paged: bool = False) -> None:
+    """Print a table, on a terminal page by page if `paged`; where the output is a file or a pipe,
+    without folding its lines."""
+    terminal = sys.stdout.isatty()
+    console = Console(highlight=False, width=None if terminal else 400)
+    with console.pager(styles=True) if paged and terminal else nullcontext():
+        console.print(table)
 
 
 def _filtered(recipes: Sequence[AnyRecipe], wanted: dict[str, str]) -> list[AnyRecipe]:

@@ -44,9 +44,13 @@ def train(
     seeds = int(_take(words, "seeds", "1", "[1-9][0-9]*", "a whole number above 0"))
     from ..recipe.load import load
     from ..report.tables import published
-    from ..run.folder import default_folder
+    from ..run.folder import RECIPE, default_folder
+    from ..run.imports import check_imports
     from ..run.set import default_base, expand, members, train_set
 
+    for begun in [out, *out.glob("*")] if out else []:
+        if (begun / RECIPE).exists():
+            check_imports(begun)  # without them the recipe may not be read at all
     names = expand(word for word in given if "=" not in word)
     one = load(names[0], words) if len(names) == 1 and seeds == 1 else None
     runs = [] if one else members(names, words, seeds)

@@ -20,7 +20,7 @@ GOLDEN = 0x9E3779B97F4A7C15
 ATTEMPTS = 10  # of random_resized_crop before it falls back to the centre
 DRAWS = 2 * ATTEMPTS + 3  # areas, ratios, top, left, flip
 # Streams of draws that must not meet.
-ORDER, AUGMENT, MIX, RANK, RANDAUGMENT, ERASE, RECORD, SLTS = 1, 2, 3, 4, 5, 6, 7, 8
+ORDER, AUGMENT, MIX, RANK, RANDAUGMENT, ERASE, RECORD, SLTS, ITEM = 1, 2, 3, 4, 5, 6, 7, 8, 9
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]

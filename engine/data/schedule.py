@@ -49,7 +49,7 @@ class Schedule:
     Step s takes positions [s * batch, (s + 1) * batch) of the epoch, a process those at the places
     of its `part`. A training step has data.repeats crops of each of its images, spread over its
     positions, so that any number of processes sees the same. Training leaves out the last
-    incomplete step; evaluation fills it with the first image.
+    incomplete step; evaluation fills it with the first image. It may be of some `rows` alone.
     """
 
     def __init__(
@@ -62,12 +62,15 @@ class Schedule:
         train: bool,
         part: range | None = None,  # None: all
         views: int | None = None,  # epochs after which the first comes again; None: never
+        rows: Ints | None = None,  # of the manifest, to evaluate; None: all
     ) -> None:
+        assert rows is None or not train
         self.manifest, self.data, self.whole = manifest, data, batch
         self.seed, self.train, self.views = seed, train, views
         self.part = range(batch) if part is None else part
         self.batch = len(self.part)  # of this process
-        n = len(manifest.target)
+        self._rows = np.arange(len(manifest.target)) if rows is None else rows
+        n = len(self._rows)
         self.steps = n // batch if train else -(-n // batch)
         if self.steps == 0:
             raise ValueError(
@@ -100,7 +103,7 @@ class Schedule:
 
     def task(self, epoch: int, step: int) -> Task:
         """The plan of one step; rows now known as unreadable are replaced."""
-        positions = self._positions(step)
+        positions = self.positions(step)
         sizes, replacement = self.manifest.sizes, self.quarantine.replacement
         if self.train:
             if self._order[0] != epoch:
@@ -110,18 +113,19 @@ class Schedule:
             made = plan(self.data, sizes, self.seed, epoch, positions, index=index)
             after = changes(self.data, self.seed, epoch, positions)
             return Task(epoch, step, replace(made, changes=after), self.batch)
-        valid = min(max(len(sizes) - int(positions[0]), 0), self.batch)
-        index = replacement[np.where(np.arange(self.batch) < valid, positions, 0)]
+        valid = min(max(len(self._rows) - int(positions[0]), 0), self.batch)
+        index = replacement[self._rows[np.where(np.arange(self.batch) < valid, positions, 0)]]
         return Task(epoch, step, eval_plan(self.data, sizes, index), valid)
 
     def names(self, epoch: int, step: int) -> list[str]:
         """This process's files of a training step. A loader may be at another epoch meanwhile."""
         order = permutation(self.seed, epoch, len(self.manifest.target))
-        at = places(self._positions(step), self.whole, self.data.repeats)
+        at = places(self.positions(step), self.whole, self.data.repeats)
         rows = self.quarantine.replacement[order[at]]
         return [self.manifest.name(row) for row in rows.tolist()]
 
-    def _positions(self, step: int) -> Ints:
+    def positions(self, step: int) -> Ints:
+        """Where in the epoch this process's images of a step stand."""
         first = step * self.whole + self.part.start
         return np.arange(first, first + self.batch)
 

@@ -47,6 +47,8 @@ def exported(
             f"out = {out}: torch.export cannot follow a detector, whose work depends on how many "
             "boxes it finds; write an .onnx or a .pt file"
         )
+    if out.suffix not in (".onnx", ".pt"):
+        raise ValueError(f"out = {out}: a detector is written as .onnx or .pt")
     categories = len(weights["student"][CLASSES]) - 1
     distiller = kept(recipe, categories, torch.device("cpu"))
     distiller.load(weights)

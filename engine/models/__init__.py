@@ -9,6 +9,7 @@ from pathlib import Path
 
 from torch import nn
 
+from ..recipe import registered
 from . import timm_models, torchvision_models
 from .cifar_resnet import DOUBLE, NARROW, WIDE, CifarResNet
 from .cifar_stem_resnet import BasicBlock, Bottleneck, CifarStemResNet
@@ -21,11 +22,13 @@ from .shufflenet_v1 import ShuffleNetV1
 from .shufflenet_v2 import X1_0, X1_5, ShuffleNetV2
 from .taps import Taps, Until, points, shapes, unreached
 from .vgg import VGG
-from .weights import load_weights
+from .weights import Match, load_weights
 from .wrn import WideResNet
 
 __all__ = [
+    "HANDED",
     "NETWORKS",
+    "OWN",
     "FoldError",
     "Taps",
     "Until",
@@ -76,35 +79,55 @@ NETWORKS: dict[str, Callable[[int], nn.Module]] = {
     **PLAIN,
 }
 
+# Networks that a program handed over as objects, by names own:NAME, while its run is at work.
+HANDED: dict[str, Callable[[int], nn.Module]] = {}
+OWN = "own:"
+
 _PREFIX = "torchvision:"
 _TIMM = "timm:"
 
 
-def create(name: str, num_classes: int, checkpoint: str | Path | None = None) -> nn.Module:
+def create(
+    name: str, num_classes: int, checkpoint: str | Path | None = None, match: Match = "names"
+) -> nn.Module:
     """The network `name`: images (N, 3, H, W) of a float type in, logits (N, num_classes) out.
 
-    `name` is a key of NETWORKS, "torchvision:" and one of torchvision's classifiers, or "timm:"
-    and one of timm's models. The weights are random, or those of `checkpoint`: a file (also a
-    published teacher's), a checkpoint folder of a run, or a run's folder, which stands for its best
-    checkpoint. Raises ValueError for an unknown name, fewer than two classes, or a checkpoint that
-    does not fit, FileNotFoundError when there is none.
+    `name` is a key of NETWORKS, a registered name, "torchvision:" and one of torchvision's
+    classifiers, or "timm:" and one of timm's models. The weights are random, or those of
+    `checkpoint`: a file (also a published teacher's), a checkpoint folder of a run, or a run's
+    folder, which stands for its best checkpoint; its tensors are taken by their names or, with
+    `match` "order", where names do not fit, by order and shape. Raises ValueError for an unknown
+    name, fewer than two classes, or a checkpoint that does not fit, FileNotFoundError when there is
+    none.
     """
     if num_classes < 2:
         raise ValueError(f"num_classes: {num_classes}; a classifier needs at least 2")
     if name.startswith(_TIMM):
         model = timm_models.build(name.removeprefix(_TIMM), num_classes)
+    elif name.startswith(OWN):
+        if name not in HANDED:
+            raise ValueError(
+                f"name: {name} is an object of the program that called kdfuse.engine.distill; only "
+                "that program can make it"
+            )
+        model = HANDED[name](num_classes)
     else:
-        builders = NETWORKS | _torchvision(torchvision_models.names())
+        own = NETWORKS | registered.NETWORKS
+        builders = own if name in own else own | _torchvision(torchvision_models.names())
         if name not in builders:
             raise ValueError(_unknown(name, list(builders)))
         model = builders[name](num_classes)
+        if not isinstance(model, nn.Module):
+            raise ValueError(f"name: {name} made a {type(model).__name__}, wants an nn.Module")
     if checkpoint is not None:
         residual = [n for n in torchvision_models.names() if "resn" in n]  # resnet*, resnext*
         # Where networks share a layout, the one with the more usual name is named.
         known = (
             {n: NETWORKS[n] for n in NETWORKS if n not in PLAIN} | _torchvision(residual) | PLAIN
         )
-        load_weights(model, checkpoint, name=name, num_classes=num_classes, known=known)
+        load_weights(
+            model, checkpoint, name=name, num_classes=num_classes, known=known, match=match
+        )
     return model
 
 
@@ -119,8 +142,9 @@ def _unknown(name: str, known: list[str]) -> str:
     if _PREFIX + name in known:
         near = [_PREFIX + name, *near[:2]]
     hint = f"; did you mean {', '.join(near)}?" if near else "."
-    own = [known for known in NETWORKS if known not in PLAIN]
+    own = [known for known in NETWORKS if known not in PLAIN] + list(registered.NETWORKS)
     return (
         f"name: {name!r} is no known network{hint} Known: {', '.join(own)}, plain18, plain34, "
-        f"plain50 and their kin (engine/models/plain.py), {_PREFIX}NAME, {_TIMM}NAME"
+        f"plain50 and their kin (engine/models/plain.py), {_PREFIX}NAME, {_TIMM}NAME, and what "
+        "--import MODULE brings"
     )

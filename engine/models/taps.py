@@ -8,11 +8,13 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torchvision.models import ResNet
+
+if TYPE_CHECKING:
+    from torchvision.models import ResNet
 
 INPUT = ":in"  # behind a module's path: what goes in, not what comes out
 
@@ -24,6 +26,8 @@ def points(model: nn.Module) -> dict[str, str]:
     (before that ReLU), "pooled", and "classifier", the last linear layer. A path with ":in" is the
     module's input. Empty for a network that states none: its taps are module paths.
     """
+    from torchvision.models import ResNet  # seconds, needed late
+
     if isinstance(model, ResNet):
         return _torchvision_resnet(model)
     info = getattr(model, "feature_info", None)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-import torchvision.models
 from torch import Tensor, fx, nn
 
 # While training they return a tuple with auxiliary logits instead of one tensor of logits.
@@ -13,12 +12,16 @@ AUXILIARY = ("googlenet", "inception_v3")
 
 def names() -> list[str]:
     """The classifiers that `build` can make, without the prefix "torchvision:"."""
+    import torchvision.models  # seconds, needed late
+
     known = torchvision.models.list_models(module=torchvision.models)
     return [name for name in known if name not in AUXILIARY]
 
 
 def build(name: str, num_classes: int) -> nn.Module:
     """The network `name` (one of `names()`) with random weights and `num_classes` outputs."""
+    import torchvision.models
+
     network = torchvision.models.get_model(name, weights=None, num_classes=num_classes)
     for path, module in list(network.named_modules()):
         if isinstance(module, nn.AdaptiveAvgPool2d) and module.output_size not in (1, (1, 1)):

@@ -8,9 +8,10 @@ import re
 import struct
 import tarfile
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -18,6 +19,9 @@ from torch import Tensor, nn
 
 from ..run.aside import find
 from ..run.checkpoint import STATE, SUMS, CheckpointError, verified
+from .matching import Unmatched, in_order, renamed
+
+Match = Literal["names", "order"]
 
 _HOLDERS = ("student", "model", "state_dict")  # a run of this engine, published teachers, others
 _PREFIXES = ("module.", "_orig_mod.")  # left by data parallelism and by torch.compile
@@ -65,17 +69,21 @@ def load_weights(
     name: str,
     num_classes: int,
     known: Mapping[str, Callable[[int], nn.Module]],
+    match: Match = "names",
 ) -> None:
     """Copy the weights at `path` (see `read_weights`) into `model`, which is left alone on errors.
 
     `name` and `num_classes` say in messages what the model is; `known` are the networks that
     weights which do not fit are compared with. Raises ValueError when a key is missing,
-    unexpected or of another shape. BatchNorm's step counter may be missing.
+    unexpected or of another shape. BatchNorm's step counter may be missing. With `match` "order"
+    names may differ (see `matching.in_order`), and what was paired is printed.
     """
     weights = read_weights(path)
     difference = compare(weights, model)
-    if difference:
-        problem = _explain(difference, weights, name, num_classes, known)
+    if difference and match == "order":
+        weights = renamed(weights, model, name, path)
+    elif difference:
+        problem = _explain(difference, weights, model, name, num_classes, known)
         raise ValueError(f"checkpoint {path}: {problem}")
     model.load_state_dict(weights)
 
@@ -173,6 +181,7 @@ def _strip(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _explain(
     difference: Difference,
     weights: Mapping[str, Tensor],
+    model: nn.Module,
     name: str,
     num_classes: int,
     known: Mapping[str, Callable[[int], nn.Module]],
@@ -195,6 +204,9 @@ def _explain(
     fitting = _fitting(weights, known)
     if fitting is not None:
         lines.append(f"it fits {fitting}")
+    with suppress(Unmatched):
+        in_order(weights, model)
+        lines.append("order and shapes fit: match=order beside checkpoint takes it so")
     return "\n  ".join(lines)
 
 

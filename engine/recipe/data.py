@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal, get_args
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
+from . import registered
 from .schema import IMAGENET, FilePath, Normalize, Pair, Strict
 
-Source = Literal["folder", "tar", "digits", "cifar10", "cifar100", "glyphs", "synthetic"]
+Ours = Literal["folder", "tar", "digits", "cifar10", "cifar100", "glyphs", "synthetic", "own"]
 CLASSES = {"digits": 10, "cifar10": 10, "cifar100": 100, "glyphs": 100}  # sources with a fixed set
 DECODED_BY = {"hybrid": ("dali",), "gpu": ("dali", "torchvision")}  # the CPU: by every loader
 IN_MEMORY = ("cifar10", "cifar100", "glyphs", "synthetic")  # sources without a file for each image
+
+
+def _known(source: str) -> str:
+    known = [*get_args(Ours), *registered.SOURCES]
+    if source not in known:
+        raise registered.unknown(source, known)
+    return source
+
+
+Source = Annotated[str, AfterValidator(_known)]
 
 
 class RandAugment(Strict):
@@ -30,7 +41,8 @@ class Data(Strict):
     source: Source = Field(
         description="folder: root/{train,val}/<class>/; tar: root/{train,val}/*.tar; digits: a "
         "folder written once under root from scikit-learn; cifar10, cifar100: the official archive "
-        "under root; glyphs: drawn once under root; synthetic: computed, no files"
+        "under root; glyphs: drawn once under root; synthetic: computed, no files; own: what "
+        "engine.distill was given; or a name that a module of --import registers"
     )
     root: FilePath | None = Field(None, description="folder of the images")
     classes: int | None = Field(
@@ -116,14 +128,18 @@ class Data(Strict):
         return [name for name, on in used.items() if on]
 
     def _source_problems(self) -> list[str]:
-        found = []
+        found: list[str] = []
+        if self.source in registered.SOURCES:  # of root, classes and images it reads what it wants
+            return found
         if self.source not in ("synthetic", "glyphs"):
             found += self.unused(f"source {self.source}", "data", "images")
-        if self.source == "synthetic":
-            found += self.unused("source synthetic", "data", "root")
-            if self.classes is None:
-                found.append("data.classes: source synthetic needs the number of classes")
-        elif self.root is None:
+        if self.source in ("synthetic", "own"):
+            found += self.unused(f"source {self.source}", "data", "root")
+        if self.source == "synthetic" and self.classes is None:
+            found.append("data.classes: source synthetic needs the number of classes")
+        if self.source == "own":
+            found += self.unused("source own", "data", "subset")
+        if self.source not in ("synthetic", "own") and self.root is None:
             found.append(f"data.root: source {self.source} needs a folder; add data.root=DIR")
         fixed = CLASSES.get(self.source)
         if fixed is not None and self.classes not in (None, fixed):
@@ -134,15 +150,15 @@ class Data(Strict):
             found.append(
                 f"data.loader: dali reads files and source {self.source} has none; use auto"
             )
+        return found
+
+    def _crop_problems(self) -> list[str]:
+        found = []
         if self.loader == "resident" and self.after_crop:
             found.append(
                 "data.loader: resident crops on the device, where it cannot do "
                 f"{' and '.join(self.after_crop)}; use auto"
             )
-        return found
-
-    def _crop_problems(self) -> list[str]:
-        found = []
         for name, (low, high) in (("scale", self.scale), ("ratio", self.ratio)):
             if not 0 < low <= high:
                 found.append(f"data.{name}: need 0 < low <= high, got [{low}, {high}]")

@@ -3,32 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from functools import reduce
-from operator import or_
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from ..detection.method import METHODS as DETECTION_METHODS
 from ..detection.recipe import DetectionRecipe
-from ..methods import METHODS
-from ..methods.method import Method
 from . import problems, yamlfile
 from .cache import Cache
 from .data import Data
+from .method import KNOWN, AnyMethod
 from .misfits import misfits
 from .optim import Optim
 from .run import Run
 from .schema import SLT, Expect, Network, RecipeBase, RecipeError, Strict
 
 SHIPPED = Path(__file__).resolve().parents[2] / "recipes"
-
-if TYPE_CHECKING:
-    AnyMethod = Method
-else:
-    AnyMethod = Annotated[reduce(or_, METHODS.values()), Field(discriminator="name")]
-
 
 LEARNER = r"^[a-z][a-z0-9_]*$"
 
@@ -85,16 +76,16 @@ class Recipe(RecipeBase):
         for part in (plain, *plain["also"].values()):
             for role in ("student", "teacher", "slt"):
                 if part.get(role):
-                    part[role]["checkpoint"] = part[role]["cache"] = None
+                    part[role] |= {"checkpoint": None, "match": "names", "cache": None}
         for assistant in plain["assistants"]:
-            assistant["checkpoint"] = None
+            assistant |= {"checkpoint": None, "match": "names"}
         return type(self).model_validate(plain)
 
 
 AnyRecipe = Recipe | DetectionRecipe
 
 TASKS: dict[str | None, tuple[type[AnyRecipe], Mapping[str, type[Strict]]]] = {
-    None: (Recipe, METHODS),  # classification, which recipes do not name
+    None: (Recipe, KNOWN),  # classification, which recipes do not name
     "detection": (DetectionRecipe, DETECTION_METHODS),
 }
 
@@ -109,7 +100,13 @@ def load(name_or_path: str | Path, overrides: Iterable[str] = ()) -> AnyRecipe:
     path, file_name, row = _locate(str(name_or_path))
     raw, name = _pick_row(yamlfile.read(path), file_name, row)
     raw.setdefault("name", name)
-    written, words = _method(raw), list(overrides)
+    return from_sections(raw, overrides)
+
+
+def from_sections(raw: dict[str, Any], overrides: Iterable[str] = ()) -> AnyRecipe:
+    """The recipe of plain sections, `name` among them, and words `a.b=c`. Raises RecipeError."""
+    name, written, words = raw["name"], _method(raw), list(overrides)
+    raw = dict(raw)
     found = _apply(raw, words)
     task = raw.get("task")
     if task not in tuple(TASKS):  # a list is no key
@@ -123,7 +120,8 @@ def load(name_or_path: str | Path, overrides: Iterable[str] = ()) -> AnyRecipe:
         if switched and _method(raw) in methods and _method(raw) != written:
             found.append(
                 f"method.name: {name} is written for {written}, and its other options stay; "
-                f"start from a recipe of {_method(raw)}"
+                f"start from a recipe of {_method(raw)}, or replace the section whole: "
+                f"method='{{name: {_method(raw)}}}'"
             )
         found += _explain(error, raw, model, methods)
     if found:
@@ -140,9 +138,10 @@ def recipes() -> list[str]:
     ]
 
 
-def _method(raw: dict[str, Any]) -> Any:
+def _method(raw: dict[str, Any]) -> str | None:
     method = raw.get("method")
-    return method.get("name") if isinstance(method, dict) else None
+    name = method.get("name") if isinstance(method, dict) else None
+    return name if isinstance(name, str) else None
 
 
 def _shipped() -> dict[str, Path]:
@@ -226,7 +225,7 @@ def _explain(
 ) -> list[str]:
     """Lines for pydantic's findings and for the cross checks it did not get to."""
     name = _method(raw)
-    method = methods.get(name) if isinstance(name, str) else None
+    method = methods.get(name) if name is not None else None
     known = [key for key in problems.keys_of(model) if not key.startswith("method.")]
     known += problems.keys_of(method, "method.") if method else []
     found = problems.lines(error, known, set(methods))

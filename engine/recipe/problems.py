@@ -133,6 +133,12 @@ def _lines_of(key: str, one: dict[str, Any], known: list[str]) -> list[str]:
         names = context["expected_tags"].replace("'", "")
         hint = nearest(str(context["tag"]), names.split(", "))
         return [f"method.name: got {shown(context['tag'])}, wants one of {names}{hint}"]
+    if kind == "unknown_name":
+        tag, names, field = context["name"], context["known"], context["field"]
+        where = f"{key}.{field}" if field else key
+        hint = nearest(str(tag), names.split(", "))
+        wants = f"wants one of {names}, or what --import MODULE brings{hint}"
+        return [f"{where}: got {shown(tag)}, {wants}"]
     if kind == "literal_error":
         wanted = context["expected"].replace("'", "").replace(" or ", ", ")
         return [f"{key}: got {shown(value)}, wants one of {wanted}"]

@@ -13,6 +13,7 @@ LEFT_OPEN = ("amp", "tf32", "compile", "deterministic")
 
 
 Compiled = Literal["student", "teacher", "slts"]
+Tracker = Literal["tensorboard", "wandb", "mlflow"]
 
 
 class Run(Strict):
@@ -58,7 +59,16 @@ class Run(Strict):
         600.0, gt=0, description="seconds a process waits for the others before it calls them lost"
     )
     threads: int | None = Field(None, ge=1, description="CPU threads of torch; null: its default")
-    log_every: int = Field(50, ge=1, description="steps between two log records")
+    log_every: int = Field(
+        50,
+        ge=1,
+        description="steps between two records in log.jsonl, which a terminal shows",
+    )
+    trackers: Annotated[tuple[Tracker, ...], Field(strict=False)] | None = Field(
+        None,
+        description="where the log's numbers go too, of tensorboard, wandb, mlflow; null: to "
+        "tensorboard where it is installed",
+    )
     checkpoint_every: int | None = Field(
         None, ge=1, description="steps between two checkpoints; null: after each epoch"
     )

@@ -75,6 +75,11 @@ class Network(Strict):
         description="resnet8x4, torchvision:resnet18, timm:deit_tiny_patch16_224, run:FOLDER",
     )
     checkpoint: FilePath | None = Field(None, description="file of weights; null: random weights")
+    match: Literal["names", "order"] = Field(
+        "names",
+        description="how a checkpoint's tensors find theirs; order: where names do not fit, by "
+        "order and shape, which is printed",
+    )
     cache: FilePath | None = Field(
         None, description="the teacher's: folder of its recorded answers, in place of its weights"
     )
@@ -90,12 +95,18 @@ class Network(Strict):
     def _works(self) -> Network:
         if self.trained_with and self.trained_by is None:
             raise ValueError(f"trained_with: {list(self.trained_with)} needs trained_by, a recipe")
+        if self.match != "names" and self.checkpoint is None:
+            raise ValueError(f"match: {self.match} has no effect without a checkpoint; give one")
         if self.kept and self.checkpoint is not None:
             raise ValueError(
                 f"checkpoint: {self.checkpoint} has no effect with name {self.name}, which comes "
                 "with its weights; leave one of them out"
             )
         return self
+
+    def anew(self) -> Network:
+        """The same network with random weights."""
+        return self.model_copy(update={"checkpoint": None, "match": "names", "cache": None})
 
     @property
     def kept(self) -> Path | None:
@@ -117,7 +128,7 @@ class SLT(Network):
             if not self.name:
                 raise ValueError("name: missing; give a network's name, or record=FOLDER")
             return self
-        fields = ("checkpoint", "normalize", "trained_by")
+        fields = ("checkpoint", "match", "normalize", "trained_by")
         if found := self.unused(f"record {self.record}", "slt", *fields):
             raise ValueError("\n".join(found))
         return self

@@ -13,6 +13,13 @@ from ..run.past import AP, PastRun, Seeds
 COLOURS = 8  # the page defines --c0 .. --c7
 CLOCK = ("images_per_s", "data_wait", "time")
 NOT_LOSSES = ("kind", "step", "epoch", "lr", "top1", "top5", "rows", "skipped", *CLOCK)
+# Beside accuracy, by the beginning of a value's name in evaluations (training/trajectories.py).
+TRAJECTORIES = {
+    "agreement_": "Same class as the teacher, percent",
+    "kl_": "Divergence (KL) at T = 1, nats",
+    "softened_kl_": "Divergence (KL) at the method's T, nats",
+    "entropy_": "Entropy of the predictions, nats",
+}
 PARTS_OF_AP = {
     "ap50": "IoU 0.50",
     "ap75": "IoU 0.75",
@@ -53,12 +60,19 @@ class Chart:
 
 
 def charts(run: PastRun) -> list[Chart]:
-    """Scores, loss terms and learning rate of one run."""
+    """Scores, trajectories, loss terms, learning rate and speed of one run."""
     return [
         Chart(f"{run.score.title}, percent", _score_lines(run), wide=True),
         *([Chart("Box AP by overlap and by size", _part_lines(run))] if run.score == AP else []),
+        *(
+            Chart(title, lines)
+            for start, title in TRAJECTORIES.items()
+            if (lines := _trajectory_lines(run, start))
+        ),
         Chart("Loss terms in training", _loss_lines(run)),
         Chart("Learning rate", _rate_lines(run)),
+        Chart("Images a second", _clock_lines(run, "images_per_s")),
+        Chart("Waiting for data, share of the time", _clock_lines(run, "data_wait")),
     ]
 
 
@@ -106,6 +120,18 @@ def _network_name(name: str) -> str:
     return f"SL-T {name.removeprefix('slt')}" if name.startswith("slt") else name
 
 
+def _trajectory_lines(run: PastRun, start: str) -> list[Line]:
+    """What evaluations have of one kind; of divergences `p to q` is KL(p || q)."""
+    keys = dict.fromkeys(k for r in run.evaluations for k in r if k.startswith(start))
+    named = {
+        key: " to ".join(map(_network_name, key.removeprefix(start).split("_to_"))) for key in keys
+    }
+    return [
+        Line(name, *_points(run.evaluations, key), i % COLOURS, dashed=i >= COLOURS)
+        for i, (key, name) in enumerate(named.items())
+    ]
+
+
 def _part_lines(run: PastRun) -> list[Line]:
     lines = [
         Line(name, *_points(run.evaluations, key), index)
@@ -127,6 +153,10 @@ def _loss_lines(run: PastRun) -> list[Line]:
 def _rate_lines(run: PastRun) -> list[Line]:
     found = [line for kind in ("step", "epoch") if (line := _points(run.of_kind(kind), "lr"))[0]]
     return [Line("learning rate", *found[0])] if found else []
+
+
+def _clock_lines(run: PastRun, key: str) -> list[Line]:
+    return [Line("", *_points(run.of_kind("step"), key))]
 
 
 def _points(records: list[dict[str, Any]], key: str) -> tuple[list[float], list[float]]:

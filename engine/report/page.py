@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import statistics
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +16,21 @@ import jinja2
 from ..recipe import problems
 from ..run.disk import write_whole
 from ..run.past import PastRun, Seeds, across_seeds, mean_and_spread, read_run
-from . import curves
+from . import curves, pictures
+from .drawing import COLOURS
 
+LIMIT = 5_000_000  # bytes of a page, as far as pictures decide
 TEMPLATE = Path(__file__).resolve().parent / "templates" / "report.html"
 
 
-def report(runs: list[Path], out: Path) -> Path:
+def report(runs: list[Path], out: Path, shows: Collection[str] | None = None) -> Path:
     """Write the page about the given run directories to `out` and return its path.
 
-    Runs that differ only in seed are one row, with mean and sample standard deviation; classifiers
-    and detectors have a table each, since top-1 and AP do not compare. Raises FileNotFoundError for
-    a folder that is not a run, ValueError without any run.
+    `shows` are the names of the pictures that it has of those that were made (pictures.make); None:
+    all of them. Those of the first runs are on it, as far as it stays below LIMIT bytes. Runs that
+    differ only in seed are one row, with mean and sample standard deviation; classifiers and
+    detectors have a table each, since top-1 and AP do not compare. Raises FileNotFoundError for a
+    folder that is not a run, ValueError without any run.
     """
     if not runs:
         raise ValueError("report needs at least one run directory")
@@ -34,15 +39,19 @@ def report(runs: list[Path], out: Path) -> Path:
     page = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     ).from_string(TEMPLATE.read_text(encoding="utf-8"))
-    text = page.render(
-        title=read[0].name if len(groups) == 1 else f"{len(groups)} recipes, {len(read)} runs",
-        description=read[0].recipe.get("description", "") if len(groups) == 1 else "",
-        tasks=[
+    given = {
+        "title": read[0].name if len(groups) == 1 else f"{len(groups)} recipes, {len(read)} runs",
+        "description": read[0].recipe.get("description", "") if len(groups) == 1 else "",
+        "colours": COLOURS,
+        "tasks": [
             _task([group for group in groups if group.score == score])
             for score in dict.fromkeys(group.score for group in groups)
         ],
-        runs=[_section(run) for run in read],
-    )
+        "runs": [_section(run) for run in read],
+    }
+    bare = page.render(given, pictures=[pictures.Album()] * len(read))
+    room = LIMIT - len(bare.encode(errors="backslashreplace"))
+    text = page.render(given, pictures=pictures.albums(read, shows, room))
     write_whole(out, text.encode(errors="backslashreplace").decode())  # of names of files
     return out
 

@@ -13,7 +13,7 @@ from rich.text import Text
 from ..recipe import problems
 from ..recipe.load import AnyRecipe, load, recipes
 from ..recipe.schema import Cell, RecipeError
-from ..run.folder import CARRIED_OUT, RECIPE, changes, plain
+from ..run.folder import CARRIED_OUT, changes, kept_recipe, plain
 from ..run.past import AP, PastRun, Seeds, across_seeds, below, mean_and_spread
 
 NOT_COMPARED = CARRIED_OUT | {"run.seed"}
@@ -121,7 +121,7 @@ def counted(recipe: AnyRecipe, runs: list[PastRun]) -> tuple[Seeds, list[str]]:
         try:
             drift = changed(recipe, run)
         except RecipeError as error:
-            drift = [f"its recipe is not one for this version: {error}"]
+            drift = [f"its recipe cannot be read here: {error}"]
         if drift:
             notes.append(f"{run.path} does not count, it is not {recipe.name}: {'; '.join(drift)}")
         elif not run.finished:
@@ -135,7 +135,7 @@ def counted(recipe: AnyRecipe, runs: list[PastRun]) -> tuple[Seeds, list[str]]:
 
 def changed(recipe: AnyRecipe, run: PastRun) -> list[str]:
     """What a run changed of its recipe that can move the result, the seed aside."""
-    was, now = plain(recipe), plain(load(run.path / RECIPE))
+    was, now = plain(recipe), plain(kept_recipe(run.path))
     found = changes(
         {name: value for name, value in was.items() if name not in NOT_COMPARED},
         {name: value for name, value in now.items() if name not in NOT_COMPARED},

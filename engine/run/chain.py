@@ -20,6 +20,7 @@ SHARED = (
     "run.device",
     "run.threads",
     "run.seed",
+    "run.trackers",
 )
 # And how it is computed; a teacher that is there, or begun, stays with what it was begun with.
 NUMERICS = ("run.speed", "run.channels_last", *(f"run.{name}" for name in LEFT_OPEN))

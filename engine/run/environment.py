@@ -13,6 +13,7 @@ import torch
 from ... import __version__
 from . import job
 
+ENVIRONMENT = "environment.json"  # of a run's folder
 PACKAGES = ("numpy", "torchvision", "timm", "triton", "nvidia-dali-cuda130", "pillow", "pydantic")
 
 

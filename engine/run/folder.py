@@ -12,12 +12,13 @@ from ..recipe.run import LEFT_OPEN
 from ..recipe.schema import RecipeBase, RecipeError
 from . import job, lease
 from .disk import write_whole
-from .environment import environment
+from .environment import ENVIRONMENT, environment
+from .imports import check_imports, imports_of
 
 # Whether a run goes on; "auto": where its folder holds one, else it begins.
 Resume = bool | Literal["auto"]
 
-RECIPE, ENVIRONMENT = "recipe.yaml", "environment.json"
+RECIPE = "recipe.yaml"
 UNFINISHED = ".tmp"
 # What there may be of a run that was killed before it began.
 SCRAPS = {ENVIRONMENT, ENVIRONMENT + UNFINISHED, RECIPE + UNFINISHED, lease.NAME}
@@ -36,6 +37,7 @@ FREE = {
     "data.loader",  # of this and run.speed what they come to is compared
     "run.keep",
     "run.log_every",
+    "run.trackers",
     "run.eval_batch",
     "run.checkpoint_every",
     "run.time_limit",
@@ -122,7 +124,9 @@ def nothing_there(folder: Path) -> ValueError:
 
 
 def kept_recipe(folder: Path) -> AnyRecipe:
-    """The recipe in a run's folder; RecipeError names the file for one that cannot be used."""
+    """The recipe in a run's folder; RecipeError names the file for one that cannot be used, or the
+    modules that it needs and that are not imported."""
+    check_imports(folder)
     path = folder / RECIPE
     try:
         return load(path)
@@ -135,7 +139,10 @@ def create_folder(folder: Path, recipe: RecipeBase, world: int) -> None:
     """Write recipe.yaml and environment.json where they are not there yet."""
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / RECIPE).exists():
-        write_whole(folder / ENVIRONMENT, json.dumps(environment(world), indent=2) + "\n")
+        facts = environment(world)
+        if imports := imports_of(recipe):
+            facts["imports"] = imports
+        write_whole(folder / ENVIRONMENT, json.dumps(facts, indent=2) + "\n")
         write_whole(folder / RECIPE, recipe.explain())
 
 
@@ -167,7 +174,8 @@ def changes(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 
 def _free(name: str) -> bool:
-    return name in FREE or name.startswith(NO_PART) or name.endswith(FILES)
+    file = name.endswith(FILES) and ".method." not in f".{name}"  # an option may have such a name
+    return name in FREE or name.startswith(NO_PART) or file
 
 
 def _flat(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:

@@ -31,6 +31,7 @@ RENEWED = 15.0  # seconds between two renewals
 # file system answers nobody, its holder cannot renew it either.
 LOOKS, PAUSE = 60, 1.0  # seconds between two looks
 LONGEST = 4096  # bytes of a lease
+SINCE = "%Y-%m-%d %H:%M:%S UTC"  # when its process took it
 
 
 class LeaseLost(RuntimeError):
@@ -66,7 +67,7 @@ class Lease:
         self.folder = folder
         self.token = os.urandom(16).hex()
         self.notes: list[str] = []  # for the log: from whom it was taken over
-        now = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
+        now = time.strftime(SINCE, time.gmtime())
         own = {"pid": os.getpid(), "start": _status(os.getpid())[1]}
         facts = {**_machine(), **own, "processes": processes, "since": now, "token": self.token}
         self._text = (json.dumps(facts, indent=1) + "\n").encode()
@@ -79,7 +80,7 @@ class Lease:
         chain = _chain(self.folder)
         if chain and chain[-1].token == self.token:
             return
-        why = f"{_named(chain[-1])} has taken it over" if chain else f"its {NAME} is gone"
+        why = f"{chain[-1].owner} has taken it over" if chain else f"its {NAME} is gone"
         raise LeaseLost(f"{self.folder} is no longer this process's: {why}; stopped here")
 
     def __enter__(self) -> Lease:
@@ -105,11 +106,9 @@ class Lease:
         while True:
             chain = _chain(self.folder)
             gone = _why_gone(chain[-1]) if chain else ""
-            if gone is None:
-                continue  # it was let go, or handed on, while it was watched
             path = chain[-1].heir if chain else self.folder / NAME
-            if not self._create(path):
-                continue  # another was faster
+            if gone is None or not self._create(path):
+                continue  # it was let go or handed on while it was watched, or another was faster
             if [found.token for found in _chain(self.folder)][-1:] == [self.token]:
                 break
             os.close(self._file)  # what it was to replace is gone meanwhile
@@ -118,7 +117,7 @@ class Lease:
         for found in chain[1:]:  # heirs that died before they had come so far
             found.path.unlink(missing_ok=True)
         if chain:
-            self.notes.append(f"took the folder over from {_named(chain[-1])}: {gone}")
+            self.notes.append(f"took the folder over from {chain[-1].owner}: {gone}")
 
     def _create(self, path: Path) -> bool:
         """Write the lease; False where there is one. O_EXCL holds on network file systems too."""
@@ -139,7 +138,7 @@ class Lease:
 
 
 @dataclass(frozen=True)
-class _Found:
+class Found:
     """A lease as it lies in a folder. Its process may be dead; what it says may be anything."""
 
     path: Path
@@ -165,10 +164,28 @@ class _Found:
         """The name of the lease that takes this one over."""
         return self.path.with_name(f"{NAME}.{self.token}")
 
+    @property
+    def owner(self) -> str:
+        """Its process in words."""
+        if not (facts := self.facts):
+            return f"the unknown owner of {self.path.name}"
+        return f"process {facts['pid']} on {facts.get('host')}, there since {facts.get('since')}"
 
-def _chain(folder: Path) -> list[_Found]:
+    @property
+    def lives(self) -> bool | None:
+        """Whether its process is there; None for one of another machine."""
+        here = self.facts.items() >= _machine().items()
+        return _lives(self.facts["pid"], self.facts.get("start")) if here else None
+
+
+def holder(folder: Path) -> Found | None:
+    """The lease by which a folder is held, be its process alive or not; None without one."""
+    return next(reversed(_chain(folder)), None)
+
+
+def _chain(folder: Path) -> list[Found]:
     """The lease in a folder, its heir, the heir's heir; [] where there is none."""
-    chain: list[_Found] = []
+    chain: list[Found] = []
     found = _read(folder / NAME)
     while found is not None and found.token not in [one.token for one in chain]:
         chain.append(found)
@@ -176,23 +193,23 @@ def _chain(folder: Path) -> list[_Found]:
     return chain
 
 
-def _read(path: Path) -> _Found | None:
+def _read(path: Path) -> Found | None:
     try:
         # Opened, for over a network what is known of a file by its name may be a minute old.
         with open(path, "rb") as file:
-            return _Found(path, file.read(LONGEST), os.fstat(file.fileno()).st_mtime_ns)
+            return Found(path, file.read(LONGEST), os.fstat(file.fileno()).st_mtime_ns)
     except FileNotFoundError:
         return None
 
 
-def _why_gone(found: _Found) -> str | None:
+def _why_gone(found: Found) -> str | None:
     """Why a lease is nobody's, None where it is no longer there; ValueError while it is held."""
-    if found.facts.items() >= _machine().items():
-        if _lives(found.facts["pid"], found.facts.get("start")):
-            raise _in_use(found.path.parent, [found])
+    if found.lives:
+        raise _in_use(found.path.parent, [found])
+    if found.lives is False:
         return "that process is gone"
     folder, seconds = found.path.parent, f"{LOOKS * PAUSE:g} s"
-    print(f"{folder}: watching for {seconds} whether {_named(found)} is alive", flush=True)
+    print(f"{folder}: watching for {seconds} whether {found.owner} is alive", flush=True)
     for _ in range(LOOKS):
         time.sleep(PAUSE)
         now = _chain(folder)[-1:]
@@ -203,19 +220,12 @@ def _why_gone(found: _Found) -> str | None:
     return f"it did not renew its lease for {seconds}"
 
 
-def _in_use(folder: Path, by: list[_Found]) -> ValueError:
-    who = f" ({_named(by[0])})" if by else ""
+def _in_use(folder: Path, by: list[Found]) -> ValueError:
+    who = f" ({by[0].owner})" if by else ""
     return ValueError(
         f"out = {folder}: another process is training there{who}; stop it first, or choose another "
         f"folder; where the folder is a copy of one in use, remove its {NAME}"
     )
-
-
-def _named(found: _Found) -> str:
-    facts = found.facts
-    if not facts:
-        return f"the unknown owner of {found.path.name}"
-    return f"process {facts['pid']} on {facts.get('host')}, there since {facts.get('since')}"
 
 
 def _machine() -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""The record of a run: log.jsonl for programs, one line or a progress bar for people.
+"""The record of a run: log.jsonl for programs, and what people see of it (display.py).
 
 A record is one JSON object a line: {"kind", "step", "epoch", "time", ...}. `kind` is start, step,
 epoch, note or end; `step` counts finished steps, `epoch` finished epochs (fractional within one).
@@ -13,19 +13,19 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-from .board import Board
-from .disk import FULL, Growing, write_whole
-from .records import check, gap
+from ..recipe.load import AnyRecipe
+from .disk import Growing, write_whole
+from .display import Display
+from .folder import plain
+from .records import gap, parse
+from .trackers import opened
+from .trackers.remote import TrackerError
 
 NAME = "log.jsonl"
 LATER = "the run goes on, and what the file lacks is written as soon as there is room"
@@ -42,15 +42,13 @@ def read(path: Path) -> list[dict[str, Any]]:
         if not line:
             continue
         try:
-            record = json.loads(line)
-            check(record)
-        except (ValueError, RecursionError) as error:
+            records.append(parse(line))
+        except ValueError as error:
             if number == len(lines):
                 break
             raise ValueError(
                 f"{path} line {number} is no record: {error}; remove that line"
             ) from error
-        records.append(record)
     return records
 
 
@@ -66,42 +64,47 @@ class RunLog:
         resume_step: int | None = None,
         rank: int = 0,
         facts: Mapping[str, Any] | None = None,
+        recipe: AnyRecipe | None = None,
     ) -> None:
-        """Open run_dir/log.jsonl.
+        """Open run_dir/log.jsonl, and the trackers that the recipe asks for.
 
         `resume_step` None starts a new log, whose first record holds `facts`; a number keeps an
         existing one up to that step and drops what came later. Raises FileExistsError when a new
-        log would overwrite one, and OSError for one that cannot be begun.
+        log would overwrite one, OSError for one that cannot be begun, and ValueError for a tracker
+        that begins no run.
         """
         self.path = run_dir / NAME
         self.total_steps, self.epochs = total_steps, epochs
         self.position = resume_step or 0  # finished steps
         self.silent = rank != 0
+        self._finished = False
         self._notes: set[str] = set()
         self._failed: set[str] = set()  # files that could not be written, and the user knows
-        self._board: Board | None = None
-        self._progress: Progress | None = None
         if self.silent:
             return
         kept = self._kept(resume_step)
         self._file = Growing(self.path)
+        facts = {"steps": total_steps, "epochs": epochs, **(facts or {})}
+        begun = self._record("start", 0, 0.0, facts)
         if not kept:
             try:
-                facts = {"steps": total_steps, "epochs": epochs, **(facts or {})}
-                self._write("start", 0, 0.0, facts)
+                self._write(begun)
             except OSError:
                 self._file.close()
                 raise
-        self._progress = _progress(total_steps, self.position)
+        names, config = (None, {}) if recipe is None else (recipe.run.trackers, plain(recipe))
+        purge = None if resume_step is None else resume_step + 1
+        try:
+            self._trackers, missing = opened(names, run_dir, purge, config)
+        except (ValueError, OSError):
+            self._file.close()
+            raise
+        self._display = Display()
+        self._display.show(begun | {"step": self.position, "epoch": self._epoch()})
         if lost := gap(kept, self.position, total_steps // epochs):
             self.note(lost)
-        try:
-            purge = None if resume_step is None else resume_step + 1
-            self._board = Board(run_dir / "tensorboard", purge)
-        except ImportError:
-            pass
-        except OSError as error:
-            self._cannot_write(error, "the run goes on without it")
+        for text in missing:
+            self.note(text)
 
     def _kept(self, resume_step: int | None) -> list[dict[str, Any]]:
         """The records that stay, after cutting the file down to them."""
@@ -127,25 +130,17 @@ class RunLog:
         if self.silent:
             return
         clock = {"images_per_s": images_per_s, "data_wait": data_wait}
-        self._write("step", step, epoch, {**values, **clock})
-        self._show(
-            f"epoch {epoch:.2f}/{self.epochs}  step {step}/{self.total_steps}  "
-            f"{images_per_s:,.0f} img/s  data wait {100 * data_wait:.0f}%  {_words(values)}",
-            on_bar=True,
-        )
+        self._add("step", step, epoch, {**values, **clock})
 
     def epoch(self, epoch: int, values: Mapping[str, float]) -> None:
         """Record the evaluation after `epoch` finished epochs: top1, top5, slt0_top1, lr, ...
 
-        Means over the epoch's training batches (train_loss, ...) are recorded and not shown.
+        Of means over the epoch's training batches (train_loss, ...) the loss alone is shown.
         """
         step = round(epoch * self.total_steps / self.epochs)
         self.position = step
-        if self.silent:
-            return
-        self._write("epoch", step, float(epoch), values)
-        shown = {name: value for name, value in values.items() if not name.startswith("train_")}
-        self._show(f"epoch {epoch}/{self.epochs} done  {_words(shown)}")
+        if not self.silent:
+            self._add("epoch", step, float(epoch), values)
 
     def note(self, text: str, step: int | None = None) -> None:
         """Say something that a reader of the run should know; the same text is recorded once.
@@ -155,32 +150,32 @@ class RunLog:
         if self.silent:
             return
         self.position = self.position if step is None else step
-        if text not in self._notes:
-            self._notes.add(text)
-            self._write("note", self.position, self._epoch(), {"text": text})
-        self._show(text)
+        if text in self._notes:
+            self._display.tell(text)
+            return
+        self._notes.add(text)
+        self._add("note", self.position, self._epoch(), {"text": text})
 
     def say(self, text: str) -> None:
         """Show what goes on; it is not recorded."""
         if not self.silent:
-            self._show(text, on_bar=True)
+            self._display.say(text)
 
     def end(self, values: Mapping[str, float]) -> None:
         """Record the results of a finished run. OSError where that cannot be written."""
-        if self.silent:
-            return
-        self._write("end", self.position, self._epoch(), values)
-        self._show(f"finished  {_words(values)}")
+        if not self.silent:
+            self._add("end", self.position, self._epoch(), values)
+            self._finished = True
 
     def close(self) -> None:
         """Close the files; an unfinished run gets no end record."""
         if self.silent:
             return
         self._file.close()
-        if self._progress is not None:
-            self._progress.stop()
-        if self._board is not None:
-            self._board.close()
+        self._display.close()
+        for tracker in self._trackers:  # behind the display: they print what they have to say
+            if text := tracker.close(self._finished):
+                self._display.tell(text)
 
     def __enter__(self) -> RunLog:
         return self
@@ -200,54 +195,38 @@ class RunLog:
     def _epoch(self) -> float:
         return self.position * self.epochs / self.total_steps
 
-    def _write(self, kind: str, step: int, epoch: float, values: Mapping[str, Any]) -> None:
-        record = {"kind": kind, "step": step, "epoch": epoch, "time": round(time.time(), 3)}
-        record |= {name: _finite(value) for name, value in values.items()}
+    def _record(
+        self, kind: str, step: int, epoch: float, values: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        frame = {"kind": kind, "step": step, "epoch": epoch, "time": round(time.time(), 3)}
+        return frame | {name: _finite(value) for name, value in values.items()}
+
+    def _add(self, kind: str, step: int, epoch: float, values: Mapping[str, Any]) -> None:
+        record = self._record(kind, step, epoch, values)
+        self._write(record)
+        for tracker in self._trackers if kind in ("step", "epoch") else ():
+            try:
+                tracker.add(step, {f"{kind}/{name}": v for name, v in values.items()})
+            except OSError as error:
+                self._cannot_write(error)
+            except TrackerError as error:
+                self.note(str(error))
+        self._display.show(record)
+
+    def _write(self, record: dict[str, Any]) -> None:
         try:
             self._file.write((json.dumps(record, allow_nan=False) + "\n").encode())
         except OSError as error:
-            if kind in ("start", "end"):
+            if record["kind"] in ("start", "end"):
                 raise
             self._cannot_write(error)
-        if self._board is not None and kind in ("step", "epoch"):
-            try:
-                self._board.add(step, {f"{kind}/{name}": v for name, v in values.items()})
-            except OSError as error:
-                self._cannot_write(error)
 
-    def _cannot_write(self, error: OSError, then: str = LATER) -> None:
+    def _cannot_write(self, error: OSError) -> None:
         if error.filename not in self._failed:
             self._failed.add(error.filename)
-            self._show(f"cannot write {error.filename}: {error.strerror}; {then}")
-
-    def _show(self, text: str, on_bar: bool = False) -> None:
-        if self._progress is None:
-            try:
-                print(text, flush=True)
-            except OSError as error:
-                if error.errno not in FULL:  # of a file on a full disk: there is nobody to tell
-                    raise
-        elif on_bar:
-            self._progress.update(self._progress.task_ids[0], completed=self.position, text=text)
-        else:
-            self._progress.console.print(text, highlight=False, markup=False)
+            self._display.tell(f"cannot write {error.filename}: {error.strerror}; {LATER}")
 
 
 def _finite(value: Any) -> Any:
     """JSON has no NaN and no infinity: null stands for both."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _words(values: Mapping[str, float]) -> str:
-    return "  ".join(f"{name} {value:.4g}" for name, value in values.items())
-
-
-def _progress(total_steps: int, done: int) -> Progress | None:
-    """A bar on a terminal; None elsewhere, where whole lines are printed."""
-    if not sys.stdout.isatty():
-        return None
-    columns = (BarColumn(20), TimeRemainingColumn(), TextColumn("{task.fields[text]}"))
-    progress = Progress(*columns, console=Console())
-    progress.add_task("train", total=total_steps, completed=done, text="")
-    progress.start()
-    return progress

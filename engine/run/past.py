@@ -15,7 +15,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from ..recipe import problems, yamlfile
 from ..recipe.load import AnyRecipe, Recipe
 from . import checkpoint, log
-from .folder import ENVIRONMENT, RECIPE, kept_recipe
+from .environment import ENVIRONMENT
+from .folder import RECIPE, kept_recipe
 
 
 class Score(NamedTuple):

@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 KINDS = ("start", "step", "epoch", "note", "end")
 LARGE = 1e300
+
+
+def parse(line: bytes) -> dict[str, Any]:
+    """The record of a line. ValueError for what is none."""
+    try:
+        record = json.loads(line)
+    except RecursionError as error:
+        raise ValueError(str(error)) from error
+    check(record)
+    return record
 
 
 def check(record: Any) -> None:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Size, Tensor, nn
 
 from ..cache.forms import Form
 from ..data.loaders.ondevice import Normalise
-from ..models import create, shapes
+from ..models import HANDED, create, shapes
+from ..recipe import registered
 from ..recipe.load import Recipe
 from ..recipe.schema import Network, Normalize
 from ..run.past import checkpoints_of, recipe_of
@@ -49,7 +51,7 @@ def build(
 
     def make(name: str, network: Network | None) -> nn.Module:
         assert network is not None  # a recipe has the networks that its method needs
-        made, found[name] = _made(network, classes)
+        made, found[name] = loaded(network, classes, data.size)
         return made.to(device).to(memory_format=layout)
 
     drawn: dict[str, tuple[nn.Module, list[nn.Module], Tensor]] = {}
@@ -58,7 +60,7 @@ def build(
         torch.random.set_rng_state(seed)
         slt: Network | None = part.slt
         if slt is None and recipe.teacher is not None:
-            slt = recipe.teacher.model_copy(update={"checkpoint": None, "cache": None})
+            slt = recipe.teacher.anew()
         student = make(role(name, "student"), part.student)
         count = 0 if part.slt and part.slt.record else part.method.slt_count
         slts = [make(role(name, "slts"), slt) for _ in range(count)]
@@ -110,8 +112,8 @@ def _stilled(recipe: Recipe, classes: int, recorded: Form | None) -> tuple[nn.Mo
     assert recipe.teacher is not None
     own = recipe.teacher
     if recorded is None:  # evaluation: the run's checkpoint has the layers that it kept
-        own = own.model_copy(update={"checkpoint": None})
-    made = _made(own, classes)[0].eval().requires_grad_(False)
+        own = own.anew()
+    made = loaded(own, classes, recipe.data.size)[0].eval().requires_grad_(False)
     weighs = recorded is not None and (own.checkpoint or own.kept)
     return made, digest([made]) if weighs else None
 
@@ -137,7 +139,7 @@ def frozen(recipe: Recipe, classes: int, device: torch.device) -> tuple[Distille
     teachers, inputs = [], {}
     for i, network in enumerate((recipe.teacher, *recipe.cache.teachers)):
         assert network is not None
-        made, found = _made(network, classes)
+        made, found = loaded(network, classes, data.size)
         teachers.append(made.to(device).to(memory_format=layout))
         norm = Normalise(found.normalize or data.normalize, run.channels_last)
         inputs["teacher" if i == 0 else f"assistant{i - 1}"] = norm
@@ -147,17 +149,39 @@ def frozen(recipe: Recipe, classes: int, device: torch.device) -> tuple[Distille
     return made.to(device).to(memory_format=layout), found_shapes
 
 
-def _made(network: Network, classes: int) -> tuple[nn.Module, Network]:
-    """A network with its weights, on the CPU, and what is known of its input's statistics."""
+def loaded(network: Network, classes: int, size: int) -> tuple[nn.Module, Network]:
+    """A network with its weights, on the CPU, and what is known of its input's statistics.
+
+    Raises ValueError for one of somebody else's that gives no logits of so many classes.
+    """
     if network.kept is None:
-        return create(network.name, classes, network.checkpoint), network
+        made = create(network.name, classes, network.checkpoint, network.match)
+        if network.name in registered.NETWORKS or network.name in HANDED:
+            _check_logits(network.name, made, classes, size)
+        return made, network
     made, normalize = deployed_by(network.kept, classes)
     return made, network.model_copy(update={"normalize": network.normalize or normalize})
 
 
-def deployed_by(run: Path, classes: int) -> tuple[nn.Module, Normalize]:
-    """What a run keeps as its best, on the CPU: the whole deployed network, and its input's
-    statistics.
+def _check_logits(name: str, made: nn.Module, classes: int, size: int) -> None:
+    training, weights = made.training, next(made.parameters(), None)
+    device = None if weights is None else weights.device
+    with torch.no_grad():
+        found = made.eval()(torch.zeros(1, 3, size, size, device=device))
+    made.train(training)
+    shape = tuple(found.shape) if isinstance(found, Tensor) else f"a {type(found).__name__}"
+    if shape != (1, classes):
+        raise ValueError(
+            f"name: {name} gives {shape} for an image of {size} x {size}, wants logits "
+            f"{(1, classes)}; its make gets the number of classes"
+        )
+
+
+def deployed_by(
+    run: Path, classes: int, which: Literal["best", "last"] = "best"
+) -> tuple[nn.Module, Normalize]:
+    """What a run keeps, on the CPU: the whole deployed network, and its input's statistics. The
+    last one stands for the best where that was never measured.
 
     Raises FileNotFoundError, ValueError or CheckpointError when it cannot be had.
     """
@@ -165,7 +189,7 @@ def deployed_by(run: Path, classes: int) -> tuple[nn.Module, Normalize]:
     main = build(recipe, classes, torch.device("cpu")).main
     held = checkpoints_of(run)
     try:
-        main.load((held.get("best") or held["last"])[0])
+        main.load(held.get(which, held["last"])[0])
     except RuntimeError as error:
         raise ValueError(f"run:{run}: not of {classes} classes, or damaged: {error}") from error
     return main.deployed, recipe.student.normalize or recipe.data.normalize

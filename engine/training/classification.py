@@ -34,6 +34,7 @@ from .recorded import Told, views_of
 from .slt_record import slt_record
 from .state import State
 from .step import Step
+from .trajectories import trajectories_of
 
 
 class Classification:
@@ -60,12 +61,11 @@ class Classification:
                 self._recording = record.step
             self._opened = held.pop_all()
         self.steps = self.loader.steps
-        self.facts: dict[str, Any] = {
-            "loader": self.loader.name,
-            "decode": self.loader.decode,
-        }
+        self.facts: dict[str, Any] = {"loader": self.loader.name, "decode": self.loader.decode}
         self.chance = chance_level(self.state.classes)
         self._step = step_of(self.networks, self.state, self.mixing)
+        logits = len(sets[1].target) * self.state.classes
+        self._trajectories = trajectories_of(self.networks, logits, group)
 
     def _make(
         self, held: ExitStack, train_set: Manifest, val_set: Manifest
@@ -129,7 +129,8 @@ class Classification:
         frozen = self.networks.frozen()
         measured: dict[str, dict[str, float]] = {}
         if frozen:
-            measured = accuracy(self.networks, frozen, self.val.epoch(0), self.group)
+            keep = None if self._trajectories is None else self._trajectories.keep
+            measured = accuracy(self.networks, frozen, self.val.epoch(0), self.group, keep)
         for (where, spec), found in zip(specs.items(), measured.values(), strict=True):
             text = f"{where} {spec.name}: top-1 {found['top1']:.2f}, top-5 {found['top5']:.2f}"
             if self.group.first:
@@ -174,9 +175,9 @@ class Classification:
             return self._step(now, batch.images, batch.target, batch.index, *batch.answers)
 
     def evaluate(self) -> dict[str, float]:
-        """Percent: top1 and top5 of the student; slt0_top1, ema_top1 and so on of the others."""
+        """Percent: top1 and top5 of the student, slt0_top1 and so on; and trajectories."""
         self.state.average_batchnorm()
-        return measure(self.networks, self.val.epoch(0), self.group)
+        return measure(self.networks, self.val.epoch(0), self.group, self._trajectories)
 
 
 def chance_level(classes: int) -> float:

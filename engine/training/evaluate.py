@@ -1,6 +1,6 @@
 """Top-1 and top-5 accuracy of the networks of a run, every validation image counted once."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import closing
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from .networks import Distiller
 from .process import settings
 from .ranks import Group, join
 from .speed import settled
+from .trajectories import Trajectories
 
 
 def hits(logits: Tensor, target: Tensor) -> Tensor:
@@ -40,19 +41,24 @@ def accuracy(
     networks: dict[str, tuple[nn.Module, str]],  # name: the network and its role
     batches: Iterable[Batch],  # this process's part of the validation set
     group: Group,
+    look: Callable[[Batch, dict[str, Tensor]], None] | None = None,
 ) -> dict[str, dict[str, float]]:
     """{name: {"top1": percent, "top5": percent}} over all processes' batches.
 
-    Leaves the networks in evaluation mode. Raises Diverged when one gives NaN or infinity.
+    `look` gets each batch, with the networks' logits of its valid rows. Leaves the networks in
+    evaluation mode. Raises Diverged when one gives NaN or infinity.
     """
     counts = torch.zeros(len(networks), 4, dtype=torch.float64, device=group.device)
     for network, _ in networks.values():
         network.eval()
     for batch in on_device(iter(batches), group.device):
         target = batch.target[: batch.valid]
-        for count, (network, inputs) in zip(counts, networks.values(), strict=True):
-            logits = distiller.predict(network, inputs, batch.images)[: batch.valid]
-            count += hits(logits, target)
+        made: dict[str, Tensor] = {}
+        for count, (name, (network, inputs)) in zip(counts, networks.items(), strict=True):
+            made[name] = distiller.predict(network, inputs, batch.images)[: batch.valid]
+            count += hits(made[name], target)
+        if look is not None:
+            look(batch, made)
     found = {}
     for name, row in zip(networks, group.sum(counts).tolist(), strict=True):
         top1, top5, rows, broken = row
@@ -70,11 +76,19 @@ def accuracy(
     return found
 
 
-def measure(distiller: Distiller, batches: Iterable[Batch], group: Group) -> dict[str, float]:
-    """Percent: top1 and top5 of the student; slt0_top1, ema_top1 and so on of the others."""
-    found = accuracy(distiller, distiller.evaluated(), batches, group)
+def measure(
+    distiller: Distiller,
+    batches: Iterable[Batch],
+    group: Group,
+    trajectories: Trajectories | None = None,
+) -> dict[str, float]:
+    """Percent: top1 and top5 of the student; slt0_top1, ema_top1 and so on of the others. With
+    `trajectories` also what `Trajectories.read` gives."""
+    look = None if trajectories is None else trajectories.add
+    found = accuracy(distiller, distiller.evaluated(), batches, group, look)
     student = found.pop("student")
-    return student | {f"{name}_{k}": v for name, row in found.items() for k, v in row.items()}
+    others = {f"{name}_{k}": v for name, row in found.items() for k, v in row.items()}
+    return student | others | (trajectories.read(group) if trajectories is not None else {})
 
 
 def evaluate(run: str | Path) -> dict[str, dict[str, float]]:

@@ -106,6 +106,7 @@ class Loop:
             resume_step=resume_step,
             rank=self.group.rank,
             facts=facts,
+            recipe=self.recipe,
         )
 
     def train_epochs(self, log: RunLog) -> None:
@@ -134,8 +135,7 @@ class Loop:
         """
         state, run = self.state, self.recipe.run
         clock = Clock()
-        start = state.done % self.epoch_steps
-        for batch in clock.count(self.task.epoch(epoch, start)):
+        for batch in clock.count(self.task.epoch(epoch, state.done % self.epoch_steps)):
             number = state.done % self.epoch_steps
             self.doing = f"step {state.done + 1}"
             state.begin(self.lr(state.done), self.task.schedule(epoch, number))

@@ -8,7 +8,7 @@ from pathlib import Path
 from ..recipe.load import AnyRecipe, DetectionRecipe, Recipe
 from ..recipe.run import Run
 from ..report.page import report
-from ..run import job
+from ..run import job, trackers
 from ..run.chain import trained
 from ..run.folder import (
     CARRIED_OUT,
@@ -73,6 +73,7 @@ def train(recipe: AnyRecipe, out: str | Path | None = None, resume: Resume | Non
     def look() -> None:
         if group.first:
             check_folder(folder, recipe, goes_on)
+            trackers.check(recipe.run.trackers)
             if isinstance(recipe, Recipe) and not goes_on:
                 check_new(recipe, folder)
             if (folder / RECIPE).exists():
@@ -129,7 +130,7 @@ def open_task(recipe: AnyRecipe, group: Group) -> Task:
 def train_once(recipe: Recipe, folder: Path, resume: Resume) -> Path:
     """Train, unless the folder holds the finished run of the same recipe."""
     if resume and read_run(folder).finished:
-        was, now = plain(Recipe.load(folder / RECIPE)), plain(recipe)
+        was, now = plain(kept_recipe(folder)), plain(recipe)
         drift = changes({k: now.get(k, v) if k in CARRIED_OUT else v for k, v in was.items()}, now)
         refuse(drift, f"cannot use {folder} as it was trained before: its recipe is another")
         return folder

@@ -30,7 +30,7 @@ KEY = ("run", "device", "turn", "clock", "case", "rows", "classes", "dtype")
 
 def facts(device: str) -> Record:
     """What a number needs to be read: versions, machine, commit, the byte models."""
-    module, _ = backends.compiled()
+    cpu, _ = backends.compiled()
     found: Record = {
         "kind": "facts",
         "commit": output("git", "-C", str(Path(__file__).parent), *COMMIT),
@@ -41,8 +41,8 @@ def facts(device: str) -> Record:
         "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "simd": module.level() if module else None,
-        "compiler": module.compiler if module else None,
+        "simd": cpu.level() if cpu else None,
+        "compiler": cpu.compiler if cpu else None,
         "gpu": None,
         "date": time.strftime("%Y-%m-%d"),
         "byte_models": {n: f"{c.elements} elements a logit: {c.traffic}" for n, c in CASES.items()},

@@ -19,12 +19,14 @@ from torch import Tensor
 
 from .. import backends
 from ..checks import check_denominator, check_range
+from ..namespace import COMPILED
 from ..op import (
     REDUCTIONS,
     Loss,
     Op,
     Options,
     cast,
+    compiled_op,
     denominator_of,
     named,
     refuse_second_derivative,
@@ -189,10 +191,9 @@ def passes(op: Op, backend: str) -> tuple[Callable[..., Tensor], Callable[..., A
     """The two functions of a loss, by the schema of the compiled ops."""
     if backend == "reference":
         return partial(rows.stats, op), partial(rows.grad_from_stats, op)
-    ops = torch.ops.kdfuse
     return (
-        getattr(ops, f"{op.name}_stats").default,
-        getattr(ops, f"{op.name}_grad_from_stats").default,
+        compiled_op(COMPILED, f"{op.name}_stats"),
+        compiled_op(COMPILED, f"{op.name}_grad_from_stats"),
     )
 
 
@@ -295,7 +296,7 @@ def register(op: Op) -> None:
         made = [x.new_empty(x.shape, dtype=t) for x, t in zip(students, types, strict=True)]
         return loss, terms, made
 
-    own, grad = f"kdfuse::{op.name}_stats", f"kdfuse::{op.name}_grad_from_stats"
+    own, grad = (f"{COMPILED}::{op.name}_{step}" for step in ("stats", "grad_from_stats"))
     torch.library.register_fake(own, shape_of_stats)
     torch.library.register_fake(grad, shapes)
     torch.library.impl(own, "CUDA", partial(rows.stats, op))

@@ -10,7 +10,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..op import TRITON, Op
+from ..namespace import TRITON
+from ..op import Op
 from .batch import count_rows
 from .call import Call, check_counts, refuse, strides
 from .lang import INTERPRETED

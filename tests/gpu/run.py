@@ -2,8 +2,8 @@
 
 Stages follow each other, each with a limit; all of them end within LIMIT seconds. One that fails
 does not stop the next ones. Run it with the Python that has PyTorch; beside that pytest, numpy,
-hypothesis, pybind11 and setuptools are needed, no other package. The engine's own benchmarks need
-its packages; without them they are skipped, and the record says which is missing.
+hypothesis and setuptools are needed, no other package. The engine's own benchmarks need its
+packages; without them they are skipped, and the record says which is missing.
 
 Written are docs/results/<gpu>/run.jsonl (a record of the machine, then one for each stage),
 losses.jsonl, step.jsonl, e2e.jsonl and data.jsonl (the benchmarks' records), and the output of each

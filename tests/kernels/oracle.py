@@ -266,6 +266,7 @@ def tf_nkd(students, teachers, target, *, weight=1.0, ce_weight=0.0):
 def zipf(keys: Array, drop: Array) -> Array:
     """(N, C): 1 / rank by falling key, all classes ranked, the targets dropped, summing to 1."""
     weights = np.empty_like(keys)
+    keys = np.where(np.isnan(keys), np.inf, keys)  # of a target that cannot be; as torch sorts
     for row, key in zip(weights, keys, strict=True):
         order = sorted(range(len(key)), key=lambda j, key=key: -key[j])
         for rank, j in enumerate(order):

@@ -22,8 +22,8 @@ from kdfuse.kernels.table import OPS
 pytestmark = pytest.mark.slow(45)
 
 ROOT = Path(__file__).resolve().parents[2]
-MODULE = backends.compiled()[0]
-ARCHS = MODULE.cuda_archs if MODULE else []
+CPU, KERNELS = backends.compiled()[0], backends.compiled_cuda()[0]
+ARCHS = KERNELS.archs if KERNELS else []
 CUBINS = [name for name in ARCHS if name.startswith("sm_")]
 MAIN = "sm_90" if "sm_90" in CUBINS else CUBINS[-1] if CUBINS else ""
 TYPES = ("bf16", "f16", "f32")
@@ -47,7 +47,7 @@ FAST_ROWS = [(loss, t, variant) for loss in LOSSES for t in TYPES for variant in
 FAST_BLOCK = 256
 WARPS = {"bf16": 384, "f16": 256, "f32": 256}
 
-needs_kernels = pytest.mark.skipif(not ARCHS, reason="_C was built without its CUDA kernels")
+needs_kernels = pytest.mark.skipif(not ARCHS, reason="there are no CUDA kernels")
 needs_tool = pytest.mark.skipif(
     sass.tool("cuobjdump") is None, reason="no cuobjdump beside nvcc or in triton"
 )
@@ -92,7 +92,7 @@ def registers(kernel: Kernel) -> int:
 
 
 def usage(arch: str) -> dict[Kernel, dict[str, int]]:
-    return sass.resources(MODULE.__file__, arch)
+    return sass.resources(KERNELS.file, arch)
 
 
 def code(arch: str) -> dict[Kernel, list[str]]:
@@ -100,11 +100,11 @@ def code(arch: str) -> dict[Kernel, list[str]]:
     What is said of the rest is said by their resources."""
     few = [k for k in the_table() if k.type == "bf16" or k.variant == "any"]
     some = tuple(k for k in few if k.loss == "kd" or k.loss not in sass.TAUGHT)
-    return sass.names(MODULE.__file__, arch, () if arch == MAIN else some)
+    return sass.names(KERNELS.file, arch, () if arch == MAIN else some)
 
 
 @needs_kernels
-def test_module_holds_code_for_every_arch_and_ptx():
+def test_the_library_holds_code_for_every_arch_and_ptx():
     assert CUBINS and ARCHS[-1] == CUBINS[-1].replace("sm", "compute")
 
 
@@ -166,11 +166,11 @@ def test_rows_move_in_16_bytes(arch):
 
 
 @needs_kernels
-def test_module_needs_no_cuda_runtime():
+def test_the_library_needs_no_cuda_runtime():
     readelf = shutil.which("readelf")
     if readelf is None:
         pytest.skip("no readelf")
-    done = subprocess.run([readelf, "-d", MODULE.__file__], capture_output=True, text=True)
+    done = subprocess.run([readelf, "-d", KERNELS.file], capture_output=True, text=True)
     assert "libcudart" not in done.stdout and "libcuda.so" not in done.stdout
 
 
@@ -214,7 +214,7 @@ def build(tmp_path: Path, **environment: str) -> subprocess.CompletedProcess:
     )
 
 
-@pytest.mark.skipif(MODULE is None, reason="nothing can be built here")
+@pytest.mark.skipif(CPU is None, reason="nothing can be built here")
 @pytest.mark.parametrize(
     "environment, said",
     [
@@ -233,7 +233,7 @@ def test_what_is_missing_is_named(tmp_path, environment, said):
     assert done.returncode != 0 and said in done.stderr
 
 
-@pytest.mark.skipif(MODULE is None, reason="nothing can be built here")
+@pytest.mark.skipif(CPU is None, reason="nothing can be built here")
 def test_a_toolkit_of_another_cuda_is_refused(tmp_path):
     """Its runtime would ask for another driver than torch's does."""
     import torch
@@ -251,7 +251,7 @@ def test_a_toolkit_of_another_cuda_is_refused(tmp_path):
 
 def test_reason_names_what_to_do():
     reason = backends.backends()["cuda"]
-    if not ARCHS and MODULE:
+    if not ARCHS and CPU:
         assert "KDFUSE_CUDA=1" in reason
-    elif MODULE:
+    elif CPU:
         assert reason in ("", "torch sees no CUDA device")

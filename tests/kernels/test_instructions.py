@@ -23,7 +23,7 @@ from kdfuse.kernels import backends
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCE = Path(__file__).with_name("counted_rows.cu")
-MODULE = backends.compiled()[0]
+KERNELS = backends.compiled_cuda()[0]
 ARCHS = ("sm_80", "sm_90", "sm_100")
 LANE = 32  # classes
 # What is beside the path of such a row.
@@ -127,11 +127,11 @@ def test_the_path_holds_the_row(arch, kernel):
     assert ats == sorted(ats)  # forwards: every instruction of it runs once
 
 
-@pytest.mark.skipif(MODULE is None or not MODULE.cuda_archs, reason="_C has no CUDA kernels")
+@pytest.mark.skipif(KERNELS is None, reason="there are no CUDA kernels")
 @pytest.mark.skipif(sass.tool("cuobjdump") is None, reason="no cuobjdump")
-@pytest.mark.parametrize("arch", [a for a in ARCHS if MODULE and a in MODULE.cuda_archs])
+@pytest.mark.parametrize("arch", [a for a in ARCHS if KERNELS and a in KERNELS.archs])
 def test_what_is_counted_is_what_is_shipped(arch):
-    shipped = sass.names(MODULE.__file__, arch, tuple(kernels(arch)))
+    shipped = sass.names(KERNELS.file, arch, tuple(kernels(arch)))
     for kernel, counted in kernels(arch).items():
         assert [i.name for i in counted] == shipped[kernel], str(kernel)
 

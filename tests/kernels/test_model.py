@@ -19,7 +19,7 @@ from kdfuse.kernels import backends
 pytestmark = pytest.mark.slow(15)
 
 PAGE = (model.ROOT / "docs/results/model.md").read_text()
-MODULE = backends.compiled()[0]
+KERNELS = backends.compiled_cuda()[0]
 H100 = GPUS["H100"]
 IN_FLIGHT = 64  # KB that an SM of an H100 has on their way at least, of rows beyond a warp
 
@@ -30,12 +30,12 @@ def library(tmp_path_factory) -> Path:
 
 
 def shipped(kernel: Kernel) -> tuple[int, int]:
-    used = sass.resources(MODULE.__file__, H100.arch)[kernel]
+    used = sass.resources(KERNELS.file, H100.arch)[kernel]
     return used["REG"], used["SHARED"]
 
 
 @pytest.mark.skipif(
-    MODULE is None or H100.arch not in MODULE.cuda_archs, reason="_C has no CUDA kernels"
+    KERNELS is None or H100.arch not in KERNELS.archs, reason="no CUDA kernels for an H100"
 )
 @pytest.mark.skipif(sass.tool("cuobjdump") is None, reason="no cuobjdump")
 @pytest.mark.parametrize("size", [s for s in model.SIZES if s.classes > 1024], ids=str)

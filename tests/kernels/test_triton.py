@@ -104,7 +104,7 @@ def gpu_with_everything(monkeypatch, missing=()):
     reasons = {name: "gone" if name in missing else "" for name in backends.REASONS}
     monkeypatch.setattr(backends, "REASONS", {k: lambda v=v: v for k, v in reasons.items()})
     monkeypatch.setattr(backends, "has_code", lambda *_: True)
-    monkeypatch.setattr(backends, "compiled", lambda: (SimpleNamespace(cuda_archs=[]), ""))
+    monkeypatch.setattr(backends, "compiled_cuda", lambda: (SimpleNamespace(archs=[]), ""))
     found = SimpleNamespace(major=9, minor=0, shared_memory_per_block_optin=227 << 10)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: found)
 

@@ -235,7 +235,7 @@ BEST = {
     "mdistiller/cifar100", "mdistiller/imagenet", "simkd/cifar100", "simkd/imagenet",
     "takd/cifar100", "logit-std/logs", "logit-std/imagenet",
 }  # fmt: skip
-CLASSES = {"cifar100": 100, "digits": 10, "glyphs": 100, "imagenet": 1000}
+CLASSES = {"cifar100": 100, "digits": 10, "glyphs": 100, "imagenet": 1000, "photos": 5}
 Cells = dict[tuple[str, str], tuple[float, float | None]]
 
 

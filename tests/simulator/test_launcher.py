@@ -1,6 +1,7 @@
 """What the launcher asks of a GPU, and what it makes of the answers."""
 
 from bisect import bisect
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -24,7 +25,7 @@ from simulator import Gpu, device
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import kdfuse
-from kdfuse.kernels import backends
+from kdfuse.kernels import backends, library
 
 pytestmark = pytest.mark.slow(20)
 WITHOUT_CODE_FOR_CLUSTERS = {"built_for": 80, "processors": 16}
@@ -96,10 +97,10 @@ def test_rows_that_the_choice_of_a_backend_lets_through_are_sorted(library, monk
 
 
 @pytest.mark.parametrize("kilobytes, documented", [(227, 37), (163, 26), (99, 15)])
-def test_the_longest_rows_are_those_of_the_readme(monkeypatch, kilobytes, documented):
+def test_the_longest_rows_are_those_of_the_limits(monkeypatch, kilobytes, documented):
     longest = longest_to_sort(monkeypatch, kilobytes << 10, torch.float32)
     assert longest // 1000 == documented
-    assert f"{documented},000" in (simulator.CSRC.parent / "README.md").read_text()
+    assert f"{documented},000" in (simulator.CSRC.parent / "docs/limits.md").read_text()
 
 
 def test_a_failed_question_is_asked_again(library):
@@ -244,16 +245,12 @@ def test_a_denominator_on_the_host_is_a_number(monkeypatch):
     assert op.denominator_of(kept, at)[0] is kept
 
 
-@pytest.mark.skipif(
-    backends.compiled()[0] is None, reason=f"nothing compiled: {backends.compiled()[1]}"
-)
 def test_the_choice_of_a_backend_can_be_traced(monkeypatch):
     """torch.compile passes it on the way of every call on a GPU."""
     there = SimpleNamespace(cuda=SimpleNamespace(is_available=lambda: True))
     monkeypatch.setattr(backends, "torch", there)  # of this module alone: dynamo asks for GPUs too
-    monkeypatch.setattr(backends.compiled()[0], "cuda_archs", ["sm_90"])
-    monkeypatch.setattr(backends.compiled()[0], "cuda_driver", 12000)
-    monkeypatch.setattr(backends.compiled()[0], "cuda_runtime", 13000)
+    made = library.Cuda(Path("libkdfuse_cuda.so"), ["sm_90"], runtime=13000, driver=12000)
+    monkeypatch.setattr(backends, "_CUDA", (made, ""))
 
     def said(x):
         return x + len(backends._cuda())

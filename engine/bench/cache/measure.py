@@ -77,7 +77,7 @@ def measured(side: str, recipe: Recipe, seeds: int, folder: Path) -> Record:
             start = time.monotonic()
             cache = folder / f"cache-{slug}"
             held = [record(recipe, cache)]
-            recipe = _with(recipe, teacher={"cache": cache, "checkpoint": None})
+            recipe = _with(recipe, teacher={"cache": cache, "checkpoint": None, "match": "names"})
             if parts_of(side)[0]:
                 place = folder / f"slts-{slug}"
                 train(_with(recipe, run={"record": place}), folder / f"{slug}-recording", "auto")

@@ -20,15 +20,22 @@ def plot(records: Sequence[Record], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     panels = [group for group, _ in grids(records, "cache", SHARED, cells)]
+    columns = min(len(panels), 2)
+    lines = -(-len(panels) // columns)
     figure, axes = plt.subplots(
-        len(panels), figsize=(6, 3.2 * len(panels)), squeeze=False, layout="constrained"
+        lines, columns, figsize=(6 * columns, 3.2 * lines), squeeze=False, layout="constrained"
     )
-    for axis, group in zip(axes[:, 0], panels, strict=True):
+    for unused in axes.flat[len(panels) :]:
+        unused.remove()
+    names = list(dict.fromkeys(name for group in panels for name in _lines(group)))
+    colours = {name: f"C{number + 1}" for number, name in enumerate(names)}  # alike in all panels
+    for axis, group in zip(axes.flat, panels, strict=False):
         for record in group:
             if record["side"] == "live":
                 spread = record["deviation"] or 0.0
-                axis.axhspan(record["mean"] - spread, record["mean"] + spread, alpha=0.15)
-                axis.axhline(record["mean"], label="the teacher at work")
+                low, high = record["mean"] - spread, record["mean"] + spread
+                axis.axhspan(low, high, color="C0", alpha=0.15, linewidth=0)
+                axis.axhline(record["mean"], color="C0", label="the teacher at work")
         for name, own in _lines(group).items():
             axis.errorbar(
                 [r["image_bytes"] for r in own],
@@ -38,9 +45,13 @@ def plot(records: Sequence[Record], path: Path) -> None:
                 markersize=4,
                 capsize=2,
                 linewidth=1,
+                color=colours[name],
                 label=name,
             )
         axis.set_xscale("log")
+        sizes = sorted({record["image_bytes"] for own in _lines(group).values() for record in own})
+        axis.set_xticks(sizes, [f"{size:,d}" for size in sizes])
+        axis.minorticks_off()
         axis.set_xlabel("bytes an image, over all its views", fontsize=8)
         axis.set_ylabel("top-1, %", fontsize=8)
         first = group[0]

@@ -18,7 +18,7 @@ from rich.table import Table
 
 from .. import options
 from ..options import Parser, positive, words_of
-from ..records import read
+from ..records import keeper, read
 from .plot import plot
 
 SEEDS = 3
@@ -44,13 +44,7 @@ def run(chosen: Any) -> list[dict[str, Any]]:
     if recipe is None:
         raise ValueError("bench cache: name a recipe with a teacher, as in digits/kd")
     sides = recipes_of(recipe, words, chosen.sides or SIDES)
-    found: list[dict[str, Any]] = []
-
-    def keep(record: dict[str, Any]) -> None:
-        found.append(record)
-        if chosen.out:
-            report.append(chosen.out, record)
-
+    found, keep = keeper(chosen.out)
     facts = report.facts("cpu")
     del facts["byte_models"]  # of losses
     keep(facts | {"benchmark": "cache", "words": words})

@@ -22,7 +22,7 @@ from .. import options
 from ..data.photos import made
 from ..options import Parser, duration, words_of
 from ..plots import plot
-from ..records import read
+from ..records import keeper, read
 from ..step.cases import chosen as chosen_cases
 
 SECONDS = 10.0
@@ -43,7 +43,6 @@ def arguments(words: Sequence[str]) -> Any:
 
 def run(chosen: Any) -> list[Record]:
     """Measure what was chosen: a record a case, which are kept in --out too."""
-    from ....kernels.bench import report
     from ...training.compiled import compiling
     from ...training.process import settings
     from ...training.ranks import choose_device
@@ -59,13 +58,7 @@ def run(chosen: Any) -> list[Record]:
             raise ValueError(f"--cases {case.name}: it trains nothing; leave it out")
     first = cases[0].recipe.run
     device = choose_device(first.device)
-    found: list[Record] = []
-
-    def keep(record: Record) -> None:
-        found.append(record)
-        if chosen.out:
-            report.append(chosen.out, record)
-
+    found, keep = keeper(chosen.out)
     with (
         tempfile.TemporaryDirectory(prefix="kdfuse-photos-") as folder,
         settings(first),

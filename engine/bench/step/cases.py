@@ -127,7 +127,7 @@ def alone(base: Recipe, role: str) -> Recipe:
     network = base.student
     if role == "slt":
         assert base.teacher is not None
-        network = base.slt or base.teacher.model_copy(update={"checkpoint": None, "cache": None})
+        network = base.slt or base.teacher.anew()
     none: dict[str, Any] = {"teacher": None, "slt": None, "assistants": (), "also": {}}
     run = kept(base.run, "slts" if role == "slt" else role)
     return changed(

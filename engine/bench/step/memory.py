@@ -13,12 +13,14 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
 
 from ...recipe.load import Recipe
+from ...run.imports import imports_of
 from ...training.process import settings
 from .cases import Case
 from .ours import Images, work_of
@@ -46,7 +48,9 @@ def of(cases: Sequence[Case]) -> list[int | None]:
 
 
 def as_words(case: Case) -> dict[str, object]:
-    return {"recipe": case.recipe.model_dump(mode="json"), "forward": case.forward}
+    recipe = case.recipe
+    own = {"recipe": recipe.model_dump(mode="json"), "imports": list(imports_of(recipe))}
+    return own | {"forward": case.forward}
 
 
 def kilobytes(name: str) -> int:
@@ -71,6 +75,8 @@ def main() -> None:
     context = multiprocessing.get_context("fork")
     found = []
     for words in json.load(sys.stdin):
+        for module in words["imports"]:
+            import_module(module)
         recipe = Recipe.model_validate(words["recipe"])
         end, to = context.Pipe(duplex=False)
         case = Case(recipe.name, recipe, recipe.name, words["forward"])

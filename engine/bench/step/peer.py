@@ -67,13 +67,13 @@ def networks_of(case: Case) -> tuple[nn.Module, nn.Module | None, list[nn.Module
     def make(network: Network) -> nn.Module:
         if network.kept is not None:
             return deployed_by(network.kept, case.classes)[0]
-        return create(network.name, case.classes, network.checkpoint)
+        return create(network.name, case.classes, network.checkpoint, network.match)
 
     seed_weights(recipe.run.seed)
     student = make(recipe.student)
     slt: Network | None = recipe.slt
     if slt is None and recipe.teacher is not None:
-        slt = recipe.teacher.model_copy(update={"checkpoint": None})
+        slt = recipe.teacher.anew()
     slts = [make(slt) for _ in range(recipe.method.slt_count) if slt is not None]
     teacher = None
     if recipe.teacher is not None:

@@ -18,7 +18,7 @@ from rich.table import Table
 from .. import options
 from ..options import Parser, count, duration, words_of
 from ..plots import plot
-from ..records import read
+from ..records import keeper, read
 
 SECONDS = 3.0
 
@@ -58,13 +58,7 @@ def run(chosen: Any) -> list[dict[str, Any]]:
     device = choose_device(first.device)
     kind = chosen.peer or "fp32"
     seconds = SECONDS if chosen.seconds is None else chosen.seconds
-    found: list[dict[str, Any]] = []
-
-    def keep(record: dict[str, Any]) -> None:
-        found.append(record)
-        if chosen.out:
-            report.append(chosen.out, record)
-
+    found, keep = keeper(chosen.out)
     # What a process sets before its first matrix product holds for all cases.
     compiles = any(case.recipe.run.compile for case in cases)
     with settings(first), compiling(compiles) as compilations:

@@ -20,6 +20,7 @@ MEANS: dict[str, dict[Mode, str]] = {  # by loader
         "gpu": "nvJPEG on the GPU, whole image, resized there; what it does not take, PIL",
     },
     "resident": {"cpu": "PIL once, whole image"},
+    "items": {"cpu": "the data set's own tensors"},
 }
 
 

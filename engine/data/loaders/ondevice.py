@@ -177,6 +177,7 @@ class Normalise(nn.Module):
 
     def __init__(self, statistics: Normalize, channels_last: bool) -> None:
         super().__init__()
+        self.statistics = statistics
         mean, std = torch.tensor(statistics.mean), torch.tensor(statistics.std)
         self.register_buffer("scale", (1 / (255 * std)).view(3, 1, 1), persistent=False)
         self.register_buffer("shift", (-mean / std).view(3, 1, 1), persistent=False)

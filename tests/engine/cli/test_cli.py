@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 import kdfuse
+from kdfuse.engine.cli import bench as cli_bench
 from kdfuse.engine.cli import data as cli_data
 from kdfuse.engine.cli import main as cli
 from kdfuse.engine.cli import recipes as cli_recipes
@@ -49,11 +50,11 @@ def as_program(code: str, *words: str) -> subprocess.CompletedProcess[str]:
 def test_help_names_the_verbs(kd) -> None:
     done = kd("--help")
     assert done.code == 0, done.err
-    for verb in ("train", "eval", "report", "recipes", "data", "doctor", "bench"):
+    for verb in ("train", "watch", "eval", "report", "recipes", "data", "doctor", "bench"):
         assert re.search(rf"\b{verb}\b", done.out)
 
 
-@pytest.mark.parametrize("module", [cli, cli_data, cli_recipes, cli_train])
+@pytest.mark.parametrize("module", [cli, cli_bench, cli_data, cli_recipes, cli_train])
 def test_verbs_import_what_they_need_themselves(module) -> None:
     found = set()
     for statement in ast.parse(Path(module.__file__).read_text()).body:
@@ -62,8 +63,9 @@ def test_verbs_import_what_they_need_themselves(module) -> None:
         elif isinstance(statement, ast.ImportFrom):
             root = "." * statement.level + (statement.module or "").split(".")[0]
             found |= {root + alias.name for alias in statement.names} if root == "." else {root}
-    light = {"__future__", "os", "re", "sys", "pathlib", "typing", "typer", "rich"}
-    assert found <= light | {".cache", ".data", ".recipes", ".train"}
+    light = {"__future__", "collections", "contextlib", "os", "pathlib", "re", "rich", "sys"}
+    light |= {"typer", "typing"}
+    assert found <= light | {".bench", ".cache", ".data", ".recipes", ".train"}
 
 
 def test_until_a_verb_runs_the_command_line_is_all_of_the_engine_that_is_loaded() -> None:
@@ -71,7 +73,7 @@ def test_until_a_verb_runs_the_command_line_is_all_of_the_engine_that_is_loaded(
     names = [
         "",
         ".cli",
-        *(f".cli.{name}" for name in ("cache", "data", "main", "recipes", "train")),
+        *(f".cli.{name}" for name in ("bench", "cache", "data", "main", "recipes", "train")),
     ]
     assert done.stdout.split() == [f"kdfuse.engine{name}" for name in names], done.stderr
 
@@ -102,12 +104,31 @@ def test_version(kd) -> None:
 
 
 def test_recipes_lists_every_recipe_on_its_line(kd) -> None:
-    done = kd("recipes")
+    done = kd("recipes", "--all")
     assert done.code == 0
     rows = [line.split() for line in done.out.splitlines()[1:]]
     assert [row[0] for row in rows] == recipes()
     row = next(row for row in rows if row[0] == "cifar100/kd:resnet32x4-resnet8x4")
     assert row[1:] == ["resnet8x4", "resnet32x4", "73.33", *"SLKD paper, table 1".split()]
+
+
+def test_recipes_are_counted_by_method_and_data_set(kd) -> None:
+    done = kd("recipes")
+    assert done.code == 0 and "--all" in done.out
+    head, *rows = [line.split() for line in done.out.split("\n\n")[0].splitlines()]
+    assert head == ["method", *sorted({name.split("/")[0] for name in recipes()})]
+    of_kd = next(row for row in rows if row[0] == "wttm")
+    kinds = [Recipe.load(name).method.name for name in recipes() if "/wttm" in name]
+    assert sum(map(int, of_kd[1:])) == len(kinds) == kinds.count("wttm")
+    assert sum(map(int, rows[-1])) == len(recipes())
+    assert len(rows) < 40
+
+
+def test_another_method_in_place_of_the_section(kd) -> None:
+    words = ["recipes", "show", "digits/kd", "method.temperature=2", "method={name: dkd}"]
+    assert "name: dkd" in kd(*words).out
+    done = kd("recipes", "show", "digits/kd", "method.kd_weight=0.9", "method.name=dkd")
+    assert done.code == 2 and "method='{name: dkd}'" in done.err
 
 
 def test_recipes_are_filtered(kd) -> None:
@@ -301,30 +322,10 @@ def test_resume_needs_a_run_and_the_start_of_one_is_none(kd, tmp_path) -> None:
 def test_doctor_prints_every_finding(kd) -> None:
     done = kd("doctor")
     assert done.code == 0
-    for word in ("torch", "compiled module", "backend reference", "nvcc", "cores"):
+    for word in ("torch", "compiled losses", "backend reference", "nvcc", "cores"):
         assert word in done.out
 
 
 def test_bench_hands_its_words_on(kd) -> None:
     done = kd("bench", "losses", "--help")
     assert done.code == 0 and "usage" in done.out.lower()
-
-
-def commands(page: str) -> list[list[str]]:
-    """The words behind `kdfuse` of each command on a page."""
-    text = (Path(__file__).resolve().parents[3] / page).read_text().replace("\\\n", " ")
-    lines = [line.split(" #")[0] for line in text.split("\n") if line.startswith("    ")]
-    return [line.split("kdfuse ", 1)[1].split() for line in lines if " kdfuse " in line]
-
-
-def test_the_commands_of_the_imagenet_page_are_there(kd):
-    found = [words for words in commands("docs/imagenet.md") if words[0] != "&&"]
-    verbs = {words[0] for words in found}
-    assert verbs == {"doctor", "data", "bench", "recipes", "train", "report", "eval", "export"}
-    for words in found:
-        verb = words[:2] if words[0] in ("data", "bench", "recipes") else words[:1]
-        assert kd(*verb, "--help").code == 0
-        recipe = [word for word in words if word.startswith("imagenet/")]
-        settings = [word for word in words if "=" in word]
-        for name in recipe:
-            assert name in recipes() and Recipe.load(name, settings)

@@ -10,7 +10,7 @@ import pytest
 
 from kdfuse.engine.data.loaders import LOADERS
 from kdfuse.engine.data.sources import SOURCES
-from kdfuse.engine.recipe.data import Data, Source
+from kdfuse.engine.recipe.data import Data, Ours
 
 pytestmark = pytest.mark.slow(10)
 
@@ -54,6 +54,6 @@ def test_plans_and_manifests_import_no_decoder_and_loaders_no_dali():
 
 
 def test_every_source_and_loader_of_the_schema_is_there():
-    assert set(SOURCES) == set(get_args(Source))
+    assert set(SOURCES) == set(get_args(Ours))
     loaders = get_args(Data.model_fields["loader"].annotation)
     assert {"auto", *LOADERS} == set(loaders)

@@ -312,6 +312,23 @@ def test_threads_and_prefetching_change_nothing(few, name):
 
 
 @pytest.mark.parametrize("name", EVERY)
+def test_an_evaluation_may_be_of_some_rows(few, name):
+    rows = [7, 0, 3, 9, 8]
+    data = folder(few, loader=name)
+    images, target, _ = collect(loaded(data, "val"))
+    loader = loaded(data, "val", rows=np.array(rows))
+    assert loader.steps == 2
+    batches = list(loader.epoch(0))
+    loader.close()
+    assert [batch.valid for batch in batches] == [4, 1]
+    for batch, start in zip(batches, (0, 4), strict=True):
+        these = rows[start : start + batch.valid]
+        assert batch.index[: batch.valid].tolist() == these
+        assert torch.equal(batch.images[: batch.valid], images[these])
+        assert torch.equal(batch.target[: batch.valid], target[these])
+
+
+@pytest.mark.parametrize("name", EVERY)
 def test_an_epoch_can_start_anywhere(few, name):
     data = folder(few, loader=name, prefetch=3)
     whole = collect(loaded(data), epoch=2)

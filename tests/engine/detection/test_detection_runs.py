@@ -89,6 +89,11 @@ def test_weights_load_into_torchvisions_detector(run, tmp_path):
         export(run, tmp_path / "detector.pt2")
     with pytest.raises(ValueError, match="network = 'slt0': this run has student, ema"):
         export(run, tmp_path / "detector.pt", network="slt0")
+    for words, named in (({"check": 8}, "check = 8"), ({"layout": "timm"}, "layout = 'timm'")):
+        with pytest.raises(ValueError, match=f"{named}: .* is a run of a detector; leave it out"):
+            export(run, tmp_path / "detector.pt", **words)
+    with pytest.raises(ValueError, match="a detector is written as .onnx or .pt"):
+        export(run, tmp_path / "detector.safetensors")
 
 
 def test_bfloat16_gives_the_loss_of_float32_to_its_digits(coco_root):  # noqa: F811

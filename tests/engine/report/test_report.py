@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from kdfuse.engine.recipe.load import Recipe
-from kdfuse.engine.report.curves import Chart, Line
+from kdfuse.engine.report.curves import Chart, Line, charts
 from kdfuse.engine.report.page import report
 from kdfuse.engine.run.log import RunLog
 from kdfuse.engine.run.past import across_seeds, read_run
@@ -89,7 +89,29 @@ def test_one_run(make: Maker, tmp_path: Path) -> None:
     assert f"{SLKD} slkd first seed 0 76.00 77.00 epoch 2 76.85 SLKD paper, table 1 +0.15" in seen
     assert "SL-T 0 SL-T 1 student, training batches published 76.85" in seen
     assert "method.temperature 4.0" in seen and "optim.lr 0.05" in seen
-    assert page.count("<svg") == 3
+    assert page.count("<svg") == 5
+
+
+def test_trajectories_of_self_learning_teachers(make: Maker, tmp_path: Path) -> None:
+    path = make("first", finished=False)
+    values = {"kl_teacher_to_slt0": 0.5, "kl_slt0_to_student": 0.25, "entropy_ema": 1.0}
+    values |= {"agreement_student": 80.0, "agreement_kd_student": 75.0, "top1": 70.0}
+    with RunLog(path, 30, 3, resume_step=10) as log:
+        log.epoch(2, values)
+        log.epoch(3, {**values, "kl_teacher_to_slt0": 0.125})
+    drawn = {chart.title: chart.lines for chart in charts(read_run(path))}
+    assert drawn["Divergence (KL) at T = 1, nats"] == [
+        Line("teacher to SL-T 0", [2.0, 3.0], [0.5, 0.125], 0),
+        Line("SL-T 0 to student", [2.0, 3.0], [0.25, 0.25], 1),
+    ]
+    agreement = drawn["Same class as the teacher, percent"]
+    assert [line.label for line in agreement] == ["student", "kd_student"]
+    [averaged] = drawn["Entropy of the predictions, nats"]
+    assert averaged.label == "student, averaged (EMA)"
+    assert not any("method's T" in title for title in drawn)
+    [speed], [wait] = drawn["Images a second"], drawn["Waiting for data, share of the time"]
+    assert (speed.y, wait.y) == ([1000.0], [0.1])
+    report([path], tmp_path / "page.html")
 
 
 def test_page_needs_nothing_else_and_escapes(make: Maker, tmp_path: Path) -> None:
@@ -103,7 +125,7 @@ def test_page_needs_nothing_else_and_escapes(make: Maker, tmp_path: Path) -> Non
 def test_curves_are_well_formed_and_use_the_pages_colours(make: Maker, tmp_path: Path) -> None:
     page = report([make("first"), make("second", words=("run.seed=1",))], tmp_path / "p.html")
     found = re.findall(r"<svg.*?</svg>", page.read_text(), flags=re.DOTALL)
-    assert len(found) == 7
+    assert len(found) == 11
     names = [name for svg in found for name in re.findall(r'\bid="([^"]*)"', svg)]
     assert len(names) == len(set(names))
     for svg in found:
@@ -165,7 +187,7 @@ def test_a_detector_is_judged_by_its_box_ap(detect: Maker, tmp_path: Path) -> No
     assert "Box AP by overlap and by size IoU 0.50 IoU 0.75 small objects Loss" in seen
     assert "Loss terms in training loss classifier distillation Learning" in seen
     assert "epoch ap ap50 ap75 ap_small ema_ap train_loss 1 20 40 25 10 21 1 2 38" in seen
-    assert "top-1" not in seen and page.count("<svg") == 4
+    assert "top-1" not in seen and page.count("<svg") == 6
 
 
 def test_a_detector_that_diverged_or_was_never_evaluated(detect: Maker, tmp_path: Path) -> None:
@@ -212,7 +234,7 @@ def test_runs_without_an_epoch(make: Maker, tmp_path: Path) -> None:
     assert read_run(started).state == "unfinished, step 0 of 30"
     seen = text_of(report([started, bare], tmp_path / "page.html").read_text())
     assert "bare seed 0, not started - - 76.85" in seen
-    assert seen.count("Nothing recorded yet.") == 7
+    assert seen.count("Nothing recorded yet.") == 11
 
 
 def test_values_that_are_not_numbers_leave_gaps(make: Maker, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from contextlib import closing
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from tiny import tiny
 from kdfuse.engine.run.checkpoint import load
 from kdfuse.engine.run.log import read
 from kdfuse.engine.training.build import build
+from kdfuse.engine.training.classification import Classification
 from kdfuse.engine.training.evaluate import evaluate
 from kdfuse.engine.training.meters import Meters
 from kdfuse.engine.training.ranks import Group, join
@@ -103,6 +105,8 @@ def test_a_run_of_two_processes(folder):
     again = evaluate(folder / "whole")["last"]
     for name in ("top1", "top5", "slt0_top1", "slt1_top1", "ema_top1"):
         assert records[-2][name] == pytest.approx(again[name], abs=1e-9)
+    with closing(Classification(recipe_of(folder), join("cpu"))) as task:  # the same random teacher
+        assert records[-2]["entropy_teacher"] == pytest.approx(task.evaluate()["entropy_teacher"])
 
 
 def test_two_processes_resume_exactly(folder):

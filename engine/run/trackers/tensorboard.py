@@ -1,4 +1,4 @@
-"""The numbers of a log, for TensorBoard."""
+"""TensorBoard: a file of events in the run's folder."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .disk import Growing
+from ..disk import Growing
 
 
 class Board:
@@ -21,7 +21,7 @@ class Board:
     def __init__(self, folder: Path, purge_step: int | None) -> None:
         """From `purge_step` on, the numbers of earlier files in `folder` do not count.
 
-        Raises ImportError without TensorBoard, and OSError.
+        Raises OSError.
         """
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog
         from tensorboard.compat.proto.summary_pb2 import Summary
@@ -41,8 +41,9 @@ class Board:
         value = [self._summary.Value(tag=name, simple_value=v) for name, v in values.items()]
         self._write(step=step, summary=self._summary(value=value))
 
-    def close(self) -> None:
+    def close(self, finished: bool) -> str:
         self._file.close()
+        return ""
 
     def _write(self, **fields: Any) -> None:
         self._records.write(self._event(wall_time=time.time(), **fields).SerializeToString())
