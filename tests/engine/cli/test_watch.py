@@ -203,7 +203,7 @@ def test_a_run_that_is_killed_is_watched_by_another_program(digits, tmp_path, kd
         terminal.until("waiting for")
         command = [sys.executable, "-c", main, *words]
         training = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
-        terminal.until("top1")
+        terminal.until("     loss")  # of the table; the line has a step's before an epoch ends
         training.kill()
         terminal.until("killed, process")
         terminal.until()
@@ -211,7 +211,7 @@ def test_a_run_that_is_killed_is_watched_by_another_program(digits, tmp_path, kd
         rows, cursor = screen(terminal.seen, 100)
         training.wait()
     assert cursor and f"process {training.pid}" in terminal.seen
-    assert any(row.split()[:2] == ["epoch", "loss"] for row in rows)
+    assert any(row.split()[:2] == ["epoch", "loss"] for row in rows), rows
     assert any("1/300" in row for row in rows)
     again = kd("watch", run)
     assert again.code == 1 and re.search(r"^epoch 1/300  loss", again.out, re.MULTILINE)
