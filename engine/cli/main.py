@@ -161,7 +161,10 @@ def export(
 @app.command(rich_help_panel=LOOK)
 def report(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="folders of runs")],
-    out: Annotated[Path | None, typer.Option(help="file to write")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="file to write: a page, or FILE.jsonl with a record of numbers a run"),
+    ] = None,
     pictures: Annotated[
         str | None,
         typer.Option(
@@ -174,11 +177,19 @@ def report(
         ),
     ] = None,
 ) -> None:
-    """Write one HTML page about one or several runs."""
+    """Write one HTML page about one or several runs, or their numbers as JSON lines."""
+    from ..report import numbers
     from ..report.page import report as write
     from ..report.pictures import chosen
     from .pictures import draw
 
+    if out is not None and out.suffix == numbers.SUFFIX:
+        if pictures is not None:
+            raise ValueError(
+                f"--pictures {pictures}: a page has them, and --out {out} is of numbers"
+            )
+        print(numbers.numbers(runs, out))
+        return
     shows = None if pictures is None else chosen(pictures)
     if shows:
         draw(runs, shows)

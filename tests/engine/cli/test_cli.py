@@ -273,6 +273,10 @@ def test_what_starts_a_command_again_goes_on_with_its_run(kd, tmp_path, monkeypa
     assert kd(*words).code == 0  # both steps are done, it only had to be evaluated
     run = tmp_path / "runs" / "digits-ce-resnet8-1"
     before = (run / "log.jsonl").read_bytes()
+    done = kd("report", run, "--out", "runs.jsonl", "--pictures", "all")
+    assert done.code == 2 and "--pictures all: a page has them" in done.err
+    assert kd("report", run, "--out", "runs.jsonl").out == "runs.jsonl\n"
+    assert log.read(Path("runs.jsonl"))[0]["state"] == "finished"
     (run / "report.html").unlink()  # as if it had been killed at the very end
     done = kd(*words)
     assert (run / "report.html").exists()

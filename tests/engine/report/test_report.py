@@ -11,6 +11,7 @@ import pytest
 
 from kdfuse.engine.recipe.load import Recipe
 from kdfuse.engine.report.curves import Chart, Line, charts
+from kdfuse.engine.report.numbers import numbers
 from kdfuse.engine.report.page import report
 from kdfuse.engine.run.log import RunLog
 from kdfuse.engine.run.past import across_seeds, read_run
@@ -112,6 +113,22 @@ def test_trajectories_of_self_learning_teachers(make: Maker, tmp_path: Path) -> 
     [speed], [wait] = drawn["Images a second"], drawn["Waiting for data, share of the time"]
     assert (speed.y, wait.y) == ([1000.0], [0.1])
     report([path], tmp_path / "page.html")
+
+
+def test_numbers_of_runs_are_a_record_each(make: Maker, tmp_path: Path) -> None:
+    begun = make("begun", KD, words=("run.seed=3",), top1=(), finished=False)
+    out = numbers([make("first"), begun], tmp_path / "runs.jsonl")
+    first, other = (json.loads(line) for line in out.read_text().splitlines())
+    assert (first["recipe"], first["method"], first["student"]) == (SLKD, "slkd", "resnet8x4")
+    assert (first["best"]["top1"], first["best"]["epoch"], first["last"]["slt1_top1"]) == (
+        77,
+        2,
+        78,
+    )
+    assert (first["state"], first["images_per_s"], first["torch"]) == ("finished", 1000.0, "2.x")
+    assert first["train_s"] >= 0 and "time" not in first["last"]
+    assert other["seed"] == 3 and other["state"].startswith("unfinished")
+    assert other["last"] is None and other["best"] is None
 
 
 def test_page_needs_nothing_else_and_escapes(make: Maker, tmp_path: Path) -> None:
