@@ -32,7 +32,7 @@ ARROWS = {
 # A file of training may import those before it.
 TRAINING = (
     "rendezvous alive ranks peers process speed compiled scalars ema rate groups largebatch "
-    "optim faults meters guard step captured learner frozen networks build identity beside "
+    "optim faults meters guard step captured learner frozen networks build known identity beside "
     "state alarms trajectories evaluate outputs task inputs recorded slt_record classification "
     "rollback resumption stop loop session start recording distill"
 ).split()

@@ -95,11 +95,14 @@ def show(
     """Print a recipe with all its settings on this machine, after the overriding words."""
     import torch
 
-    from ..recipe.load import load
+    from ..recipe.load import Recipe, load
+    from ..training.known import check_names
     from ..training.ranks import choose_device
     from ..training.speed import settled
 
     found = load(recipe, words or [])
+    if isinstance(found, Recipe):
+        check_names(found)
     on_gpu = found.run.device == "cuda"  # of another machine, maybe
     device = torch.device("cuda") if on_gpu else choose_device(found.run.device)
     print(settled(found, device).explain(), end="")

@@ -36,6 +36,7 @@ __all__ = [
     "create",
     "fold_batchnorm",
     "fold_dirac",
+    "maker",
     "points",
     "shapes",
     "unreached",
@@ -102,23 +103,9 @@ def create(
     """
     if num_classes < 2:
         raise ValueError(f"num_classes: {num_classes}; a classifier needs at least 2")
-    if name.startswith(_TIMM):
-        model = timm_models.build(name.removeprefix(_TIMM), num_classes)
-    elif name.startswith(OWN):
-        if name not in HANDED:
-            raise ValueError(
-                f"name: {name} is an object of the program that called kdfuse.engine.distill; only "
-                "that program can make it"
-            )
-        model = HANDED[name](num_classes)
-    else:
-        own = NETWORKS | registered.NETWORKS
-        builders = own if name in own else own | _torchvision(torchvision_models.names())
-        if name not in builders:
-            raise ValueError(_unknown(name, list(builders)))
-        model = builders[name](num_classes)
-        if not isinstance(model, nn.Module):
-            raise ValueError(f"name: {name} made a {type(model).__name__}, wants an nn.Module")
+    model = maker(name)(num_classes)
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"name: {name} made a {type(model).__name__}, wants an nn.Module")
     if checkpoint is not None:
         residual = [n for n in torchvision_models.names() if "resn" in n]  # resnet*, resnext*
         # Where networks share a layout, the one with the more usual name is named.
@@ -129,6 +116,25 @@ def create(
             model, checkpoint, name=name, num_classes=num_classes, known=known, match=match
         )
     return model
+
+
+def maker(name: str) -> Callable[[int], nn.Module]:
+    """What makes the network `name` with random weights for a number of classes. ValueError for an
+    unknown name."""
+    if name.startswith(_TIMM):
+        return timm_models.maker(name.removeprefix(_TIMM))
+    if name.startswith(OWN):
+        if name not in HANDED:
+            raise ValueError(
+                f"name: {name} is an object of the program that called kdfuse.engine.distill; only "
+                "that program can make it"
+            )
+        return HANDED[name]
+    own = NETWORKS | registered.NETWORKS
+    builders = own if name in own else own | _torchvision(torchvision_models.names())
+    if name not in builders:
+        raise ValueError(_unknown(name, list(builders)))
+    return builders[name]
 
 
 def _torchvision(names: list[str]) -> dict[str, Callable[[int], nn.Module]]:

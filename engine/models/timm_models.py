@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Callable
 
 from torch import nn
 
 
-def build(name: str, num_classes: int) -> nn.Module:
-    """The model `name` of timm with random weights and `num_classes` outputs.
+def maker(name: str) -> Callable[[int], nn.Module]:
+    """What makes the model `name` of timm with random weights for a number of classes.
 
     Raises ValueError where timm is not installed or does not know the name.
     """
@@ -23,4 +24,4 @@ def build(name: str, num_classes: int) -> nn.Module:
         near = difflib.get_close_matches(name, known, n=3)
         hint = f"; did you mean {', '.join(f'timm:{n}' for n in near)}?" if near else ""
         raise ValueError(f"name: timm has no model {name!r}{hint}")
-    return timm.create_model(name, pretrained=False, num_classes=num_classes)
+    return lambda classes: timm.create_model(name, pretrained=False, num_classes=classes)

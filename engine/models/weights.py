@@ -95,7 +95,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     wrappers leave on every key are removed. Only tensors and plain values are loaded, never code.
     Raises FileNotFoundError or ValueError.
     """
-    file = _locate(Path(path))
+    file = locate(Path(path))
     held = _load(file, path)
     candidates = [held]
     if isinstance(held, Mapping):
@@ -122,7 +122,9 @@ def compare(weights: Mapping[str, Tensor], model: nn.Module) -> Difference:
     return Difference(missing, [key for key in weights if key not in wanted], shapes)
 
 
-def _locate(path: Path) -> Path:
+def locate(path: Path) -> Path:
+    """The file of weights that a file, a checkpoint folder or a run's folder stands for.
+    FileNotFoundError where there is none."""
     if path.is_file():
         return path
     for folder in (path, path / "checkpoints" / "best"):

@@ -25,6 +25,7 @@ from ..run.folder import (
 from ..run.past import read_run
 from .classification import Classification
 from .compiled import compiling
+from .known import check_ahead
 from .loop import Loop
 from .peers import agree, from_first, named_failures, together
 from .process import settings
@@ -75,6 +76,7 @@ def train(recipe: AnyRecipe, out: str | Path | None = None, resume: Resume | Non
             check_folder(folder, recipe, goes_on)
             trackers.check(recipe.run.trackers)
             if isinstance(recipe, Recipe) and not goes_on:
+                check_ahead(recipe, folder.parent)
                 check_new(recipe, folder)
             if (folder / RECIPE).exists():
                 read_run(folder)  # whose files are whole, or the page could not be made at the end

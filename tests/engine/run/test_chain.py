@@ -63,6 +63,26 @@ def test_a_teacher_assistant_and_its_teacher_are_trained_first_and_once(files):
     train(recipe, again, resume=True)  # what it waited for is its own recipe's, still
 
 
+def test_what_a_student_lacks_is_told_before_its_teacher_is_trained(files, kd):
+    by_teacher = {"name": "resnet14", "trained_by": files["teacher"]}
+    runs, where = files["folder"] / "runs", files["folder"] / "student.yaml"
+    for student, words in (
+        (
+            {"name": "resnet88"},
+            "student.name: 'resnet88' is no known network; did you mean resnet8",
+        ),
+        ({"name": "resnet8", "checkpoint": str(runs / "no.pt")}, "no.pt: no such file or folder"),
+        ({"name": f"run:{runs}"}, f"{runs} is not a run directory: it does not exist"),
+    ):
+        recipe = student_of(files, by_teacher, student=student)
+        with pytest.raises((ValueError, FileNotFoundError), match=words):
+            train(recipe, runs / "student")
+        assert not runs.exists()
+    where.write_text(student_of(files, by_teacher, student={"name": "resnet88"}).explain())
+    shown = kd("recipes", "show", where)
+    assert shown.code == 2 and "student.name: 'resnet88' is no known network" in shown.err
+
+
 def test_a_finished_teacher_is_used_whatever_it_was_trained_on(files):
     by_teacher = {"name": "resnet14", "trained_by": files["teacher"]}
     runs = files["folder"] / "runs"
