@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args
@@ -15,6 +16,7 @@ from .folder import RECIPE, changes, plain, refuse
 from .past import read_run
 
 LOADERS = get_args(Data.model_fields["loader"].annotation)
+DIGEST = re.compile(r"\b([0-9a-f]{12})[0-9a-f]{52}\b")
 
 
 def machine(processes: int, device: str) -> dict[str, Any]:
@@ -27,21 +29,25 @@ def machine(processes: int, device: str) -> dict[str, Any]:
     }
 
 
-def check_same_run(found: Latest, sources: Mapping[str, Any], recipe: RecipeBase) -> None:
+def check_same_run(
+    found: Latest, sources: Mapping[str, Any], recipe: RecipeBase, cannot: str = "cannot resume"
+) -> None:
     """Raise ValueError when a checkpoint was made from other data, by other means or recipe."""
     made_with = found.facts["sources"]
     drift = [_with_cure(line, made_with) for line in changes(made_with, sources)]
     refuse(
         drift,
-        f"cannot resume {found.path}: it was made from other data or by other means (was -> is)",
+        f"{cannot} {found.path}: it was made from other data or by other means (was -> is)",
     )
     made_by = type(recipe).model_validate(found.facts["recipe"])  # with newer settings' defaults
     drift = changes(plain(made_by), plain(recipe))
-    refuse(drift, f"cannot resume {found.path}: it was made by another recipe (was -> is)")
+    refuse(drift, f"{cannot} {found.path}: it was made by another recipe (was -> is)")
 
 
 def _with_cure(line: str, was: Mapping[str, Any]) -> str:
-    """A line of what differs; another loader than `data.loader=auto` once stood for can be had."""
+    """A line of what differs, digests shortened; another loader than `data.loader=auto` once stood
+    for can be had."""
+    line = DIGEST.sub(r"\1", line)
     named = line.startswith("loader: ") and was.get("loader") in LOADERS
     return f"{line} (data.loader={was['loader']} goes on as it began)" if named else line
 

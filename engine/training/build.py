@@ -11,7 +11,7 @@ from torch import Size, Tensor, nn
 
 from ..cache.forms import Form
 from ..data.loaders.ondevice import Normalise
-from ..models import HANDED, create, shapes
+from ..models import HANDED, OWN, create, shapes
 from ..recipe import registered
 from ..recipe.load import Recipe
 from ..recipe.schema import Network, Normalize
@@ -159,8 +159,24 @@ def loaded(network: Network, classes: int, size: int) -> tuple[nn.Module, Networ
         if network.name in registered.NETWORKS or network.name in HANDED:
             _check_logits(network.name, made, classes, size)
         return made, network
+    _check_no_objects(network.kept)
     made, normalize = deployed_by(network.kept, classes)
     return made, network.model_copy(update={"normalize": network.normalize or normalize})
+
+
+def _check_no_objects(run: Path) -> None:
+    """Raise ValueError for a run whose networks were objects: a name of theirs may stand for
+    another one by now."""
+    recipe = recipe_of(run)
+    parts = recipe.learners(MAIN).values()
+    made = [network for part in parts for network in (part.student, part.slt)]
+    if any(part.method.deploys_head for part in parts):
+        made.append(recipe.teacher)
+    if own := [network.name for network in made if network and network.name.startswith(OWN)]:
+        raise ValueError(
+            f"run:{run}: its {own[0]} was an object, which no folder has; hand over the network "
+            "that distill gave back, as in teacher=run.network()"
+        )
 
 
 def _check_logits(name: str, made: nn.Module, classes: int, size: int) -> None:

@@ -19,11 +19,14 @@ from ..data.loaders.ondevice import Mixing
 from ..data.manifest import Manifest
 from ..data.schedule import plan_digest
 from ..methods import Now, Terms
+from ..models import HANDED
 from ..recipe.load import Recipe
+from ..recipe.schema import Network
 from . import process
 from .build import build
 from .captured import Captured, CudaGraph
 from .evaluate import accuracy, measure
+from .frozen import digest
 from .guard import guard_of
 from .inputs import maker, open_splits, part_of, pixels_of
 from .networks import Distiller
@@ -211,6 +214,7 @@ def begin(
     if cache is not None:
         cache.check_weights(networks.teacher_digest)
         networks.teacher_digest = cache.layout.digest
+    sources |= _first_weights(recipe, networks)
     if recipe.run.sync_batchnorm:
         if group.device.type == "cpu":
             raise ValueError(
@@ -224,6 +228,16 @@ def begin(
     state = State(recipe, group, networks, optimizers, classes, sources)
     process.seed_training(recipe.run.seed, group.rank)
     return networks, state
+
+
+def _first_weights(recipe: Recipe, networks: Distiller) -> dict[str, str]:
+    """Digests of what is trained and came as an object, which no recipe describes."""
+    made: dict[str, tuple[Network | None, list[nn.Module]]] = {
+        "student": (recipe.student, [networks.main.student]),
+        "slt": (recipe.slt, list(networks.main.slts)),
+    }
+    own = {role: found for role, (spec, found) in made.items() if spec and spec.name in HANDED}
+    return {f"{role}'s first weights": digest(found) for role, found in own.items()}
 
 
 def step_of(networks: Distiller, state: State, mixing: Mixing) -> Callable[..., Terms]:

@@ -170,6 +170,12 @@ def _network(role: str, given: nn.Module | Maker | str, networks: dict[str, Make
     """The section of a network, whose maker is kept in `networks` if it is an object."""
     if isinstance(given, str):
         return {"name": given}
+    if role == "slt" and isinstance(given, nn.Module):
+        raise TypeError(
+            f"slt: wants a function of the number of classes, or a network's name, got a module "
+            f"({type(given).__name__}), from whose weights all SL-Ts would begin alike; give "
+            f"slt=lambda classes: {type(given).__name__}(...)"
+        )
     if not callable(given):
         raise TypeError(f"{role}: wants a module, a function that makes one or a name, got {given}")
     kind = getattr(given, "__qualname__", type(given).__qualname__)

@@ -221,6 +221,17 @@ class State:
         resume.check_same_run(found, self.sources, self.recipe)
         return found
 
+    def compare(self, folder: Path) -> None:
+        """Raise ValueError when the newest checkpoint of a finished run, if it is there, was made
+        from other data or first weights than these."""
+
+        def look() -> None:
+            if self.group.first and (found := checkpoint.latest(folder)):
+                cannot = "cannot return the finished"
+                resume.check_same_run(found, self.sources, self.recipe, cannot)
+
+        together(self.group, "comparing with the finished run", look)
+
     def keep(self, found: dict[str, float], names: Sequence[str], epoch: int) -> bool:
         """Take down an evaluation's results of these names; whether they are the best so far.
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
+import random
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -28,6 +30,7 @@ from .splits import Split
 # The sets of the run at work in this process.
 HANDED: dict[Split, Manifest] = {}
 PATIENCE = 3.0  # seconds of reading before it is told
+SAMPLED = 32  # images, evenly spread, whose pixels tell a set from another of the same labels
 
 
 def open_handed(data: Data, split: Split) -> Manifest:
@@ -75,7 +78,8 @@ def manifest_of(dataset: Dataset, where: str, classes: Sequence[str] | None = No
         raise ValueError(
             f"{where}[{row}]: label {target[row]} of {len(names)} classes; correct it or classes"
         )
-    digest = digest_of([*names, *getattr(content, "paths", [])], target, sizes, lengths)
+    images = content.paths if isinstance(content, Files) else _sample(dataset, where)
+    digest = digest_of([*names, *images], target, sizes, lengths)
     return Manifest(content, target, sizes, names, digest, bad)
 
 
@@ -192,6 +196,32 @@ def _read(
                 due = math.inf
     kept, labels = zip(*found, strict=True)
     return list(kept), np.array(labels, np.int64)
+
+
+def _sample(dataset: Dataset, where: str) -> list[str]:
+    """Digests of some images, each as it comes after the same seed; "" for one that is another when
+    it comes again, which tells nothing."""
+    rows = np.unique(np.linspace(0, len(dataset) - 1, SAMPLED).astype(np.int64)).tolist()
+    python, numpy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            drawn = [(_drawn(dataset, where, row), _drawn(dataset, where, row)) for row in rows]
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+    return [first if first == again else "" for first, again in drawn]
+
+
+def _drawn(dataset: Dataset, where: str, row: int) -> str:
+    random.seed(row)
+    np.random.seed(row)
+    torch.default_generator.manual_seed(row)  # and no device's, which nobody would put back
+    try:
+        image = pair(dataset[row])[0]
+        pixels = image.detach().cpu() if isinstance(image, Tensor) else image.convert("RGB")
+        return hashlib.sha256(np.ascontiguousarray(pixels).tobytes()).hexdigest()
+    except Exception as error:  # whatever the object's own code raises
+        raise ItemError(f"{where}[{row}]: {type(error).__name__}: {error}") from error
 
 
 def _path(image: Any) -> str:

@@ -90,6 +90,40 @@ def test_their_random_numbers_are_those_of_the_position_and_no_others():
     assert not np.isin(again[:, 1, 0, :3], drawn).any()
 
 
+def test_a_digest_is_of_the_pixels_and_draws_from_nobodys_generators():
+    images = torch.rand(50, 3, 4, 4)
+    labels = torch.arange(50) % 2
+    first = manifest_of(TensorDataset(images, labels), "mine").digest
+    assert manifest_of(TensorDataset(images.clone(), labels), "mine").digest == first
+    assert manifest_of(TensorDataset(images + 1, labels), "mine").digest != first
+    before = random.getstate(), np.random.get_state()[2], torch.get_rng_state()
+    manifest_of(Late(), "mine")
+    assert (random.getstate(), np.random.get_state()[2]) == before[:2]
+    assert torch.equal(torch.get_rng_state(), before[2])
+    assert manifest_of(Counting(), "mine").digest == manifest_of(Counting(7), "mine").digest
+
+
+class Late(Noisy):
+    """Draws for all rows but the first."""
+
+    targets = [row % 4 for row in range(N)]
+
+    def __getitem__(self, row):
+        return super().__getitem__(row) if row else (torch.zeros(3, SIDE, SIDE), 0)
+
+
+class Counting(Listed):
+    """Images that say how often one was asked for, which no seed brings back."""
+
+    def __init__(self, count=0):
+        super().__init__(*[(FLOAT, 0)] * 3)
+        self.count = count
+
+    def __getitem__(self, row):
+        self.count += 1
+        return FLOAT + self.count, 0
+
+
 def test_processes_share_a_step_out():
     manifest, data = manifest_of(Noisy(), "mine"), as_they_are(workers=1)
     whole = batches(manifest, data)

@@ -1,6 +1,7 @@
 """distill(): objects of a program instead of a recipe, trained as a recipe trains."""
 
 import copy
+from functools import partial
 
 import numpy as np
 import pytest
@@ -107,9 +108,10 @@ def test_a_folder_trains_to_the_bytes_of_its_recipe(tmp_path, root):
 
 def own(out, train_set, **changes):
     words = {"method": "slkd", "epochs": 3, "batch": 16, "slt": Network, "settings": EXACT}
+    words |= {"student": seeded(lambda: Network(4)), "teacher": seeded(lambda: Network(4, 16))}
     words |= changes
-    student, teacher = seeded(lambda: Network(4)), seeded(lambda: Network(4, 16))
-    return distill(student, teacher, train_set, Cells(24), words.pop("method"), out=out, **words)
+    first = [words.pop(name) for name in ("student", "teacher")]
+    return distill(*first, train_set, Cells(24), words.pop("method"), out=out, **words)
 
 
 def test_a_run_that_fails_goes_on_to_the_same_bytes(tmp_path):
@@ -119,10 +121,37 @@ def test_a_run_that_fails_goes_on_to_the_same_bytes(tmp_path):
         own(tmp_path / "cut", broken, settings=[*EXACT, "run.checkpoint_every=1"])
     assert not HANDED
     broken.broken = None
-    cut = own(tmp_path / "cut", broken, settings=[*EXACT, "run.checkpoint_every=1"])
+    settings = [*EXACT, "run.checkpoint_every=1"]
+    with pytest.raises(ValueError, match=r"cannot resume .*\n  student's first weights: .*\n.*out"):
+        own(tmp_path / "cut", broken, student=Network(4, 12), settings=settings)
+    cut = own(tmp_path / "cut", broken, settings=settings)
     assert_same_run(cut.folder, whole.folder, 12)
     again = own(tmp_path / "cut", Cells(64), settings=[*EXACT, "run.checkpoint_every=1"])
     assert again.last == cut.last
+
+
+class Dim(Cells):
+    def __getitem__(self, row):
+        image, label = super().__getitem__(row)
+        return image / 2, label
+
+
+def test_a_finished_run_is_that_of_its_objects(tmp_path):
+    wide = partial(Network, width=12)
+    wide.__qualname__ = "Network"
+    first = own(tmp_path / "run", Cells(64), epochs=1)
+    for named, train_set, changes in (
+        ("student's first weights", Cells(64), {"student": Network(4)}),
+        ("student's first weights", Cells(64), {"student": Network(4, 12)}),
+        ("teacher's weights", Cells(64), {"teacher": Network(4, 16)}),
+        ("slt's first weights", Cells(64), {"slt": wide}),
+        ("training images", Dim(64), {}),
+    ):
+        with pytest.raises(ValueError, match="cannot return the finished") as refused:
+            own(tmp_path / "run", train_set, epochs=1, **changes)
+        lines = str(refused.value).splitlines()
+        assert lines[1].startswith(f"  {named}: ") and len(lines) == 3, refused.value
+    assert own(tmp_path / "run", Cells(64), epochs=1).last == first.last
 
 
 def test_objects_stay_as_they_are(tmp_path):
@@ -193,6 +222,15 @@ def test_what_a_run_learned_teaches_the_next(tmp_path, root):
     assert by_path.last["train_kd"] == by_module.last["train_kd"]
 
 
+def test_a_folder_does_not_have_the_objects_of_its_run(tmp_path):
+    """Its names would stand for the objects of the run at work."""
+    teacher = distill(Network(4, 16), None, Cells(64), Cells(24), "ce", out=tmp_path / "one",
+                      epochs=1, settings=EXACT)  # fmt: skip
+    with pytest.raises(ValueError, match=r"run:.*one: its own:student:Network .*run.network\(\)"):
+        distill(Network(4, 16), teacher.folder, Cells(64), Cells(24), out=tmp_path / "two",
+                epochs=1, settings=EXACT)  # fmt: skip
+
+
 def test_only_its_program_can_evaluate_it(tmp_path):
     found = own(tmp_path / "run", Cells(64), epochs=1)
     with pytest.raises(ValueError, match="the program that called kdfuse.engine.distill"):
@@ -222,6 +260,11 @@ def test_what_does_not_fit_is_named(tmp_path, changes, text):
     with pytest.raises(ValueError, match=text):
         own(tmp_path / "run", Cells(64), **changes)
     assert not HANDED
+
+
+def test_self_learning_teachers_begin_with_weights_of_their_own(tmp_path):
+    with pytest.raises(TypeError, match="slt: wants a function .* got a module .Network.*lambda"):
+        own(tmp_path / "run", Cells(64), slt=Network(4))
 
 
 def test_a_method_that_no_recipe_knows_is_refused(tmp_path):
