@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from . import start
 from .build import deployed_by
 
 Maker = Callable[[int], nn.Module]  # of a network for so many classes
+PLAIN = 20.0  # above it a value of a float32 image is hardly normalised
 SMALL = 64  # pixels of a side up to which images of one size are seen as they are
 
 
@@ -190,15 +192,23 @@ def _network(role: str, given: nn.Module | Maker | str, networks: dict[str, Make
 def _data(train_set: Manifest, size: int | None) -> dict[str, Any]:
     """The section of the data: what is done to images of this kind, unless settings say so."""
     found: dict[str, Any] = {"source": "own", "classes": len(train_set.classes)}
-    height, width = train_set.sizes[0].tolist()
+    sizes = train_set.sizes[train_set.sizes.min(1) > 0]  # of those that can be read
+    height, width = sizes[0].tolist()
     if isinstance(train_set.content, Tensors):
         if size not in (None, height):
             raise ValueError(f"size: {size}, and the tensors of train are of {height} pixels")
         found |= {"size": height, "augment": "none", "flip": False, "eval_resize": None}
         if train_set.content.dtype == torch.float32:  # (255 x / 255 - 0) / 1
+            if (most := train_set.content.item(0).max().item()) > PLAIN:
+                print(
+                    f"train[0] has values up to {most:g}: float32 images are taken as the networks "
+                    "see them; give uint8 for images of 0..255, which are normalised",
+                    file=sys.stderr,
+                    flush=True,
+                )
             found["normalize"] = {"mean": [0.0] * 3, "std": [1 / 255] * 3}
         return found
-    one_size = bool((train_set.sizes == height).all()) and height == width
+    one_size = bool((sizes == height).all())
     if one_size and height <= SMALL and size in (None, height):
         return found | {"size": height, "augment": "pad_crop", "eval_resize": None}
     size = 224 if size is None else size

@@ -72,15 +72,31 @@ def manifest_of(dataset: Dataset, where: str, classes: Sequence[str] | None = No
             f"{where}[0]: wants a path, a PIL image or a tensor as its image, got {kind_of(image)}"
         )
     content, target, sizes, lengths, bad = made
-    names = list(classes or _named(dataset) or map(str, range(int(target.max()) + 1)))
-    if len(target) and target.max() >= len(names):
-        row = int(target.argmax())
+    if len(bad) == len(target):
         raise ValueError(
-            f"{where}[{row}]: label {target[row]} of {len(names)} classes; correct it or classes"
+            f"{where}: none of its {len(target)} images can be read; the first one is "
+            f"{content.name(0)}: {bad[0]}"
         )
+    names = list(classes or _named(dataset) or ())
+    _check_labels(target, len(names), where)
+    names = names or [str(number) for number in range(int(target.max()) + 1)]
     images = content.paths if isinstance(content, Files) else _sample(dataset, where)
     digest = digest_of([*names, *images], target, sizes, lengths)
     return Manifest(content, target, sizes, names, digest, bad)
+
+
+def _check_labels(target: NDArray[np.int64], names: int, where: str) -> None:
+    """Raise ValueError for labels that are not 0 to `names` - 1; with no names, that begin at 1."""
+    row = int(target.argmax())
+    from_1 = "labels are counted from 0, and none of these is 0; take 1 off each"
+    if names and target[row] >= names:
+        cure = from_1 if target.min() > 0 else "correct it or classes"
+        raise ValueError(f"{where}[{row}]: label {target[row]} of {names} classes; {cure}")
+    if not names and target.min() > 0:
+        raise ValueError(
+            f"{where}: its labels are {target.min()} to {target[row]}; {from_1}, or name the "
+            "classes (classes=)"
+        )
 
 
 Kept = TypeVar("Kept")

@@ -240,6 +240,21 @@ def test_a_label_above_the_classes_is_named():
         manifest_of(Listed((FLOAT, 0), (FLOAT, 7)), "mine", ["a", "b"])
 
 
+def test_labels_are_counted_from_0():
+    listed = Listed(*[(FLOAT, row % 4 + 1) for row in range(8)])
+    with pytest.raises(ValueError, match=r"mine\[3\]: label 4 of 4 classes; .* from 0"):
+        manifest_of(listed, "mine", list("abcd"))
+    with pytest.raises(ValueError, match=r"mine: its labels are 1 to 4; .* none .* is 0"):
+        manifest_of(listed, "mine")
+    assert manifest_of(listed, "mine", list("abcde")).target.max() == 4
+
+
+def test_files_none_of_which_can_be_read_are_refused(tmp_path):
+    gone = Listed(*[(str(tmp_path / f"{row}.png"), 0) for row in range(3)])
+    with pytest.raises(ValueError, match=r"mine: none of its 3 images .* .*0.png: .*No such file"):
+        manifest_of(gone, "mine")
+
+
 @pytest.mark.parametrize(
     "other, text",
     [
@@ -252,8 +267,9 @@ def test_an_item_that_is_not_like_the_others_ends_the_epoch_by_name(other, text)
     dataset = Listed(*[(FLOAT, 0)] * 4, other)
     dataset.targets = [0] * 5
     data = Data(source="own", size=4, augment="none", flip=False, eval_resize=None)
-    with pytest.raises(ItemError, match=text):
+    with pytest.raises(ItemError, match=text) as met:
         batches(manifest_of(dataset, "mine"), data, batch=2, train=False)
+    assert "\n" not in str(met.value) and "in item" in str(met.value.__cause__)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from PIL import Image
 from same import assert_same, assert_same_run
 from tiny import tiny
 from torch import nn
+from torch.utils.data import TensorDataset
 from torchvision.datasets import ImageFolder
 
 from kdfuse.engine import distill, train
@@ -210,6 +211,16 @@ def test_small_pictures_are_seen_in_their_size_and_others_in_224(tmp_path):
     assert (seen["size"], seen["augment"]) == (224, "random_resized_crop")
     assert seen["eval_resize"] == 256
     assert data(65, size=28)["eval_resize"] == 32
+
+
+def test_float_images_of_0_to_255_are_told_of(tmp_path, capsys):
+    images = torch.zeros(8, 3, 8, 8)
+    for most, told in ((3.0, ""), (255.0, "train[0] has values up to 255: float32 images")):
+        images[:, 0, 0] = most
+        data = TensorDataset(images, torch.arange(8) % 4)
+        distill(Network(4), None, data, data, "ce", out=tmp_path / str(most), epochs=1, batch=4,
+                settings=EXACT)  # fmt: skip
+        assert capsys.readouterr().err.partition(" are taken")[0] == told
 
 
 def test_what_a_run_learned_teaches_the_next(tmp_path, root):
