@@ -111,6 +111,12 @@ def create(
                 "that program can make it"
             )
         model = HANDED[name](num_classes)
+        if not isinstance(model, nn.Module):
+            role = name.split(":")[1]
+            raise ValueError(
+                f"{role}: its function gave {_kind(model)}, wants an nn.Module; let it return the "
+                "network"
+            )
     else:
         own = NETWORKS | registered.NETWORKS
         builders = own if name in own else own | _torchvision(torchvision_models.names())
@@ -118,7 +124,7 @@ def create(
             raise ValueError(_unknown(name, list(builders)))
         model = builders[name](num_classes)
         if not isinstance(model, nn.Module):
-            raise ValueError(f"name: {name} made a {type(model).__name__}, wants an nn.Module")
+            raise ValueError(f"name: {name} made {_kind(model)}, wants an nn.Module")
     if checkpoint is not None:
         residual = [n for n in torchvision_models.names() if "resn" in n]  # resnet*, resnext*
         # Where networks share a layout, the one with the more usual name is named.
@@ -129,6 +135,10 @@ def create(
             model, checkpoint, name=name, num_classes=num_classes, known=known, match=match
         )
     return model
+
+
+def _kind(value: object) -> str:
+    return "None" if value is None else f"a {type(value).__name__}"
 
 
 def _torchvision(names: list[str]) -> dict[str, Callable[[int], nn.Module]]:

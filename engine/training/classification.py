@@ -19,7 +19,7 @@ from ..data.loaders.ondevice import Mixing
 from ..data.manifest import Manifest
 from ..data.schedule import plan_digest
 from ..methods import Now, Terms
-from ..models import HANDED
+from ..models import HANDED, OWN
 from ..recipe.load import Recipe
 from ..recipe.schema import Network
 from . import process
@@ -143,8 +143,7 @@ class Classification:
                 chance = 100 / self.state.classes
                 raise ValueError(
                     f"{text}; chance is {chance:.2f}, so it has nothing to teach. Check "
-                    f"{where}.checkpoint = {spec.checkpoint} and {where}.normalize, or set "
-                    "run.teacher_at_chance=allow"
+                    f"{_origin(where, spec)}, or set run.teacher_at_chance=allow"
                 )
         return {f"teacher_{k}": value for k, value in measured.get("teacher", {}).items()}
 
@@ -181,6 +180,18 @@ class Classification:
         """Percent: top1 and top5 of the student, slt0_top1 and so on; and trajectories."""
         self.state.average_batchnorm()
         return measure(self.networks, self.val.epoch(0), self.group, self._trajectories)
+
+
+def _origin(where: str, spec: Network) -> str:
+    """What to look at where a teacher knows nothing."""
+    if spec.name.startswith(OWN):
+        return (
+            "that the object has its trained weights, the order of the classes, and that it takes "
+            "images as data.normalize makes them (of float32 tensors: as they are)"
+        )
+    if spec.kept:
+        return f"that {spec.kept} learned these classes"
+    return f"{where}.checkpoint = {spec.checkpoint} and {where}.normalize"
 
 
 def chance_level(classes: int) -> float:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import inspect
+import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -171,6 +173,12 @@ def _method(method: str | Mapping[str, Any] | Method) -> dict[str, Any]:
 def _network(role: str, given: nn.Module | Maker | str, networks: dict[str, Maker]) -> Any:
     """The section of a network, whose maker is kept in `networks` if it is an object."""
     if isinstance(given, str):
+        folder = os.sep in given and ":" not in given
+        if role == "teacher" and (folder or Path(given).is_dir()):
+            raise ValueError(
+                f"teacher: {given!r} is no network's name; a run's folder is handed over as "
+                f"Path({given!r})"
+            )
         return {"name": given}
     if role == "slt" and isinstance(given, nn.Module):
         raise TypeError(
@@ -180,6 +188,8 @@ def _network(role: str, given: nn.Module | Maker | str, networks: dict[str, Make
         )
     if not callable(given):
         raise TypeError(f"{role}: wants a module, a function that makes one or a name, got {given}")
+    if not isinstance(given, nn.Module):
+        _check_takes_classes(role, given)
     kind = getattr(given, "__qualname__", type(given).__qualname__)
     name = f"{OWN}{role}:{re.sub(r'[^0-9A-Za-z_.]+', '_', kind)}"
     module = given
@@ -187,6 +197,22 @@ def _network(role: str, given: nn.Module | Maker | str, networks: dict[str, Make
         (lambda classes: copy.deepcopy(module)) if isinstance(module, nn.Module) else module
     )
     return {"name": name}
+
+
+def _check_takes_classes(role: str, maker: Maker) -> None:
+    """Raise TypeError for a function that cannot be called with a number of classes."""
+    try:
+        signature = inspect.signature(maker)
+    except ValueError:  # of something built in, which has none
+        return
+    try:
+        signature.bind(2)
+    except TypeError as error:
+        name = getattr(maker, "__qualname__", type(maker).__qualname__)
+        raise TypeError(
+            f"{role}: {name}{signature} cannot be called with the number of classes alone "
+            f"({error}); give a function of it, as in lambda classes: MyNetwork(classes)"
+        ) from error
 
 
 def _data(train_set: Manifest, size: int | None) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from ..recipe.load import AnyRecipe
+from ..recipe.load import AnyRecipe, Recipe
 from ..run.checkpoint import BEST, step_name
 from ..run.folder import create_folder
 from ..run.lease import Lease, held
@@ -119,8 +119,10 @@ class Loop:
             with self.compilations.phase("training", log.note):
                 self.train_epoch(epoch, log)
             if self.stop.why:
-                told = f"stopped by {self.stop.why}, resume=true goes on from "
-                log.note(told + step_name(state.done), state.done)
+                own = isinstance(self.recipe, Recipe) and self.recipe.data.source == "own"
+                again = "the same call of distill" if own else "resume=true"
+                told = f"stopped by {self.stop.why}, {again} goes on from {step_name(state.done)}"
+                log.note(told, state.done)
                 break
             self.finish_epoch(epoch + 1, log)
         self.writer.finish()

@@ -13,12 +13,13 @@ from torch import nn
 from torch.utils.data import TensorDataset
 from torchvision.datasets import ImageFolder
 
-from kdfuse.engine import distill, train
+from kdfuse.engine import Stopped, distill, train
 from kdfuse.engine.data.sources.digits import open_digits
 from kdfuse.engine.methods import KD, SLKD, SimKD
 from kdfuse.engine.models import HANDED, create
 from kdfuse.engine.recipe.data import Data
 from kdfuse.engine.run.checkpoint import load
+from kdfuse.engine.run.past import read_run
 from kdfuse.engine.training.evaluate import evaluate
 
 pytestmark = pytest.mark.slow(25)
@@ -51,6 +52,31 @@ class Network(nn.Module):
 
     def forward(self, images):
         return self.last(self.stem(images).mean((2, 3)))
+
+
+class Answer(Network):
+    """Its logits within something."""
+
+    def __init__(self, kind):
+        super().__init__(4)
+        self.kind = kind
+
+    def forward(self, images):
+        return self.kind([("logits", super().forward(images))])
+
+
+class Chance(Network):
+    """Says the first class of all images."""
+
+    def forward(self, images):
+        return 0 * super().forward(images)
+
+
+class Empty(nn.Module):
+    """Takes no number of classes."""
+
+    def __init__(self):
+        super().__init__()
 
 
 class Cells:
@@ -254,7 +280,7 @@ def test_only_its_program_can_evaluate_it(tmp_path):
         ({"slt": None}, "slt: method slkd trains networks beside the student"),
         (
             {"slt": lambda classes: Network(classes + 1)},
-            r"own:slt.* gives \(1, 5\) .*wants logits \(1, 4\)",
+            r"slt: this Network gives \(1, 5\) .*wants logits \(1, 4\); its last layer",
         ),
         (
             {"method": {"name": "slkd", "slt": 3}},
@@ -265,12 +291,45 @@ def test_only_its_program_can_evaluate_it(tmp_path):
         ({"size": 9}, "size: 9, and the tensors of train are of 8 pixels"),
         ({"classes": ["a", "b"]}, r"train\[3\]: label 3 of 2 classes"),
         ({"settings": ["data.flip=true"]}, "data.flip=true: .* are tensors"),
+        (
+            {"student": nn.Sequential(nn.Conv2d(1, 4, 8), nn.Flatten())},
+            r"student: this Sequential fails for an image \(1, 3, 8, 8\): .* to have 1 channels.*"
+            r"; it has to take images \(N, 3, 8, 8\)$",
+        ),
+        ({"teacher": Network(4).double()}, "teacher: this Network has weights of torch.float64"),
+        ({"student": Network(4).requires_grad_(False)}, "student: no parameter of this Network"),
+        ({"slt": lambda classes: nn.Flatten()}, r"slt: this Flatten gives \(1, 192\) for an image"),
+        ({"slt": lambda classes: None}, "slt: its function gave None, wants an nn.Module; let it"),
+        ({"student": Answer(tuple)}, "student: this Answer gives a tuple .* the logits alone"),
+        ({"student": Answer(dict)}, "student: this Answer gives a dict"),
+        ({"teacher": Network(9)}, r"teacher: this Network gives \(1, 9\) .* each of the 4 classes"),
+        ({"teacher": "runs/teacher"}, r"teacher: 'runs/teacher' is no .*Path\('runs/teacher'\)"),
+        (
+            {"settings": EXACT[:2], "teacher": seeded(lambda: Chance(4))},
+            r"so it has nothing to teach. Check that the object has its trained weights, .* or set",
+        ),
     ],
 )
 def test_what_does_not_fit_is_named(tmp_path, changes, text):
-    with pytest.raises(ValueError, match=text):
+    with pytest.raises(ValueError, match=text) as refused:
         own(tmp_path / "run", Cells(64), **changes)
-    assert not HANDED
+    assert not HANDED and "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("maker", [lambda: Network(4), Empty])
+def test_a_function_takes_the_number_of_classes(tmp_path, maker):
+    with pytest.raises(TypeError, match=r"student: .*\(\) cannot be called with the number of cl"):
+        own(tmp_path / "run", Cells(64), student=maker)
+
+
+def test_a_run_that_was_told_to_stop_says_how_to_go_on(tmp_path):
+    soon = [*EXACT, "run.time_limit=0.001"]
+    with pytest.raises(Stopped):
+        own(tmp_path / "run", Cells(64), epochs=1, settings=soon)
+    (note,) = read_run(tmp_path / "run").of_kind("note")
+    wanted = "stopped by run.time_limit, the same call of distill goes on from step-00000001"
+    assert note["text"] == wanted
+    assert own(tmp_path / "run", Cells(64), epochs=1).last["step"] == 4
 
 
 def test_self_learning_teachers_begin_with_weights_of_their_own(tmp_path):
