@@ -233,6 +233,12 @@ def test_small_pictures_are_seen_in_their_size_and_others_in_224(tmp_path):
 
     seen = data(20)
     assert (seen["size"], seen["augment"], seen["eval_resize"]) == (20, "pad_crop", None)
+    Image.new("RGB", (20, 20)).save(tmp_path / "picture.png")
+    gone = [(str(tmp_path / name), 0) for name in ("gone.png", "picture.png")]
+    with pytest.warns(UserWarning, match="unreadable image .*gone.png"):
+        found = distill(Network(2), None, gone, gone, "ce", out=tmp_path / "gone", epochs=1,
+                        batch=2, classes=["a", "b"], settings=EXACT)  # fmt: skip
+    assert found.past.recipe["data"]["size"] == 20
     seen = data(65)
     assert (seen["size"], seen["augment"]) == (224, "random_resized_crop")
     assert seen["eval_resize"] == 256
@@ -304,6 +310,14 @@ def test_only_its_program_can_evaluate_it(tmp_path):
         ({"student": Answer(dict)}, "student: this Answer gives a dict"),
         ({"teacher": Network(9)}, r"teacher: this Network gives \(1, 9\) .* each of the 4 classes"),
         ({"teacher": "runs/teacher"}, r"teacher: 'runs/teacher' is no .*Path\('runs/teacher'\)"),
+        (
+            {"method": "simkd", "slt": None},
+            r'resnet\*, or give the .* class an attribute taps = {"pooled": MODULE_PATH, "class',
+        ),
+        (
+            {"method": "at", "slt": None},
+            'method.student_taps, or give .* class an attribute taps = {"stage1": MODULE_PATH}',
+        ),
         (
             {"settings": EXACT[:2], "teacher": seeded(lambda: Chance(4))},
             r"so it has nothing to teach. Check that the object has its trained weights, .* or set",
