@@ -19,17 +19,15 @@ from ..data.loaders.ondevice import Mixing
 from ..data.manifest import Manifest
 from ..data.schedule import plan_digest
 from ..methods import Now, Terms
-from ..models import HANDED, OWN
 from ..recipe.load import Recipe
-from ..recipe.schema import Network
 from . import process
 from .build import build
 from .captured import Captured, CudaGraph
 from .evaluate import accuracy, measure
-from .frozen import digest
 from .guard import guard_of
 from .inputs import maker, open_splits, part_of, pixels_of
 from .networks import Distiller
+from .objects import described, origin
 from .optim import build_optimizers
 from .peers import together
 from .ranks import Group
@@ -140,10 +138,9 @@ class Classification:
                 print(text, flush=True)
             at_chance = found["top1"] <= self.chance
             if at_chance and self.recipe.run.teacher_at_chance == "refuse":
-                chance = 100 / self.state.classes
                 raise ValueError(
-                    f"{text}; chance is {chance:.2f}, so it has nothing to teach. Check "
-                    f"{_origin(where, spec)}, or set run.teacher_at_chance=allow"
+                    f"{text}; chance is {100 / self.state.classes:.2f}, so it has nothing to "
+                    f"teach. Check {origin(where, spec)}, or set run.teacher_at_chance=allow"
                 )
         return {f"teacher_{k}": value for k, value in measured.get("teacher", {}).items()}
 
@@ -182,18 +179,6 @@ class Classification:
         return measure(self.networks, self.val.epoch(0), self.group, self._trajectories)
 
 
-def _origin(where: str, spec: Network) -> str:
-    """What to look at where a teacher knows nothing."""
-    if spec.name.startswith(OWN):
-        return (
-            "that the object has its trained weights, the order of the classes, and that it takes "
-            "images as data.normalize makes them (of float32 tensors: as they are)"
-        )
-    if spec.kept:
-        return f"that {spec.kept} learned these classes"
-    return f"{where}.checkpoint = {spec.checkpoint} and {where}.normalize"
-
-
 def chance_level(classes: int) -> float:
     """The highest top-1, in percent, that says nothing of a network."""
     chance = 100 / classes
@@ -225,7 +210,6 @@ def begin(
     if cache is not None:
         cache.check_weights(networks.teacher_digest)
         networks.teacher_digest = cache.layout.digest
-    sources |= _first_weights(recipe, networks)
     if recipe.run.sync_batchnorm:
         if group.device.type == "cpu":
             raise ValueError(
@@ -236,19 +220,10 @@ def begin(
     networks.prepare(recipe.run.compiled)
     students = [learner.student for learner in networks.learners.values()]
     optimizers = build_optimizers(recipe.optim, networks.trained(), students)
+    sources |= described(recipe, networks)
     state = State(recipe, group, networks, optimizers, classes, sources)
     process.seed_training(recipe.run.seed, group.rank)
     return networks, state
-
-
-def _first_weights(recipe: Recipe, networks: Distiller) -> dict[str, str]:
-    """Digests of what is trained and came as an object, which no recipe describes."""
-    made: dict[str, tuple[Network | None, list[nn.Module]]] = {
-        "student": (recipe.student, [networks.main.student]),
-        "slt": (recipe.slt, list(networks.main.slts)),
-    }
-    own = {role: found for role, (spec, found) in made.items() if spec and spec.name in HANDED}
-    return {f"{role}'s first weights": digest(found) for role, found in own.items()}
 
 
 def step_of(networks: Distiller, state: State, mixing: Mixing) -> Callable[..., Terms]:

@@ -90,8 +90,9 @@ def distill(
 
     student: a module, which begins with the weights that it has (the object itself stays as it
         is); a function of the number of classes that makes one; or a network's name, as in recipes
-    teacher: a module with its weights; the folder of a run, whose best network it is (Path); a
-        network's name, with teacher.checkpoint among the settings; None for methods without one
+    teacher: a module with its weights; the folder of a run, whose best network it is (Path), if
+        that was no object; a network's name, with teacher.checkpoint among the settings; None for
+        methods without one
     train, val: items (image, label), labels from 0. Paths and PIL images are decoded,
         cropped and flipped by the plan; tensors (3, side, side) come as they are, in the plan's
         order: uint8 of 0..255 are normalised, float32 are not
@@ -105,8 +106,8 @@ def distill(
         classes, or a network's name
     settings: words as on the command line, "optim.schedule=step", "run.speed=exact"; the schedule
         is a cosine otherwise
-    resume: "auto" goes on with a run that was stopped and returns one that is finished; False
-        wants a new folder, True an old one
+    resume: "auto" goes on with a run that was stopped and returns one that is finished, of the
+        same objects; False wants a new folder, True an old one
 
     Under torchrun every process makes the same call. What was handed over is not saved: the same
     program has to call again to go on, and weights are to be read from the run's checkpoints.

@@ -6,7 +6,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from ..recipe.load import AnyRecipe, Recipe
+from ..recipe.load import AnyRecipe
 from ..run.checkpoint import BEST, step_name
 from ..run.folder import create_folder
 from ..run.lease import Lease, held
@@ -19,7 +19,7 @@ from .optim import class_of
 from .peers import agree, together
 from .ranks import Group
 from .rate import lr_at
-from .resumption import resumed
+from .resumption import again, resumed
 from .rollback import go_back
 from .stop import Stop
 from .task import Task
@@ -119,10 +119,8 @@ class Loop:
             with self.compilations.phase("training", log.note):
                 self.train_epoch(epoch, log)
             if self.stop.why:
-                own = isinstance(self.recipe, Recipe) and self.recipe.data.source == "own"
-                again = "the same call of distill" if own else "resume=true"
-                told = f"stopped by {self.stop.why}, {again} goes on from {step_name(state.done)}"
-                log.note(told, state.done)
+                told = f"stopped by {self.stop.why}, {again(self.recipe)} goes on from "
+                log.note(told + step_name(state.done), state.done)
                 break
             self.finish_epoch(epoch + 1, log)
         self.writer.finish()

@@ -26,6 +26,7 @@ from ..run.past import read_run
 from .classification import Classification
 from .compiled import compiling
 from .loop import Loop
+from .objects import compare
 from .peers import agree, from_first, named_failures, together
 from .process import settings
 from .ranks import Group, join
@@ -82,7 +83,9 @@ def train(recipe: AnyRecipe, out: str | Path | None = None, resume: Resume | Non
     together(group, doing, look)
     if finished:
         if isinstance(recipe, Recipe) and recipe.data.source == "own":
-            _compare(recipe, folder, group)
+            recipe = trained(recipe, folder.parent, train_once)
+            with settings(recipe.run), compiling(bool(recipe.run.compile)):
+                compare(open_task(recipe, group), recipe, group, folder)
         if group.first:
             print(f"{folder}: finished before, nothing is trained", flush=True)
             if not (folder / PAGE).exists():  # killed on the way to it
@@ -105,18 +108,6 @@ def train(recipe: AnyRecipe, out: str | Path | None = None, resume: Resume | Non
     if why:
         raise Stopped(why)
     return folder
-
-
-def _compare(recipe: Recipe, folder: Path, group: Group) -> None:
-    """Raise ValueError unless the finished run was of the objects that are handed over now, of
-    which its recipe has only the names."""
-    recipe = trained(recipe, folder.parent, train_once)
-    with (
-        settings(recipe.run),
-        compiling(bool(recipe.run.compile)),
-        closing(Classification(recipe, group)) as task,
-    ):
-        task.state.compare(folder / "checkpoints")
 
 
 def _page(folder: Path) -> None:

@@ -195,7 +195,9 @@ class State:
         self.losses, self.went_back = facts.get("losses", []), facts.get("went_back")
         if self.record is not None:
             self.record.rewind(self.done)
-        return resume.notes(found, self.machine)
+        notes = resume.notes(found, self.machine, self.sources)
+        self.sources |= resume.first_weights(facts["sources"])
+        return notes
 
     def go_back(self, folder: Path, step: int) -> list[str]:
         """Go on from the newest good checkpoint of before `step`: once in a run, as its checkpoints
@@ -220,17 +222,6 @@ class State:
             found = checkpoint.Latest(folder / name, state, facts, list(skipped))
         resume.check_same_run(found, self.sources, self.recipe)
         return found
-
-    def compare(self, folder: Path) -> None:
-        """Raise ValueError when the newest checkpoint of a finished run, if it is there, was made
-        from other data or first weights than these."""
-
-        def look() -> None:
-            if self.group.first and (found := checkpoint.latest(folder)):
-                cannot = "cannot return the finished"
-                resume.check_same_run(found, self.sources, self.recipe, cannot)
-
-        together(self.group, "comparing with the finished run", look)
 
     def keep(self, found: dict[str, float], names: Sequence[str], epoch: int) -> bool:
         """Take down an evaluation's results of these names; whether they are the best so far.
