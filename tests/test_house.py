@@ -33,8 +33,8 @@ ARROWS = {
 TRAINING = (
     "rendezvous alive ranks peers process speed compiled scalars ema rate groups largebatch "
     "optim faults meters guard step captured learner frozen networks build known identity beside "
-    "state alarms trajectories evaluate outputs task inputs recorded slt_record classification "
-    "rollback resumption stop loop session start recording distill"
+    "state alarms trajectories evaluate outputs task objects inputs recorded slt_record "
+    "classification rollback resumption stop loop session start recording distill"
 ).split()
 # What a file leaves to others, by folder or file.
 NEVER = {

@@ -27,6 +27,8 @@ class Dataset(Protocol):
 class ItemError(ValueError):
     """An item of a data set object that cannot be used; the text names it."""
 
+    origin = ""  # the traceback of one that another process met
+
 
 @dataclass(frozen=True)
 class Pictures:

@@ -179,6 +179,12 @@ def stage_names(points: Points, suffix: str = "") -> tuple[str, ...]:
     return tuple(name for name in points if re.fullmatch(rf"stage\d+{re.escape(suffix)}", name))
 
 
+def own_taps(*names: str) -> str:
+    """For messages: how a network of one's own names these points."""
+    named = ", ".join(f'"{name}": MODULE_PATH' for name in names)
+    return f"give the network's class an attribute taps = {{{named}}} (docs/extending.md)"
+
+
 def with_terms(result: Tensor | tuple[Tensor, Terms]) -> tuple[Tensor, Terms]:
     """What a loss function gives back when it is called with return_terms=True."""
     assert isinstance(result, tuple)

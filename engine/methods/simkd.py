@@ -10,7 +10,18 @@ from pydantic import Field, model_validator
 from torch import Size, Tensor, nn
 
 from ...kernels.kd import kd_loss
-from .method import Method, Networks, Now, Outputs, Points, Role, Terms, stage_names, with_terms
+from .method import (
+    Method,
+    Networks,
+    Now,
+    Outputs,
+    Points,
+    Role,
+    Terms,
+    own_taps,
+    stage_names,
+    with_terms,
+)
 from .parts.feature import Names
 from .parts.reused import Projector, Reused, aligned
 
@@ -107,7 +118,8 @@ class SimKD(Method):
         if "pooled" not in points["teacher"] or "classifier" not in points["teacher"]:
             raise ValueError(
                 "method simkd reuses the teacher's classifier, and this teacher does not say where "
-                "it pools and classifies; take one of the CIFAR networks or torchvision:resnet*"
+                "it pools and classifies; take one of the CIFAR networks or torchvision:resnet*, "
+                "or " + own_taps("pooled", "classifier")
             )
         if self.student_taps and self.teacher_taps:
             return list(zip(self.student_taps, self.teacher_taps, strict=True))
@@ -115,7 +127,7 @@ class SimKD(Method):
         if not student:
             raise ValueError(
                 "method simkd reads the student's stages, and it names none; give module paths "
-                "with method.student_taps and method.teacher_taps"
+                "with method.student_taps and method.teacher_taps, or " + own_taps("stage1")
             )
         n = len(student)
         chosen = {"last": [], "two": [round(2 * n / 3)], "all": list(range(1, n))}[self.projectors]

@@ -8,7 +8,18 @@ from torch import Size, Tensor, nn
 
 from ...kernels.uskd import uskd_loss
 from .ce import labelled
-from .method import Method, Networks, Now, Outputs, Points, Role, Terms, stage_names, with_terms
+from .method import (
+    Method,
+    Networks,
+    Now,
+    Outputs,
+    Points,
+    Role,
+    Terms,
+    own_taps,
+    stage_names,
+    with_terms,
+)
 from .parts.labels import unsmoothed
 from .parts.target_term import Form, target_loss, target_probability
 
@@ -69,7 +80,8 @@ class USKD(Method):
         if len(known) < 2:
             raise ValueError(
                 "method uskd reads the student's last stage but one, and the student names "
-                f"{len(known)} stages; name a module path with method.weak_tap"
+                f"{len(known)} stages; name a module path with method.weak_tap, or "
+                + own_taps("stage1", "stage2")
             )
         return {"student": (known[-2],)}
 

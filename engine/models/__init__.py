@@ -105,7 +105,12 @@ def create(
         raise ValueError(f"num_classes: {num_classes}; a classifier needs at least 2")
     model = maker(name)(num_classes)
     if not isinstance(model, nn.Module):
-        raise ValueError(f"name: {name} made a {type(model).__name__}, wants an nn.Module")
+        if name.startswith(OWN):
+            raise ValueError(
+                f"{name.split(':')[1]}: its function gave {_kind(model)}, wants an nn.Module; let "
+                "it return the network"
+            )
+        raise ValueError(f"name: {name} made {_kind(model)}, wants an nn.Module")
     if checkpoint is not None:
         residual = [n for n in torchvision_models.names() if "resn" in n]  # resnet*, resnext*
         # Where networks share a layout, the one with the more usual name is named.
@@ -135,6 +140,10 @@ def maker(name: str) -> Callable[[int], nn.Module]:
     if name not in builders:
         raise ValueError(_unknown(name, list(builders)))
     return builders[name]
+
+
+def _kind(value: object) -> str:
+    return "None" if value is None else f"a {type(value).__name__}"
 
 
 def _torchvision(names: list[str]) -> dict[str, Callable[[int], nn.Module]]:

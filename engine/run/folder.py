@@ -150,7 +150,8 @@ def refuse(drift: list[str], problem: str) -> None:
     """Raise ValueError with the differences, if there are any."""
     if drift:
         lines = "\n  ".join(drift)
-        raise ValueError(f"{problem}:\n  {lines}\nundo that, or train into another folder")
+        cure = "undo that, choose another folder (out), or remove this one"
+        raise ValueError(f"{problem}:\n  {lines}\n{cure}")
 
 
 def plain(recipe: RecipeBase) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from torch import Size, Tensor, nn
 
 from ..cache.forms import Form
 from ..data.loaders.ondevice import Normalise
-from ..models import HANDED, create, shapes
+from ..models import HANDED, OWN, create, shapes
 from ..recipe import registered
 from ..recipe.load import Recipe
 from ..recipe.schema import Network, Normalize
@@ -65,6 +65,8 @@ def build(
         count = 0 if part.slt and part.slt.record else part.method.slt_count
         slts = [make(role(name, "slts"), slt) for _ in range(count)]
         drawn[name] = student, slts, torch.random.get_rng_state()
+        for network in (student, *slts) if labels is not None else ():
+            _check_learns("student" if network is student else "slt", network)
     # What is only evaluated needs a teacher where a part of it is kept.
     teachers: list[nn.Module] = []
     torch.random.set_rng_state(drawn[MAIN][2])
@@ -157,23 +159,70 @@ def loaded(network: Network, classes: int, size: int) -> tuple[nn.Module, Networ
     if network.kept is None:
         made = create(network.name, classes, network.checkpoint, network.match)
         if network.name in registered.NETWORKS or network.name in HANDED:
-            _check_logits(network.name, made, classes, size)
+            _check_fits(network.name, made, classes, size)
         return made, network
+    _check_no_objects(network.kept)
     made, normalize = deployed_by(network.kept, classes)
     return made, network.model_copy(update={"normalize": network.normalize or normalize})
 
 
-def _check_logits(name: str, made: nn.Module, classes: int, size: int) -> None:
-    training, weights = made.training, next(made.parameters(), None)
-    device = None if weights is None else weights.device
-    with torch.no_grad():
-        found = made.eval()(torch.zeros(1, 3, size, size, device=device))
-    made.train(training)
-    shape = tuple(found.shape) if isinstance(found, Tensor) else f"a {type(found).__name__}"
-    if shape != (1, classes):
+def _check_no_objects(run: Path) -> None:
+    """Raise ValueError for a run whose networks were objects: a name of theirs may stand for
+    another one by now."""
+    recipe = recipe_of(run)
+    parts = recipe.learners(MAIN).values()
+    made = [network for part in parts for network in (part.student, part.slt)]
+    if any(part.method.deploys_head for part in parts):
+        made.append(recipe.teacher)
+    if own := [network.name for network in made if network and network.name.startswith(OWN)]:
         raise ValueError(
-            f"name: {name} gives {shape} for an image of {size} x {size}, wants logits "
-            f"{(1, classes)}; its make gets the number of classes"
+            f"run:{run}: its {own[0]} was an object, which no folder has; hand over the network "
+            "that distill gave back, as in teacher=run.network()"
+        )
+
+
+def _check_fits(name: str, made: nn.Module, classes: int, size: int) -> None:
+    """Raise ValueError for a network that does not give logits of so many classes, in float32."""
+    own = name.startswith(OWN)
+    where = f"{name.split(':')[1]}: this {type(made).__name__}" if own else f"name: {name}"
+    weights = list(made.parameters())
+    if odd := [p.dtype for p in weights if p.is_floating_point() and p.dtype != torch.float32]:
+        raise ValueError(
+            f"{where} has weights of {odd[0]}, wants float32, which run.amp computes with in "
+            "bfloat16; call its .float() first"
+        )
+    training = made.training
+    images = torch.zeros(1, 3, size, size, device=weights[0].device if weights else None)
+    try:
+        with torch.no_grad():
+            found = made.eval()(images)
+    except Exception as error:  # whatever the network's own code raises
+        why = (str(error).splitlines() or [""])[0]
+        raise ValueError(
+            f"{where} fails for an image {tuple(images.shape)}: {type(error).__name__}: {why}; it "
+            f"has to take images (N, 3, {size}, {size})"
+        ) from error
+    finally:
+        made.train(training)
+    wants = f"for an image of {size} x {size}, wants logits {(1, classes)}"
+    if not isinstance(found, Tensor):
+        raise ValueError(
+            f"{where} gives a {type(found).__name__} {wants}; let its forward return the logits "
+            "alone"
+        )
+    if tuple(found.shape) != (1, classes):
+        raise ValueError(
+            f"{where} gives {tuple(found.shape)} {wants}; its last layer needs an output for each "
+            f"of the {classes} classes, whose number a function that makes it gets"
+        )
+
+
+def _check_learns(role: str, made: nn.Module) -> None:
+    """Raise ValueError for a network of which nothing would be trained."""
+    if not any(parameter.requires_grad for parameter in made.parameters()):
+        raise ValueError(
+            f"{role}: no parameter of this {type(made).__name__} requires a gradient, so nothing "
+            "of it would be trained; call its .requires_grad_(True) first"
         )
 
 

@@ -27,6 +27,7 @@ from .evaluate import accuracy, measure
 from .guard import guard_of
 from .inputs import maker, open_splits, part_of, pixels_of
 from .networks import Distiller
+from .objects import described, origin
 from .optim import build_optimizers
 from .peers import together
 from .ranks import Group
@@ -137,11 +138,9 @@ class Classification:
                 print(text, flush=True)
             at_chance = found["top1"] <= self.chance
             if at_chance and self.recipe.run.teacher_at_chance == "refuse":
-                chance = 100 / self.state.classes
                 raise ValueError(
-                    f"{text}; chance is {chance:.2f}, so it has nothing to teach. Check "
-                    f"{where}.checkpoint = {spec.checkpoint} and {where}.normalize, or set "
-                    "run.teacher_at_chance=allow"
+                    f"{text}; chance is {100 / self.state.classes:.2f}, so it has nothing to "
+                    f"teach. Check {origin(where, spec)}, or set run.teacher_at_chance=allow"
                 )
         return {f"teacher_{k}": value for k, value in measured.get("teacher", {}).items()}
 
@@ -221,6 +220,7 @@ def begin(
     networks.prepare(recipe.run.compiled)
     students = [learner.student for learner in networks.learners.values()]
     optimizers = build_optimizers(recipe.optim, networks.trained(), students)
+    sources |= described(recipe, networks)
     state = State(recipe, group, networks, optimizers, classes, sources)
     process.seed_training(recipe.run.seed, group.rank)
     return networks, state

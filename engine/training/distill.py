@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import inspect
+import os
 import re
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,6 +31,7 @@ from . import start
 from .build import deployed_by
 
 Maker = Callable[[int], nn.Module]  # of a network for so many classes
+PLAIN = 20.0  # above it a value of a float32 image is hardly normalised
 SMALL = 64  # pixels of a side up to which images of one size are seen as they are
 
 
@@ -86,8 +90,9 @@ def distill(
 
     student: a module, which begins with the weights that it has (the object itself stays as it
         is); a function of the number of classes that makes one; or a network's name, as in recipes
-    teacher: a module with its weights; the folder of a run, whose best network it is (Path); a
-        network's name, with teacher.checkpoint among the settings; None for methods without one
+    teacher: a module with its weights; the folder of a run, whose best network it is (Path), if
+        that was no object; a network's name, with teacher.checkpoint among the settings; None for
+        methods without one
     train, val: items (image, label), labels from 0. Paths and PIL images are decoded,
         cropped and flipped by the plan; tensors (3, side, side) come as they are, in the plan's
         order: uint8 of 0..255 are normalised, float32 are not
@@ -101,8 +106,8 @@ def distill(
         classes, or a network's name
     settings: words as on the command line, "optim.schedule=step", "run.speed=exact"; the schedule
         is a cosine otherwise
-    resume: "auto" goes on with a run that was stopped and returns one that is finished; False
-        wants a new folder, True an old one
+    resume: "auto" goes on with a run that was stopped and returns one that is finished, of the
+        same objects; False wants a new folder, True an old one
 
     Under torchrun every process makes the same call. What was handed over is not saved: the same
     program has to call again to go on, and weights are to be read from the run's checkpoints.
@@ -169,9 +174,23 @@ def _method(method: str | Mapping[str, Any] | Method) -> dict[str, Any]:
 def _network(role: str, given: nn.Module | Maker | str, networks: dict[str, Maker]) -> Any:
     """The section of a network, whose maker is kept in `networks` if it is an object."""
     if isinstance(given, str):
+        folder = os.sep in given and ":" not in given
+        if role == "teacher" and (folder or Path(given).is_dir()):
+            raise ValueError(
+                f"teacher: {given!r} is no network's name; a run's folder is handed over as "
+                f"Path({given!r})"
+            )
         return {"name": given}
+    if role == "slt" and isinstance(given, nn.Module):
+        raise TypeError(
+            f"slt: wants a function of the number of classes, or a network's name, got a module "
+            f"({type(given).__name__}), from whose weights all SL-Ts would begin alike; give "
+            f"slt=lambda classes: {type(given).__name__}(...)"
+        )
     if not callable(given):
         raise TypeError(f"{role}: wants a module, a function that makes one or a name, got {given}")
+    if not isinstance(given, nn.Module):
+        _check_takes_classes(role, given)
     kind = getattr(given, "__qualname__", type(given).__qualname__)
     name = f"{OWN}{role}:{re.sub(r'[^0-9A-Za-z_.]+', '_', kind)}"
     module = given
@@ -181,18 +200,42 @@ def _network(role: str, given: nn.Module | Maker | str, networks: dict[str, Make
     return {"name": name}
 
 
+def _check_takes_classes(role: str, maker: Maker) -> None:
+    """Raise TypeError for a function that cannot be called with a number of classes."""
+    try:
+        signature = inspect.signature(maker)
+    except ValueError:  # of something built in, which has none
+        return
+    try:
+        signature.bind(2)
+    except TypeError as error:
+        name = getattr(maker, "__qualname__", type(maker).__qualname__)
+        raise TypeError(
+            f"{role}: {name}{signature} cannot be called with the number of classes alone "
+            f"({error}); give a function of it, as in lambda classes: MyNetwork(classes)"
+        ) from error
+
+
 def _data(train_set: Manifest, size: int | None) -> dict[str, Any]:
     """The section of the data: what is done to images of this kind, unless settings say so."""
     found: dict[str, Any] = {"source": "own", "classes": len(train_set.classes)}
-    height, width = train_set.sizes[0].tolist()
+    sizes = train_set.sizes[train_set.sizes.min(1) > 0]  # of those that can be read
+    height, width = sizes[0].tolist()
     if isinstance(train_set.content, Tensors):
         if size not in (None, height):
             raise ValueError(f"size: {size}, and the tensors of train are of {height} pixels")
         found |= {"size": height, "augment": "none", "flip": False, "eval_resize": None}
         if train_set.content.dtype == torch.float32:  # (255 x / 255 - 0) / 1
+            if (most := train_set.content.item(0).max().item()) > PLAIN:
+                print(
+                    f"train[0] has values up to {most:g}: float32 images are taken as the networks "
+                    "see them; give uint8 for images of 0..255, which are normalised",
+                    file=sys.stderr,
+                    flush=True,
+                )
             found["normalize"] = {"mean": [0.0] * 3, "std": [1 / 255] * 3}
         return found
-    one_size = bool((train_set.sizes == height).all()) and height == width
+    one_size = bool((sizes == height).all())
     if one_size and height <= SMALL and size in (None, height):
         return found | {"size": height, "augment": "pad_crop", "eval_resize": None}
     size = 224 if size is None else size

@@ -19,7 +19,7 @@ from .optim import class_of
 from .peers import agree, together
 from .ranks import Group
 from .rate import lr_at
-from .resumption import resumed
+from .resumption import again, resumed
 from .rollback import go_back
 from .stop import Stop
 from .task import Task
@@ -119,7 +119,7 @@ class Loop:
             with self.compilations.phase("training", log.note):
                 self.train_epoch(epoch, log)
             if self.stop.why:
-                told = f"stopped by {self.stop.why}, resume=true goes on from "
+                told = f"stopped by {self.stop.why}, {again(self.recipe)} goes on from "
                 log.note(told + step_name(state.done), state.done)
                 break
             self.finish_epoch(epoch + 1, log)

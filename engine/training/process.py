@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import random
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,12 +16,14 @@ import torch
 from ..data.plan import RANK, key
 from ..recipe.run import LEFT_OPEN, Run
 
+ENGINE = Path(__file__).resolve().parents[1]
 WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 
 
 @contextmanager
 def settings(run: Run) -> Iterator[None]:
-    """Threads, determinism and TF32 of the process as the run wants them, then as they were.
+    """Threads, determinism and TF32 of the process as the run wants them, then as they were; and
+    warnings in a line, without the code that gave them.
 
     Raises ValueError for a run whose numerics are left open; `speed.settled` settles them.
     """
@@ -41,6 +45,7 @@ def settings(run: Run) -> Iterator[None]:
     cudnn.allow_tf32 = matmul.allow_tf32 = bool(run.tf32)
     # It would write each new tensor once more than needed, to find reads of what nobody wrote.
     memory.fill_uninitialized_memory = False
+    shown, warnings.formatwarning = warnings.formatwarning, _in_a_line
     try:
         yield
     finally:
@@ -51,6 +56,15 @@ def settings(run: Run) -> Iterator[None]:
         cudnn.benchmark = benchmark
         cudnn.allow_tf32, matmul.allow_tf32 = tf32, of_matmul
         memory.fill_uninitialized_memory = fill
+        warnings.formatwarning = shown
+
+
+def _in_a_line(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: Any = None
+) -> str:
+    if Path(filename).resolve().is_relative_to(ENGINE):
+        return f"warning: {message}\n"
+    return f"{filename}:{lineno}: {category.__name__}: {message}\n"
 
 
 def seed_weights(seed: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from ..recipe.load import AnyRecipe, Recipe
 from ..run.checkpoint import BEST, CheckpointError, load
 from ..run.resume import starts_again
 from .peers import from_first, together
@@ -38,6 +39,12 @@ def resumed(
             del state.results["best"]
             notes.append(f"{lost}: the best one is lost, and is sought anew from here on")
     return notes
+
+
+def again(recipe: AnyRecipe) -> str:
+    """What goes on with a run of this recipe that was stopped, in words."""
+    own = isinstance(recipe, Recipe) and recipe.data.source == "own"
+    return "the same call of distill" if own else "resume=true"
 
 
 def _lost(best: Path) -> str:

@@ -27,6 +27,7 @@ from .classification import Classification
 from .compiled import compiling
 from .known import check_ahead
 from .loop import Loop
+from .objects import compare
 from .peers import agree, from_first, named_failures, together
 from .process import settings
 from .ranks import Group, join
@@ -83,6 +84,10 @@ def train(recipe: AnyRecipe, out: str | Path | None = None, resume: Resume | Non
 
     together(group, doing, look)
     if finished:
+        if isinstance(recipe, Recipe) and recipe.data.source == "own":
+            recipe = trained(recipe, folder.parent, train_once)
+            with settings(recipe.run), compiling(bool(recipe.run.compile)):
+                compare(open_task(recipe, group), recipe, group, folder)
         if group.first:
             print(f"{folder}: finished before, nothing is trained", flush=True)
             if not (folder / PAGE).exists():  # killed on the way to it

@@ -195,7 +195,9 @@ class State:
         self.losses, self.went_back = facts.get("losses", []), facts.get("went_back")
         if self.record is not None:
             self.record.rewind(self.done)
-        return resume.notes(found, self.machine)
+        notes = resume.notes(found, self.machine, self.sources)
+        self.sources |= resume.first_weights(facts["sources"])
+        return notes
 
     def go_back(self, folder: Path, step: int) -> list[str]:
         """Go on from the newest good checkpoint of before `step`: once in a run, as its checkpoints

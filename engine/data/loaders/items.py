@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Iterator
 
 import numpy as np
@@ -10,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from ..batch import Batch
-from ..items import Tensors
+from ..items import ItemError, Tensors
 from ..plan import ITEM, key, keys
 from ..schedule import Schedule, Task
 from .decoding import Mode, decoding
@@ -44,13 +45,13 @@ class ItemsLoader:
         self.steps, self.quarantine = schedule.steps, schedule.quarantine
         self.names = schedule.names
         self._keys = _Keys(schedule)
-        self._images: DataLoader[Tensor] | None = DataLoader(
+        self._images: DataLoader[Tensor | ItemError] | None = DataLoader(
             _Keyed(self._content),  # type: ignore[arg-type]
             batch_sampler=self._keys,
             num_workers=data.workers,
             prefetch_factor=data.prefetch,
             persistent_workers=True,
-            collate_fn=torch.stack,
+            collate_fn=_stacked,
             pin_memory=device.type == "cuda",
             generator=torch.Generator(),  # or each epoch would draw from the run's own
         )
@@ -62,6 +63,8 @@ class ItemsLoader:
         tasks = [self._schedule.task(epoch, step) for step in self._schedule.tasks_from(start)]
         self._keys.tasks = tasks
         for task, made in zip(tasks, self._images, strict=True):
+            if isinstance(made, ItemError):
+                raise made from RuntimeError(made.origin)
             last = made.contiguous(memory_format=torch.channels_last)
             yield self._schedule.pack(task, last.permute(0, 2, 3, 1))
 
@@ -92,5 +95,16 @@ class _Keyed:
     def __len__(self) -> int:
         return len(self._content.target)
 
-    def __getitem__(self, row_and_seed: tuple[int, int]) -> Tensor:
-        return self._content.item(*row_and_seed)
+    def __getitem__(self, row_and_seed: tuple[int, int]) -> Tensor | ItemError:
+        """The image, or what is wrong with it; raised here, its text would become a traceback."""
+        try:
+            return self._content.item(*row_and_seed)
+        except ItemError as error:
+            error.origin = traceback.format_exc()
+            return error
+
+
+def _stacked(items: list[Tensor | ItemError]) -> Tensor | ItemError:
+    images = [item for item in items if isinstance(item, Tensor)]
+    broken = [item for item in items if isinstance(item, ItemError)]
+    return broken[0] if broken else torch.stack(images)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
+import random
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -28,6 +30,7 @@ from .splits import Split
 # The sets of the run at work in this process.
 HANDED: dict[Split, Manifest] = {}
 PATIENCE = 3.0  # seconds of reading before it is told
+SAMPLED = 32  # images, evenly spread, whose pixels tell a set from another of the same labels
 
 
 def open_handed(data: Data, split: Split) -> Manifest:
@@ -69,14 +72,31 @@ def manifest_of(dataset: Dataset, where: str, classes: Sequence[str] | None = No
             f"{where}[0]: wants a path, a PIL image or a tensor as its image, got {kind_of(image)}"
         )
     content, target, sizes, lengths, bad = made
-    names = list(classes or _named(dataset) or map(str, range(int(target.max()) + 1)))
-    if len(target) and target.max() >= len(names):
-        row = int(target.argmax())
+    if len(bad) == len(target):
         raise ValueError(
-            f"{where}[{row}]: label {target[row]} of {len(names)} classes; correct it or classes"
+            f"{where}: none of its {len(target)} images can be read; the first one is "
+            f"{content.name(0)}: {bad[0]}"
         )
-    digest = digest_of([*names, *getattr(content, "paths", [])], target, sizes, lengths)
+    names = list(classes or _named(dataset) or ())
+    _check_labels(target, len(names), where)
+    names = names or [str(number) for number in range(int(target.max()) + 1)]
+    images = content.paths if isinstance(content, Files) else _sample(dataset, where)
+    digest = digest_of([*names, *images], target, sizes, lengths)
     return Manifest(content, target, sizes, names, digest, bad)
+
+
+def _check_labels(target: NDArray[np.int64], names: int, where: str) -> None:
+    """Raise ValueError for labels that are not 0 to `names` - 1; with no names, that begin at 1."""
+    row = int(target.argmax())
+    from_1 = "labels are counted from 0, and none of these is 0; take 1 off each"
+    if names and target[row] >= names:
+        cure = from_1 if target.min() > 0 else "correct it or classes"
+        raise ValueError(f"{where}[{row}]: label {target[row]} of {names} classes; {cure}")
+    if not names and target.min() > 0:
+        raise ValueError(
+            f"{where}: its labels are {target.min()} to {target[row]}; {from_1}, or name the "
+            "classes (classes=)"
+        )
 
 
 Kept = TypeVar("Kept")
@@ -192,6 +212,32 @@ def _read(
                 due = math.inf
     kept, labels = zip(*found, strict=True)
     return list(kept), np.array(labels, np.int64)
+
+
+def _sample(dataset: Dataset, where: str) -> list[str]:
+    """Digests of some images, each as it comes after the same seed; "" for one that is another when
+    it comes again, which tells nothing."""
+    rows = np.unique(np.linspace(0, len(dataset) - 1, SAMPLED).astype(np.int64)).tolist()
+    python, numpy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            drawn = [(_drawn(dataset, where, row), _drawn(dataset, where, row)) for row in rows]
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+    return [first if first == again else "" for first, again in drawn]
+
+
+def _drawn(dataset: Dataset, where: str, row: int) -> str:
+    random.seed(row)
+    np.random.seed(row)
+    torch.default_generator.manual_seed(row)  # and no device's, which nobody would put back
+    try:
+        image = pair(dataset[row])[0]
+        pixels = image.detach().cpu() if isinstance(image, Tensor) else image.convert("RGB")
+        return hashlib.sha256(np.ascontiguousarray(pixels).tobytes()).hexdigest()
+    except Exception as error:  # whatever the object's own code raises
+        raise ItemError(f"{where}[{row}]: {type(error).__name__}: {error}") from error
 
 
 def _path(image: Any) -> str:

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from ....kernels.kd import kd_loss
-from ..method import Method, Now, Outputs, Points, Role, Terms, stage_names, with_terms
+from ..method import Method, Now, Outputs, Points, Role, Terms, own_taps, stage_names, with_terms
 
 Names = Annotated[tuple[str, ...], Field(strict=False, min_length=1)]
 
@@ -101,8 +101,9 @@ class FeatureMethod(Method):
             base, tuple(name for name in points if name == taps)
         )
         if not found:
+            named = {"stages": f"stage1{dot}{suffix}", "last": "stage1"}.get(base, taps)
             raise ValueError(
                 f"method {self.name} reads {taps} of the {role}, which names no such "
-                f"points; name module paths with method.{role}_taps"
+                f"points; name module paths with method.{role}_taps, or {own_taps(named)}"
             )
         return found

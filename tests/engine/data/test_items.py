@@ -90,6 +90,40 @@ def test_their_random_numbers_are_those_of_the_position_and_no_others():
     assert not np.isin(again[:, 1, 0, :3], drawn).any()
 
 
+def test_a_digest_is_of_the_pixels_and_draws_from_nobodys_generators():
+    images = torch.rand(50, 3, 4, 4)
+    labels = torch.arange(50) % 2
+    first = manifest_of(TensorDataset(images, labels), "mine").digest
+    assert manifest_of(TensorDataset(images.clone(), labels), "mine").digest == first
+    assert manifest_of(TensorDataset(images + 1, labels), "mine").digest != first
+    before = random.getstate(), np.random.get_state()[2], torch.get_rng_state()
+    manifest_of(Late(), "mine")
+    assert (random.getstate(), np.random.get_state()[2]) == before[:2]
+    assert torch.equal(torch.get_rng_state(), before[2])
+    assert manifest_of(Counting(), "mine").digest == manifest_of(Counting(7), "mine").digest
+
+
+class Late(Noisy):
+    """Draws for all rows but the first."""
+
+    targets = [row % 4 for row in range(N)]
+
+    def __getitem__(self, row):
+        return super().__getitem__(row) if row else (torch.zeros(3, SIDE, SIDE), 0)
+
+
+class Counting(Listed):
+    """Images that say how often one was asked for, which no seed brings back."""
+
+    def __init__(self, count=0):
+        super().__init__(*[(FLOAT, 0)] * 3)
+        self.count = count
+
+    def __getitem__(self, row):
+        self.count += 1
+        return FLOAT + self.count, 0
+
+
 def test_processes_share_a_step_out():
     manifest, data = manifest_of(Noisy(), "mine"), as_they_are(workers=1)
     whole = batches(manifest, data)
@@ -206,6 +240,21 @@ def test_a_label_above_the_classes_is_named():
         manifest_of(Listed((FLOAT, 0), (FLOAT, 7)), "mine", ["a", "b"])
 
 
+def test_labels_are_counted_from_0():
+    listed = Listed(*[(FLOAT, row % 4 + 1) for row in range(8)])
+    with pytest.raises(ValueError, match=r"mine\[3\]: label 4 of 4 classes; .* from 0"):
+        manifest_of(listed, "mine", list("abcd"))
+    with pytest.raises(ValueError, match=r"mine: its labels are 1 to 4; .* none .* is 0"):
+        manifest_of(listed, "mine")
+    assert manifest_of(listed, "mine", list("abcde")).target.max() == 4
+
+
+def test_files_none_of_which_can_be_read_are_refused(tmp_path):
+    gone = Listed(*[(str(tmp_path / f"{row}.png"), 0) for row in range(3)])
+    with pytest.raises(ValueError, match=r"mine: none of its 3 images .* .*0.png: .*No such file"):
+        manifest_of(gone, "mine")
+
+
 @pytest.mark.parametrize(
     "other, text",
     [
@@ -218,8 +267,9 @@ def test_an_item_that_is_not_like_the_others_ends_the_epoch_by_name(other, text)
     dataset = Listed(*[(FLOAT, 0)] * 4, other)
     dataset.targets = [0] * 5
     data = Data(source="own", size=4, augment="none", flip=False, eval_resize=None)
-    with pytest.raises(ItemError, match=text):
+    with pytest.raises(ItemError, match=text) as met:
         batches(manifest_of(dataset, "mine"), data, batch=2, train=False)
+    assert "\n" not in str(met.value) and "in item" in str(met.value.__cause__)
 
 
 @pytest.mark.parametrize(

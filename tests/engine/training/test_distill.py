@@ -1,6 +1,7 @@
 """distill(): objects of a program instead of a recipe, trained as a recipe trains."""
 
 import copy
+from functools import partial
 
 import numpy as np
 import pytest
@@ -9,14 +10,16 @@ from PIL import Image
 from same import assert_same, assert_same_run
 from tiny import tiny
 from torch import nn
+from torch.utils.data import TensorDataset
 from torchvision.datasets import ImageFolder
 
-from kdfuse.engine import distill, train
+from kdfuse.engine import Stopped, distill, train
 from kdfuse.engine.data.sources.digits import open_digits
 from kdfuse.engine.methods import KD, SLKD, SimKD
 from kdfuse.engine.models import HANDED, create
 from kdfuse.engine.recipe.data import Data
 from kdfuse.engine.run.checkpoint import load
+from kdfuse.engine.run.past import read_run
 from kdfuse.engine.training.evaluate import evaluate
 
 pytestmark = pytest.mark.slow(25)
@@ -49,6 +52,31 @@ class Network(nn.Module):
 
     def forward(self, images):
         return self.last(self.stem(images).mean((2, 3)))
+
+
+class Answer(Network):
+    """Its logits within something."""
+
+    def __init__(self, kind):
+        super().__init__(4)
+        self.kind = kind
+
+    def forward(self, images):
+        return self.kind([("logits", super().forward(images))])
+
+
+class Chance(Network):
+    """Says the first class of all images."""
+
+    def forward(self, images):
+        return 0 * super().forward(images)
+
+
+class Empty(nn.Module):
+    """Takes no number of classes."""
+
+    def __init__(self):
+        super().__init__()
 
 
 class Cells:
@@ -107,9 +135,10 @@ def test_a_folder_trains_to_the_bytes_of_its_recipe(tmp_path, root):
 
 def own(out, train_set, **changes):
     words = {"method": "slkd", "epochs": 3, "batch": 16, "slt": Network, "settings": EXACT}
+    words |= {"student": seeded(lambda: Network(4)), "teacher": seeded(lambda: Network(4, 16))}
     words |= changes
-    student, teacher = seeded(lambda: Network(4)), seeded(lambda: Network(4, 16))
-    return distill(student, teacher, train_set, Cells(24), words.pop("method"), out=out, **words)
+    first = [words.pop(name) for name in ("student", "teacher")]
+    return distill(*first, train_set, Cells(24), words.pop("method"), out=out, **words)
 
 
 def test_a_run_that_fails_goes_on_to_the_same_bytes(tmp_path):
@@ -119,10 +148,39 @@ def test_a_run_that_fails_goes_on_to_the_same_bytes(tmp_path):
         own(tmp_path / "cut", broken, settings=[*EXACT, "run.checkpoint_every=1"])
     assert not HANDED
     broken.broken = None
-    cut = own(tmp_path / "cut", broken, settings=[*EXACT, "run.checkpoint_every=1"])
+    settings = [*EXACT, "run.checkpoint_every=1"]
+    with pytest.raises(ValueError, match=r"cannot resume .*\n  student's tensors: \d+ values, "):
+        own(tmp_path / "cut", broken, student=Network(4, 12), settings=settings)
+    cut = own(tmp_path / "cut", broken, student=Network(4), settings=settings)
+    assert "student's first weights are others" in cut.past.of_kind("note")[0]["text"]
     assert_same_run(cut.folder, whole.folder, 12)
     again = own(tmp_path / "cut", Cells(64), settings=[*EXACT, "run.checkpoint_every=1"])
     assert again.last == cut.last
+
+
+class Dim(Cells):
+    def __getitem__(self, row):
+        image, label = super().__getitem__(row)
+        return image / 2, label
+
+
+def test_a_finished_run_is_that_of_its_objects(tmp_path):
+    wide = partial(Network, width=12)
+    wide.__qualname__ = "Network"
+    first = own(tmp_path / "run", Cells(64), epochs=1)
+    for named, train_set, changes in (
+        ("student's first weights", Cells(64), {"student": Network(4)}),
+        ("student's tensors", Cells(64), {"student": Network(4, 12)}),
+        ("teacher's weights", Cells(64), {"teacher": Network(4, 16)}),
+        ("slt's tensors", Cells(64), {"slt": wide}),
+        ("training images", Dim(64), {}),
+    ):
+        with pytest.raises(ValueError, match="cannot return the finished") as refused:
+            own(tmp_path / "run", train_set, epochs=1, **changes)
+        lines = str(refused.value).splitlines()
+        assert lines[1].startswith(f"  {named}: ") and "undo that" in lines[-1], refused.value
+    for changes in ({}, {"student": Network(4), "resume": True}):
+        assert own(tmp_path / "run", Cells(64), epochs=1, **changes).last == first.last
 
 
 def test_objects_stay_as_they_are(tmp_path):
@@ -170,17 +228,37 @@ def test_small_pictures_are_seen_in_their_size_and_others_in_224(tmp_path):
         ]
         return [(image, row % 2) for row, image in enumerate(images)]
 
-    def data(side, **size):
-        found = distill(Network(2), None, pictures(side), pictures(side), "ce", batch=4, epochs=1,
-                        out=tmp_path / f"{side}{size}", settings=EXACT, **size)  # fmt: skip
+    student = Network(2)
+
+    def data(side, *settings, **size):
+        found = distill(student, None, pictures(side), pictures(side), "ce", batch=4, epochs=1,
+                        out=tmp_path / f"{side}{size}", settings=[*EXACT, *settings],
+                        **size)  # fmt: skip
         return found.past.recipe["data"]
 
     seen = data(20)
     assert (seen["size"], seen["augment"], seen["eval_resize"]) == (20, "pad_crop", None)
+    assert data(20, "data.loader=torchvision") == seen  # which is finished, by another loader
+    Image.new("RGB", (20, 20)).save(tmp_path / "picture.png")
+    gone = [(str(tmp_path / name), 0) for name in ("gone.png", "picture.png")]
+    with pytest.warns(UserWarning, match="unreadable image .*gone.png"):
+        found = distill(Network(2), None, gone, gone, "ce", out=tmp_path / "gone", epochs=1,
+                        batch=2, classes=["a", "b"], settings=EXACT)  # fmt: skip
+    assert found.past.recipe["data"]["size"] == 20
     seen = data(65)
     assert (seen["size"], seen["augment"]) == (224, "random_resized_crop")
     assert seen["eval_resize"] == 256
     assert data(65, size=28)["eval_resize"] == 32
+
+
+def test_float_images_of_0_to_255_are_told_of(tmp_path, capsys):
+    images = torch.zeros(8, 3, 8, 8)
+    for most, told in ((3.0, ""), (255.0, "train[0] has values up to 255: float32 images")):
+        images[:, 0, 0] = most
+        data = TensorDataset(images, torch.arange(8) % 4)
+        distill(Network(4), None, data, data, "ce", out=tmp_path / str(most), epochs=1, batch=4,
+                settings=EXACT)  # fmt: skip
+        assert capsys.readouterr().err.partition(" are taken")[0] == told
 
 
 def test_what_a_run_learned_teaches_the_next(tmp_path, root):
@@ -191,6 +269,15 @@ def test_what_a_run_learned_teaches_the_next(tmp_path, root):
     by_module = distill("resnet8", first.network(), Cells(64), Cells(24), out=tmp_path / "three",
                         epochs=1, settings=EXACT)  # fmt: skip
     assert by_path.last["train_kd"] == by_module.last["train_kd"]
+
+
+def test_a_folder_does_not_have_the_objects_of_its_run(tmp_path):
+    """Its names would stand for the objects of the run at work."""
+    teacher = distill(Network(4, 16), None, Cells(64), Cells(24), "ce", out=tmp_path / "one",
+                      epochs=1, settings=EXACT)  # fmt: skip
+    with pytest.raises(ValueError, match=r"run:.*one: its own:student:Network .*run.network\(\)"):
+        distill(Network(4, 16), teacher.folder, Cells(64), Cells(24), out=tmp_path / "two",
+                epochs=1, settings=EXACT)  # fmt: skip
 
 
 def test_only_its_program_can_evaluate_it(tmp_path):
@@ -205,7 +292,7 @@ def test_only_its_program_can_evaluate_it(tmp_path):
         ({"slt": None}, "slt: method slkd trains networks beside the student"),
         (
             {"slt": lambda classes: Network(classes + 1)},
-            r"own:slt.* gives \(1, 5\) .*wants logits \(1, 4\)",
+            r"slt: this Network gives \(1, 5\) .*wants logits \(1, 4\); its last layer",
         ),
         (
             {"method": {"name": "slkd", "slt": 3}},
@@ -216,12 +303,58 @@ def test_only_its_program_can_evaluate_it(tmp_path):
         ({"size": 9}, "size: 9, and the tensors of train are of 8 pixels"),
         ({"classes": ["a", "b"]}, r"train\[3\]: label 3 of 2 classes"),
         ({"settings": ["data.flip=true"]}, "data.flip=true: .* are tensors"),
+        (
+            {"student": nn.Sequential(nn.Conv2d(1, 4, 8), nn.Flatten())},
+            r"student: this Sequential fails for an image \(1, 3, 8, 8\): .* to have 1 channels.*"
+            r"; it has to take images \(N, 3, 8, 8\)$",
+        ),
+        ({"teacher": Network(4).double()}, "teacher: this Network has weights of torch.float64"),
+        ({"student": Network(4).requires_grad_(False)}, "student: no parameter of this Network"),
+        ({"slt": lambda classes: nn.Flatten()}, r"slt: this Flatten gives \(1, 192\) for an image"),
+        ({"slt": lambda classes: None}, "slt: its function gave None, wants an nn.Module; let it"),
+        ({"student": Answer(tuple)}, "student: this Answer gives a tuple .* the logits alone"),
+        ({"student": Answer(dict)}, "student: this Answer gives a dict"),
+        ({"teacher": Network(9)}, r"teacher: this Network gives \(1, 9\) .* each of the 4 classes"),
+        ({"teacher": "runs/teacher"}, r"teacher: 'runs/teacher' is no .*Path\('runs/teacher'\)"),
+        (
+            {"method": "simkd", "slt": None},
+            r'resnet\*, or give the .* class an attribute taps = {"pooled": MODULE_PATH, "class',
+        ),
+        (
+            {"method": "at", "slt": None},
+            'method.student_taps, or give .* class an attribute taps = {"stage1": MODULE_PATH}',
+        ),
+        (
+            {"settings": EXACT[:2], "teacher": seeded(lambda: Chance(4))},
+            r"so it has nothing to teach. Check that the object has its trained weights, .* or set",
+        ),
     ],
 )
 def test_what_does_not_fit_is_named(tmp_path, changes, text):
-    with pytest.raises(ValueError, match=text):
+    with pytest.raises(ValueError, match=text) as refused:
         own(tmp_path / "run", Cells(64), **changes)
-    assert not HANDED
+    assert not HANDED and "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("maker", [lambda: Network(4), Empty])
+def test_a_function_takes_the_number_of_classes(tmp_path, maker):
+    with pytest.raises(TypeError, match=r"student: .*\(\) cannot be called with the number of cl"):
+        own(tmp_path / "run", Cells(64), student=maker)
+
+
+def test_a_run_that_was_told_to_stop_says_how_to_go_on(tmp_path):
+    soon = [*EXACT, "run.time_limit=0.001"]
+    with pytest.raises(Stopped):
+        own(tmp_path / "run", Cells(64), epochs=1, settings=soon)
+    (note,) = read_run(tmp_path / "run").of_kind("note")
+    wanted = "stopped by run.time_limit, the same call of distill goes on from step-00000001"
+    assert note["text"] == wanted
+    assert own(tmp_path / "run", Cells(64), epochs=1).last["step"] == 4
+
+
+def test_self_learning_teachers_begin_with_weights_of_their_own(tmp_path):
+    with pytest.raises(TypeError, match="slt: wants a function .* got a module .Network.*lambda"):
+        own(tmp_path / "run", Cells(64), slt=Network(4))
 
 
 def test_a_method_that_no_recipe_knows_is_refused(tmp_path):

@@ -2,11 +2,20 @@
 
 import itertools
 import random
+import warnings
 
 import numpy as np
 import torch
 
-from kdfuse.engine.training.process import capture, restore, seed_training, seed_weights
+from kdfuse.engine.recipe.run import Run
+from kdfuse.engine.training import process
+from kdfuse.engine.training.process import (
+    capture,
+    restore,
+    seed_training,
+    seed_weights,
+    settings,
+)
 
 
 def drawn():
@@ -27,6 +36,17 @@ def test_runs_and_processes_draw_apart():
         found.add(drawn())
     for place in zip(*found, strict=True):
         assert len(set(place)) == 8 * 8 + 8
+
+
+def test_a_warning_is_shown_without_the_code_that_gave_it():
+    run = Run(epochs=1, batch=1, amp="off", tf32=False, compile=False, deterministic=True)
+    before = warnings.formatwarning
+    with settings(run):
+        own = warnings.formatwarning("lost", UserWarning, process.__file__, 3)
+        other = warnings.formatwarning("old", FutureWarning, warnings.__file__, 3)
+    assert own == "warning: lost\n"
+    assert other == f"{warnings.__file__}:3: FutureWarning: old\n"
+    assert warnings.formatwarning is before
 
 
 def test_the_largest_seed_is_taken():
