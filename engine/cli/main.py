@@ -201,7 +201,8 @@ def report(
 def watch(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="folders of runs, or a set")],
 ) -> None:
-    """Show runs as they train, from another terminal, until they end; Ctrl-C ends it."""
+    """Show runs as they train, from another terminal, until they end, or none of a set has been at
+    work for a minute; Ctrl-C ends it."""
     from .watch import watch as show
 
     try:

@@ -20,18 +20,21 @@ from ..run.lease import PAUSE
 from ..run.standing import Standing
 
 FINISHED = "finished"
+QUIET = 60  # looks without a run at work after which a set is taken to be over
 
 
 def watch(given: list[Path]) -> bool:
-    """Show runs until they have ended, those in the folder of a set until Ctrl-C: whether all are
-    finished. A run that is not there yet is waited for.
+    """Show runs until they have ended, those in the folder of a set until no run there has been at
+    work for a minute, for a set may be between two: whether all are finished. A run that is not
+    there yet is waited for.
 
-    Raises FileNotFoundError for a folder that holds something and no run, ValueError for a log that
-    is damaged.
+    Raises FileNotFoundError for what holds something and no run, ValueError for a log that is
+    damaged.
     """
     sets = [path for path in given if _is_set(path)]
     view = Rows() if sets or len(given) > 1 else Display()
     shown: dict[Path, Watched] = {}
+    quiet = 0
     with closing(view):
         while True:
             for path in given:
@@ -41,7 +44,8 @@ def watch(given: list[Path]) -> bool:
                         shown[run] = Watched(run, own)
             for one in shown.values():
                 one.look()
-            if not sets and all(one.why for one in shown.values()):
+            quiet = quiet + 1 if all(one.why for one in shown.values()) else 0
+            if quiet > (QUIET if sets else 0):
                 return all(one.why == FINISHED for one in shown.values())
             time.sleep(PAUSE)
 
@@ -72,7 +76,7 @@ class Watched:
         if self.why not in ("", FINISHED):
             self._tell(self.why)
         elif held == "nobody" and not self.why:
-            self._tell(f"waiting for {self.folder} to begin")
+            self._tell(f"waiting for {self.folder} to begin; Ctrl-C ends it")
 
     def _why(self, held: str) -> str:
         """Why it does not go on, and how it would; "" where it does, or has not begun."""
@@ -173,6 +177,8 @@ class Row:
 
 def _is_set(path: Path) -> bool:
     """Whether runs are in the folder, and it is none itself."""
+    if path.is_file():
+        raise FileNotFoundError(f"{path} is not a run directory: it is a file")
     if (path / RECIPE).exists() or not occupied(path):
         return False
     if not _runs_in(path):

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from .schema import Network, Strict
+from .schema import LISTED, Network, Strict
 
 Form = Literal["full", "top_k", "sampled"]
 
@@ -35,7 +35,7 @@ class Cache(Strict):
     temperature: float | None = Field(
         None, gt=0, description="T of the probabilities; null: the method's"
     )
-    taps: Annotated[tuple[str, ...], Field(strict=False)] = Field(
+    taps: Annotated[tuple[str, ...], Field(strict=False), LISTED] = Field(
         (), description="points or module paths of the teacher whose features are kept as well"
     )
     tap_number: Literal["float32", "float16"] = Field("float16", description="type of features")

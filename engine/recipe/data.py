@@ -169,6 +169,12 @@ class Data(Strict):
                 f"data.eval_resize: {self.eval_resize} is below data.size {self.size}, the centre "
                 "crop would leave the image; raise it or set null"
             )
+        elif self.eval_resize is not None and self.eval_resize > 2 * self.size:
+            found.append(
+                f"data.eval_resize: {self.eval_resize} is over twice data.size {self.size}, the "
+                f"centre crop would be a fraction of the image; lower it, to "
+                f"{round(self.size * 256 / 224)} as of ImageNet's, or set null"
+            )
         if self.augment != "random_resized_crop":
             found += self.unused(f"augment {self.augment}", "data", "scale", "ratio")
         if self.augment != "pad_crop":

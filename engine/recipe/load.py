@@ -161,7 +161,10 @@ def _locate(text: str) -> tuple[Path, str, str]:
         if "." in text and text.partition(".")[0] in Recipe.model_fields:
             raise RecipeError(f"no recipe {text}; a setting is given its value as {text}=VALUE")
         hint = problems.nearest(text, [*shipped, *recipes()])
-        raise RecipeError(f"no recipe {text}{hint} (files: {', '.join(shipped)}, or a path.yaml)")
+        raise RecipeError(
+            f"no recipe {text}{hint}; kdfuse recipes --all lists them, and one of your own is a "
+            "path, MINE.yaml"
+        )
     return shipped[head], head, row
 
 

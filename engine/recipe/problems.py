@@ -17,7 +17,7 @@ WANTED = {
     "string_type": "text",
     "string_too_short": "text that is not empty",
     "path_type": "a path",
-    "tuple_type": "a list",
+    "tuple_type": "a list, as in [a, b]",
     "model_type": "keys and values",
     "model_attributes_type": "keys and values",
     "dict_type": "keys and values",

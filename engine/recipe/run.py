@@ -6,7 +6,7 @@ from typing import Annotated, Literal, get_args
 
 from pydantic import Field, model_validator
 
-from .schema import FilePath, Strict
+from .schema import LISTED, FilePath, Strict
 
 # Left at null they are what `speed` comes to; the recipe in a run's folder has all of them.
 LEFT_OPEN = ("amp", "tf32", "compile", "deterministic")
@@ -39,7 +39,7 @@ class Run(Strict):
     )
     channels_last: bool = Field(True, description="NHWC layout of images and weights")
     compile: bool | None = Field(None, description="torch.compile the networks; null: by run.speed")
-    compile_only: Annotated[tuple[Compiled, ...], Field(strict=False)] | None = Field(
+    compile_only: Annotated[tuple[Compiled, ...], Field(strict=False), LISTED] | None = Field(
         None, description="which of student, teacher and slts compile; null: all that are there"
     )
     capture: bool = Field(
@@ -64,7 +64,7 @@ class Run(Strict):
         ge=1,
         description="steps between two records in log.jsonl, which a terminal shows",
     )
-    trackers: Annotated[tuple[Tracker, ...], Field(strict=False)] | None = Field(
+    trackers: Annotated[tuple[Tracker, ...], Field(strict=False), LISTED] | None = Field(
         None,
         description="where the log's numbers go too, of tensorboard, wandb, mlflow; null: to "
         "tensorboard where it is installed",

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 
 class RecipeError(ValueError):
@@ -47,6 +47,8 @@ class RecipeBase(Strict):
 
 # A path may be written as text, a tuple as a list; their members are as strict as the rest.
 FilePath = Annotated[Path, Field(strict=False), AfterValidator(Path.expanduser)]
+# Behind a list of words: one word alone is a list, too.
+LISTED = BeforeValidator(lambda value: [value] if isinstance(value, str) else value)
 Pair = Annotated[tuple[float, float], Field(strict=False)]
 Triple = Annotated[tuple[float, float, float], Field(strict=False)]
 
@@ -87,7 +89,7 @@ class Network(Strict):
     trained_by: str | None = Field(
         None, description="recipe that trains it first, unless a checkpoint or run: gives weights"
     )
-    trained_with: Annotated[tuple[str, ...], Field(strict=False)] = Field(
+    trained_with: Annotated[tuple[str, ...], Field(strict=False), LISTED] = Field(
         (), description="words for that recipe, as in [run.epochs=60]"
     )
 

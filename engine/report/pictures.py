@@ -69,7 +69,7 @@ def chosen(words: str) -> tuple[str, ...]:
     """The names that "all", "none" or a list with commas stands for; ValueError for another."""
     if words in ("all", "none"):
         return tuple(PICTURES) if words == "all" else ()
-    asked = words.split(",")
+    asked = [word.strip() for word in words.split(",")]
     for word in asked:
         if word not in PICTURES:
             hint = problems.nearest(word, list(PICTURES))

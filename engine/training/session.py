@@ -26,12 +26,18 @@ class Session:
     """What `session` makes of a recipe: batches, the step that trains on them, the evaluation.
 
     Nothing is written or resumed. Batches have uint8 images (B, 3, H, W) and labels (B,), on the
-    run's device; `steps` of them are an epoch.
+    run's device; `steps` of them are an epoch. Behind its `with` a session raises RuntimeError.
     """
 
     def __init__(self, recipe: Recipe, task: Classification) -> None:
         self.recipe, self.steps = recipe, task.steps
-        self._task = task
+        self._open: Classification | None = task
+
+    @property
+    def _task(self) -> Classification:
+        if self._open is None:
+            raise RuntimeError("the session is over; use it within `with session(recipe) as ...`")
+        return self._open
 
     @property
     def learner(self) -> Learner:
@@ -49,7 +55,8 @@ class Session:
         return self._task.group
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        """The batches of an epoch of the plan, 0-based, from its step `start` on."""
+        """The batches of an epoch of the plan, 0-based, from its step `start` on. There is one for
+        any epoch; the schedule has run.epochs."""
         return self._task.epoch(epoch, start)
 
     def step(self, batch: Batch, lr: float | None = None) -> Terms:
@@ -57,9 +64,15 @@ class Session:
 
         `lr`: the learning rate; None: the schedule's, for as many steps as were taken before. What
         comes back are detached 0-dim tensors: the loss and its terms, counts of top1 and top5.
+        Raises ValueError without `lr` once run.epochs are over.
         """
         state, optim, run = self._task.state, self.recipe.optim, self.recipe.run
         epoch, number = divmod(state.done, self.steps)
+        if lr is None and epoch >= run.epochs:
+            raise ValueError(
+                f"lr: the schedule is of run.epochs = {run.epochs}, and {state.done} steps of "
+                f"{self.steps} an epoch are done; give lr, or run.epochs more"
+            )
         rate = lr_at(optim, run, state.done / self.steps) if lr is None else lr
         state.begin(rate, self._task.schedule(epoch, number))
         terms = self._task.step(batch)
@@ -100,4 +113,8 @@ def session(recipe: Recipe) -> Iterator[Session]:
         compiling(bool(recipe.run.compile)),
         closing(Classification(recipe, group)) as task,
     ):
-        yield Session(recipe, task)
+        found = Session(recipe, task)
+        try:
+            yield found
+        finally:
+            found._open = None

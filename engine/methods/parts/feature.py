@@ -9,9 +9,10 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from ....kernels.kd import kd_loss
+from ...recipe.schema import LISTED
 from ..method import Method, Now, Outputs, Points, Role, Terms, own_taps, stage_names, with_terms
 
-Names = Annotated[tuple[str, ...], Field(strict=False, min_length=1)]
+Names = Annotated[tuple[str, ...], Field(strict=False, min_length=1), LISTED]
 
 
 class FeatureMethod(Method):

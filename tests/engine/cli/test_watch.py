@@ -13,6 +13,7 @@ pytest.importorskip("pty")
 
 from terminals import Terminal, screen  # noqa: E402
 
+from kdfuse.engine.cli import watch as watch_module  # noqa: E402
 from kdfuse.engine.cli.watch import FINISHED, Row, Watched, watch  # noqa: E402
 from kdfuse.engine.run import lease  # noqa: E402
 from kdfuse.engine.run.display import Display  # noqa: E402
@@ -61,7 +62,7 @@ def write_lease(run, **facts):
 
 def test_a_run_is_seen_from_its_begin_to_its_end(run, look):
     kept = run.rename(run.with_name("later"))
-    assert look() == [f"waiting for {run} to begin"] and look() == []
+    assert look() == [f"waiting for {run} to begin; Ctrl-C ends it"] and look() == []
     kept.rename(run)
     with held(run):
         [line] = look()
@@ -167,6 +168,34 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(FileNotFoundError, match="is not a run directory"):
         watch([tmp_path])
+    with pytest.raises(FileNotFoundError, match=r"file is not a run directory: it is a file"):
+        watch([tmp_path / "file"])
+
+
+def test_a_set_is_over_when_none_of_it_has_trained_for_a_while(run, capsys, monkeypatch):
+    """Between two of its runs nobody is at work."""
+    monkeypatch.setattr(watch_module, "PAUSE", 0)
+    monkeypatch.setattr(watch_module, "QUIET", 3)
+    looks = []
+    seen = watch_module.Watched.look
+
+    def look(watched):
+        looks.append(watched.folder)
+        if len(looks) == 3:  # the next one begins, and ends
+            finish(run.with_name("second"))
+        seen(watched)
+
+    def finish(folder):
+        folder.mkdir(exist_ok=True)
+        (folder / "recipe.yaml").write_text("name: x\n")
+        with RunLog(folder, 8, 2) as log:
+            log.end({})
+
+    finish(run)
+    monkeypatch.setattr(watch_module.Watched, "look", look)
+    assert watch([run.parent]) is True
+    assert looks == [run] * 3 + [run, run.with_name("second")] * 1
+    assert "second: finished" in capsys.readouterr().out
 
 
 def test_several_runs_each_have_a_line(run, capsys):

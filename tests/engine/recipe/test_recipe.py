@@ -141,6 +141,15 @@ def test_unknown_method_and_its_neighbour() -> None:
     assert line.startswith("method.name: got the text 'kdd'") and line.endswith("mean kd?")
 
 
+def test_one_word_is_a_list_of_it() -> None:
+    words = ["run.trackers=tensorboard", "cache.taps=pool:in", "run.compile=true"]
+    recipe = Recipe.load(KD, [*words, "run.compile_only=student"])
+    assert recipe.run.trackers == ("tensorboard",) and recipe.cache.taps == ("pool:in",)
+    assert recipe.run.compile_only == ("student",)
+    [line] = problems_of(KD, ["optim.milestones=3"])
+    assert line == "optim.milestones: got 3, wants a list, as in [a, b]"
+
+
 def test_a_methods_options_are_not_anothers() -> None:
     [line] = problems_of(KD, ["method={name: nkd, kd_weight: 1, temperature: 1}"])
     assert line == "method.kd_weight: unknown key; did you mean method.ce_weight?"
@@ -151,7 +160,10 @@ def test_a_methods_options_are_not_anothers() -> None:
     [
         ("cifar10/kd:resnet56-resnet20", "did you mean cifar100/kd:resnet56-resnet20?"),
         ("cifar100/kd:resnet56-resnet21", "did you mean resnet56-resnet20?"),
-        ("../recipes/digits/kd", "no recipe ../recipes/digits/kd"),
+        (
+            "../recipes/digits/kd",
+            "digits/kd; did you mean digits/kd?; kdfuse recipes --all lists them",
+        ),
         ("optim.lr", "no recipe optim.lr; a setting is given its value as optim.lr=VALUE"),
     ],
 )
@@ -169,7 +181,7 @@ def test_own_file_with_rows(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text(
         "method: {name: ce}\n"
-        "data: {source: synthetic, classes: 4, size: 32}\n"
+        "data: {source: synthetic, classes: 4, size: 32, eval_resize: 36}\n"
         "student: {name: resnet8}\n"
         "optim: {lr: 1e-1, momentum: 0.8}\n"
         "run: {epochs: 1, batch: 8}\n"
@@ -219,6 +231,7 @@ def test_yaml_scalars() -> None:
         ({"source": "digits", "root": "x", "classes": 9}, "digits have 10 classes, got 9"),
         ({"source": "digits", "root": "x", "images": 5}, "data.images: 5 has no effect"),
         ({"source": "digits", "root": "x", "size": 300}, "data.eval_resize: 256 is below"),
+        ({"source": "digits", "root": "x", "size": 48}, "lower it, to 55 as of ImageNet's, or set"),
         ({"source": "digits", "root": "x", "scale": [0.5, 0.1]}, "data.scale: need 0 < low"),
         ({"source": "digits", "root": "x", "scale": [0.5, 2]}, "data.scale: a share"),
         ({"source": "digits", "root": "x", "padding": 2}, "data.padding: 2 has no effect"),

@@ -30,7 +30,7 @@ def drawn(tmp_path_factory) -> Path:
 
 def test_words_for_pictures():
     assert chosen("all") == tuple(PICTURES) and chosen("none") == ()
-    assert chosen("confusion,tsne") == ("tsne", "confusion")
+    assert chosen("confusion, tsne") == ("tsne", "confusion")
     with pytest.raises(ValueError, match=r"no picture 'confussion'; did you mean confusion\?"):
         chosen("tsne,confussion")
     with pytest.raises(ValueError, match=f"some of: {','.join(PICTURES)}"):

@@ -24,6 +24,12 @@ def test_a_loop_over_all_steps_is_what_train_does(tmp_path, method):
             means = found.means()
             last = found.evaluate()
         state = found.student.state_dict()
+        batch = next(found.batches(recipe.run.epochs))
+        with pytest.raises(ValueError, match="lr: the schedule is of run.epochs = 2, and"):
+            found.step(batch)
+    for use in (found.means, found.evaluate, lambda: found.step(batch), lambda: found.student):
+        with pytest.raises(RuntimeError, match="the session is over"):
+            use()
     held, _ = load(whole / "checkpoints" / f"step-{2 * found.steps:08d}")
     assert_same(dict(state), dict(held["student"]))
     record = read_run(whole).last
