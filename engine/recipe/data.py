@@ -127,6 +127,18 @@ class Data(Strict):
         used = {"data.randaugment": self.randaugment is not None, "data.erase": self.erase > 0}
         return [name for name, on in used.items() if on]
 
+    @property
+    def fraction_seen(self) -> str:
+        """What to add of an evaluation that sees a small part of each image; "" of any other."""
+        if self.eval_resize is None or self.eval_resize <= 2 * self.size:
+            return ""
+        share = 100 * (self.size / self.eval_resize) ** 2
+        return (
+            f"; data.eval_resize = {self.eval_resize} leaves {share:.0f}% of a square image to "
+            f"data.size = {self.size} in evaluation; ImageNet's share is that of "
+            f"data.eval_resize={round(self.size * 256 / 224)}"
+        )
+
     def _source_problems(self) -> list[str]:
         found: list[str] = []
         if self.source in registered.SOURCES:  # of root, classes and images it reads what it wants
@@ -168,12 +180,6 @@ class Data(Strict):
             found.append(
                 f"data.eval_resize: {self.eval_resize} is below data.size {self.size}, the centre "
                 "crop would leave the image; raise it or set null"
-            )
-        elif self.eval_resize is not None and self.eval_resize > 2 * self.size:
-            found.append(
-                f"data.eval_resize: {self.eval_resize} is over twice data.size {self.size}, the "
-                f"centre crop would be a fraction of the image; lower it, to "
-                f"{round(self.size * 256 / 224)} as of ImageNet's, or set null"
             )
         if self.augment != "random_resized_crop":
             found += self.unused(f"augment {self.augment}", "data", "scale", "ratio")

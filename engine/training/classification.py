@@ -87,7 +87,7 @@ class Classification:
                 by += f"; for evaluation {self.val.name}: {self.val.decode}"
             print(
                 f"{len(train_set.target)} training and {len(val_set.target)} validation images "
-                f"of {len(train_set.classes)} classes, {by}",
+                f"of {len(train_set.classes)} classes, {by}{data.fraction_seen}",
                 flush=True,
             )
         sources = {

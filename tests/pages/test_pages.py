@@ -131,9 +131,7 @@ SHORT = {
         "train": [
             *QUICK,
             "data.size=32",
-            "data.eval_resize=37",
-            "teacher.trained_with=[run.seed=0,run.epochs=1,data.subset=16,data.size=32,"
-            "data.eval_resize=37]",
+            "teacher.trained_with=[run.seed=0,run.epochs=1,data.subset=16,data.size=32]",
         ]
     },
 }

@@ -276,7 +276,7 @@ def test_what_starts_a_command_again_goes_on_with_its_run(kd, tmp_path, monkeypa
     done = kd("report", run, "--out", "runs.jsonl", "--pictures", "all")
     assert done.code == 2 and "--pictures all: a page has them" in done.err
     assert kd("report", run, "--out", "runs.jsonl").out == "runs.jsonl\n"
-    assert log.read(Path("runs.jsonl"))[0]["state"] == "finished"
+    assert '"state": "finished"' in Path("runs.jsonl").read_text()
     (run / "report.html").unlink()  # as if it had been killed at the very end
     done = kd(*words)
     assert (run / "report.html").exists()

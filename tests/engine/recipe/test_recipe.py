@@ -141,6 +141,14 @@ def test_unknown_method_and_its_neighbour() -> None:
     assert line.startswith("method.name: got the text 'kdd'") and line.endswith("mean kd?")
 
 
+def test_an_evaluation_of_a_fraction_of_the_image_is_told() -> None:
+    told = {size: Recipe.load("photos/kd", [f"data.size={size}"]).data for size in (224, 128, 48)}
+    assert not told[224].fraction_seen and not told[128].fraction_seen
+    assert "256 leaves 4% of a square image" in told[48].fraction_seen
+    assert told[48].fraction_seen.endswith("data.eval_resize=55")
+    assert not Recipe.load(KD).data.fraction_seen  # to size as a whole
+
+
 def test_one_word_is_a_list_of_it() -> None:
     words = ["run.trackers=tensorboard", "cache.taps=pool:in", "run.compile=true"]
     recipe = Recipe.load(KD, [*words, "run.compile_only=student"])
@@ -181,7 +189,7 @@ def test_own_file_with_rows(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text(
         "method: {name: ce}\n"
-        "data: {source: synthetic, classes: 4, size: 32, eval_resize: 36}\n"
+        "data: {source: synthetic, classes: 4, size: 32}\n"
         "student: {name: resnet8}\n"
         "optim: {lr: 1e-1, momentum: 0.8}\n"
         "run: {epochs: 1, batch: 8}\n"
@@ -231,7 +239,6 @@ def test_yaml_scalars() -> None:
         ({"source": "digits", "root": "x", "classes": 9}, "digits have 10 classes, got 9"),
         ({"source": "digits", "root": "x", "images": 5}, "data.images: 5 has no effect"),
         ({"source": "digits", "root": "x", "size": 300}, "data.eval_resize: 256 is below"),
-        ({"source": "digits", "root": "x", "size": 48}, "lower it, to 55 as of ImageNet's, or set"),
         ({"source": "digits", "root": "x", "scale": [0.5, 0.1]}, "data.scale: need 0 < low"),
         ({"source": "digits", "root": "x", "scale": [0.5, 2]}, "data.scale: a share"),
         ({"source": "digits", "root": "x", "padding": 2}, "data.padding: 2 has no effect"),
