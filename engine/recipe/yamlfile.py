@@ -13,12 +13,22 @@ import yaml
 from .schema import RecipeError
 
 MOST = 100_000  # values of a file
+DEEPEST = 100  # lists in lists
 
 
 class _Loader(yaml.SafeLoader):
     """PyYAML's safe loader follows YAML 1.1, where `off` is false, `1e-4` text and `010` eight."""
 
     yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
+    depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        self.depth += 1
+        if self.depth > DEEPEST:  # where Python's stack ends hangs on who called
+            raise RecipeError(f"more than {DEEPEST} lists or sections within each other")
+        node: yaml.Node | None = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: dict[Any, int] = {}
@@ -72,7 +82,7 @@ def parse(text: str) -> Any:
         raise RecipeError(f"{where}not valid YAML: {error.problem or error.context}") from error
     except RecipeError:
         raise
-    except Exception as error:  # of a number, or of lists in lists in lists
+    except Exception as error:  # of a number
         raise RecipeError(f"not valid YAML: {error!r}") from error
 
 

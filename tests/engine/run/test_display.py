@@ -15,6 +15,7 @@ pytestmark = pytest.mark.slow(15)
 
 BEGIN = """
 import sys
+import time
 from pathlib import Path
 from kdfuse.engine.run.log import RunLog
 terms = {"loss": 1.5, "kd": 0.25, **{f"slt{i}_kd": 0.125 for i in range(60)}}
@@ -84,7 +85,9 @@ def test_a_terminal_that_becomes_narrow(tmp_path):
 
 @pytest.mark.parametrize("how", ["error", "Ctrl-C", "kill -9"])
 def test_a_run_that_ends_early_leaves_the_terminal_as_it_was(how, tmp_path):
-    with Terminal(100, BEGIN + "go(lambda: print('now') or int(input()))", tmp_path) as terminal:
+    # Ctrl-C on the way into a read that waits would be seen behind it; a nap is short.
+    waits = "int(input())" if how == "error" else "[time.sleep(0.05) for _ in iter(int, 1)]"
+    with Terminal(100, f"{BEGIN}go(lambda: print('now') or {waits})", tmp_path) as terminal:
         terminal.until("now")
         if how == "kill -9":
             terminal.process.kill()
