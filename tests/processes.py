@@ -8,8 +8,10 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import socket
+import sys
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 CHILDREN = multiprocessing.get_context("forkserver")
@@ -54,6 +56,42 @@ def begin(
         child.start()
         started.append(child)
     return started, lambda: "" if failures.empty() else failures.get()
+
+
+def apart(folder: Path, run: Callable[..., Any], *arguments: Any) -> tuple[int, str]:
+    """Calls run(*arguments), a function of a module, in a process of its own in `folder`: its exit
+    code, and all that it and its children wrote."""
+    seen = folder / ".seen"
+    child = CHILDREN.Process(target=_apart, args=(dict(os.environ), folder, seen, run, arguments))
+    child.start()
+    child.join()
+    text = seen.read_text()
+    seen.unlink()
+    return child.exitcode or 0, text
+
+
+def kdfuse(*words: str) -> None:
+    """The program, for `apart`."""
+    from kdfuse.engine.cli.main import main
+
+    sys.argv = ["kdfuse", *words]
+    main()
+
+
+def _apart(
+    environment: dict[str, str], folder: Path, seen: Path, run: Callable[..., Any], given: tuple
+) -> None:
+    import torch
+
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(folder)
+    sys.path.insert(0, "")  # as of python -c
+    file = os.open(seen, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    torch.set_num_threads(1)
+    run(*given)
 
 
 def _child(

@@ -1,10 +1,8 @@
-"""Runs the Python blocks of a page, in order and in one namespace: python page.py PAGE."""
+"""The code blocks of a page, and its Python run in order and in one namespace."""
 
 import ast
 import re
-import sys
 from importlib.util import find_spec
-from pathlib import Path
 
 # What a page takes for granted.
 PRELUDES = {
@@ -37,7 +35,8 @@ def missing(block):
     return next((name for name in NEEDED.findall(block) if find_spec(name) is None), None)
 
 
-def main(page):
+def ran(page):
+    """Runs them, and says so of each."""
     space = {"__name__": "page"}
     exec(PRELUDES.get(page.name, ""), space)
     for number, block in enumerate(blocks(page, "python"), 1):
@@ -47,7 +46,3 @@ def main(page):
             continue
         exec(compile(block, f"{page.name}, block {number}", "exec"), space)
         print(f"block {number} ran", flush=True)
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

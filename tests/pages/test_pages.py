@@ -1,17 +1,16 @@
 """The pages: their Python runs, and their commands are there."""
 
-import os
 import re
 import shlex
-import subprocess
-import sys
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import typer
-from page import blocks
+from page import blocks, ran
+from processes import apart, kdfuse
 
 from kdfuse.engine.cli.main import app
 from kdfuse.engine.recipe.load import load, recipes
@@ -23,7 +22,6 @@ PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), ROOT / "docs/resul
 # What a line of a shell block may begin with beside kdfuse.
 OTHERS = ("git", "pip", "python3", "python", ".", "make", "tail", "for", "srun", "head=$(scontrol")
 SCRIPT = "#!/bin/bash"  # of Slurm, which no test machine has
-MODULES = {"page": ROOT / "tests/pages/page.py"}
 
 
 def named(page):
@@ -48,12 +46,6 @@ def test_every_block_says_what_it_is(page):
     assert not indented, "code stands between fences"
 
 
-def run(*command, cwd):
-    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True)
-
-
 @pytest.mark.parametrize(
     "page",
     # Those of extending.md are files of their own, which tests/test_extending.py writes and runs.
@@ -61,11 +53,11 @@ def run(*command, cwd):
     ids=named,
 )
 def test_python_runs(page, tmp_path):
-    done = run(sys.executable, str(MODULES["page"]), str(page), cwd=tmp_path)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    code, seen = apart(tmp_path, ran, page)
+    assert code == 0, seen[-3000:]
     count = len(blocks(page, "python"))
-    left_out = len(re.findall("is left out", done.stdout))
-    assert len(re.findall("^block .* ran$", done.stdout, re.M)) == count - left_out
+    left_out = len(re.findall("is left out", seen))
+    assert len(re.findall("^block .* ran$", seen, re.M)) == count - left_out
     optional = ("timm", "lightning", "transformers")
     assert left_out == sum(
         f"\nfrom {name}" in f"\n{block}" or f"\nimport {name}" in f"\n{block}"
@@ -87,9 +79,6 @@ def test_commands_are_there(page):
         if words[0] == "git":
             continue
         check(words[words.index("kdfuse") + 1 :], line)
-
-
-MAIN = "from kdfuse.engine.cli.main import main; main()"
 
 
 def check(words, line):
@@ -116,8 +105,8 @@ def check(words, line):
 
 @cache
 def options_of(*verb):
-    done = run(sys.executable, "-c", MAIN, *verb, "--help", cwd=ROOT / "docs")
-    return set(re.findall(r"--[\w-]+", done.stdout))
+    with TemporaryDirectory() as folder:
+        return set(re.findall(r"--[\w-]+", apart(Path(folder), kdfuse, *verb, "--help")[1]))
 
 
 QUICK = ["run.epochs=1", "data.subset=16", "run.teacher_at_chance=allow", "run.device=cpu"]
@@ -153,5 +142,5 @@ def test_examples_run(name, tmp_path):
         )
         if words[:2] in (["cache", "show"], ["cache", "check"]):
             more = []
-        done = run(sys.executable, "-c", MAIN, *words, *more, cwd=tmp_path)
-        assert done.returncode == 0, f"{line}\n{done.stdout[-1500:]}{done.stderr[-1500:]}"
+        code, seen = apart(tmp_path, kdfuse, *words, *more)
+        assert code == 0, f"{line}\n{seen[-3000:]}"
